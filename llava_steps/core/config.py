@@ -1,0 +1,242 @@
+"""The configuration: one frozen model per step, one `Config` for a whole run.
+
+The YAML of a run, the flags of every step, the JSON schema in workflow/schemas and the table in
+config/README.md all come from these classes. Values are checked strictly: an unknown key, a wrong
+type or a number written as a string is a `ConfigError` that carries the path of the key.
+
+A field's role is declared beside it:
+
+* `value(...)`   an ordinary setting, part of the step's fingerprint
+* `source(...)`  a path to an artefact or to a file of the user; its *content* is in the fingerprint
+* `quiet(...)`   logging, labels and resources: changing it never recomputes anything
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import NonNegativeInt as Count
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Ratio3 = Annotated[list[Count], Field(min_length=3, max_length=3)]
+
+
+def value(default: Any = ..., help: str = "", flag: str | None = None, **bounds: Any) -> Any:
+    """A setting that is part of the fingerprint; `flag` names it on the command line."""
+    return Field(default, description=help, json_schema_extra=_extra("value", flag), **bounds)
+
+
+def source(default: Any = ..., help: str = "", flag: str | None = None) -> Any:
+    """A path whose content is part of the fingerprint. The workflow fills in upstream artefacts."""
+    return Field(default, description=help, json_schema_extra=_extra("source", flag))
+
+
+def quiet(default: Any = ..., help: str = "", flag: str | None = None, **bounds: Any) -> Any:
+    """A logging, label or resource setting: never part of the fingerprint."""
+    return Field(default, description=help, json_schema_extra=_extra("quiet", flag), **bounds)
+
+
+def _extra(role: str, flag: str | None) -> dict[str, Any]:
+    return {"role": role} | ({"flag": flag} if flag else {})
+
+
+class StepConfig(BaseModel):
+    """Base of all step settings: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    seed: Count = value(1234, "seed of everything random in this step")
+
+
+class DemoAssets(StepConfig):
+    """Real handwritten digits, questions about them, a tiny CLIP tower and a tiny Llama."""
+
+    image_size: PositiveInt = value(32, "side of the square scans and of the tower's input, pixels")
+    patch_size: PositiveInt = value(8, "side of a patch of the tower, pixels")
+    heldout_scans: PositiveInt = value(297, "scans that training never sees")
+    vision_hidden_size: PositiveInt = value(64, "width of the vision tower")
+    vision_layers: PositiveInt = value(3, "layers of the vision tower")
+    text_hidden_size: PositiveInt = value(64, "width of the language model")
+    text_layers: PositiveInt = value(4, "layers of the language model")
+    text_heads: PositiveInt = value(4, "attention heads of the language model")
+    text_kv_heads: PositiveInt = value(2, "key/value heads of the language model (GQA)")
+    vocab_size: PositiveInt = value(512, "upper limit of the tokenizer's vocabulary")
+    pretrain_vision_steps: Count = value(300, "contrastive steps of the tower on training scans")
+    pretrain_text_steps: Count = value(300, "language-modelling steps on the training text")
+
+
+class TarShards(StepConfig):
+    """Raw images and conversations to tar shards in the webdataset layout."""
+
+    source: str = source(help="LLaVA JSON or JSONL file; images are relative to its folder")
+    samples_per_shard: PositiveInt = value(1000, "samples in each tar; shard k holds [k*N, (k+1)*N)")
+    max_pixels: PositiveInt = value(25_000_000, "larger images are quarantined before decoding")
+    quarantine_limit: Fraction = value(0.01, "share of refused samples above which the step fails")
+    workers: PositiveInt = quiet(2, "processes that read and check images")
+
+
+class EnergonDataset(StepConfig):
+    """Tar shards to a megatron-energon dataset, without a prompt."""
+
+    tar_dir: str = source("", "directory of tar shards")
+    split: Ratio3 = value([9, 1, 0], "parts of train, val and test, by shard; train is never empty")
+    sample_type: Literal["VQAWebdataset"] = value("VQAWebdataset", "energon class of dataset.yaml")
+    field_map: dict[str, str] = value(
+        {"image": "jpg", "context": "json[question]", "answers": "txt"},
+        "energon field map, as NAME=WHERE",
+    )
+    workers: PositiveInt = quiet(2, "processes that index tars")
+
+
+class HfModel(StepConfig):
+    """Vision tower + language model + a new projector to one Hugging Face LLaVA directory."""
+
+    vision_tower: str = source(help="CLIP directory or hub id", flag="--vision-tower")
+    text_model: str = source(help="language model directory or hub id", flag="--text-model")
+    vision_feature_layer: int = value(-2, "hidden state of the tower that the projector reads")
+    vision_feature_select_strategy: Literal["default", "full"] = value(
+        "default", "'default' drops the class token, 'full' keeps it"
+    )
+    projector_hidden_act: Literal["gelu"] = value("gelu", "activation between the projector layers")
+    vocab_size_padding: Count = value(
+        0, "pad the embedding rows to a multiple of this; 0 pads nothing", flag="--vocab-size-padding"
+    )
+    dtype: Literal["fp32", "bf16", "source"] = value("source", "dtype of the saved weights")
+
+
+class MegatronCheckpoint(StepConfig):
+    """HF safetensors to a Megatron checkpoint (torch_dist), layout-free."""
+
+    hf_dir: str = source("", "HF LLaVA directory", flag="--hf-dir")
+    tp: PositiveInt = value(1, "recorded for readers of old scripts; the format reshards at load")
+    pp: PositiveInt = value(1, "recorded for readers of old scripts; the format reshards at load")
+
+
+class Stage(StepConfig):
+    """One training stage."""
+
+    stage: Literal[1, 2] = value(1, "1: projector; 2: projector and language model")
+    megatron_load_dir: str = source("", "Megatron checkpoint to start from")
+    tokenizer_load_dir: str = source("", "HF directory with tokenizer, processor and config")
+    data_path: str = source("", "energon dataset")
+
+    freeze_vision: bool = value(True, "keep the vision tower as it is")
+    freeze_projector: bool = value(False, "keep the projector as it is")
+    freeze_lm: bool = value(False, "keep the language model as it is")
+
+    gpus: PositiveInt = value(1, "processes per node: GPUs, or CPU processes without one", flag="--gpus")
+    nodes: PositiveInt = value(1, "nodes", flag="--node")
+    tensor_model_parallel: PositiveInt = value(1, "tensor parallel size", flag="--tp")
+    pipeline_model_parallel: PositiveInt = value(1, "pipeline parallel size", flag="--pp")
+    sequence_parallel: bool = value(False, "shard activations between tensor-parallel regions")
+    dist_optim: bool = value(True, "shard optimizer state over data-parallel ranks")
+
+    micro_batch_size: PositiveInt = value(1, "samples that go through the model together")
+    global_batch_size: PositiveInt = value(1, "samples of one optimizer step, over all ranks")
+    seq_length: PositiveInt = value(2048, "longest sample in tokens, image tokens included")
+    train_steps: PositiveInt = value(1, "optimizer steps")
+
+    lr: float = value(1e-3, "peak learning rate", gt=0)
+    min_lr: float = value(0.0, "learning rate that the schedule ends with", ge=0)
+    lr_schedule: Literal["cosine", "linear", "constant"] = value("cosine", "decay after warm-up")
+    warmup_steps: Count = value(0, "steps of linear warm-up; the first step already learns")
+    weight_decay: float = value(0.0, "AdamW decay; never on norms, biases and other 1-d weights", ge=0)
+    adam_beta1: float = value(0.9, "AdamW beta1", ge=0, lt=1)
+    adam_beta2: float = value(0.999, "AdamW beta2", ge=0, lt=1)
+    adam_eps: float = value(1e-8, "AdamW epsilon", gt=0)
+    clip_grad: float = value(1.0, "global gradient norm limit; 0 switches clipping off", ge=0)
+    precision: Literal["bf16", "fp32"] = value("bf16", "compute dtype; masters stay fp32")
+    layer_spec: Literal["local"] = value("local", "layer implementation")
+    deterministic: bool = value(True, "refuse kernels that give other bits in a second run")
+
+    num_workers: Count = value(2, "loader worker processes per rank")
+    save_interval: PositiveInt = quiet(1000, "steps between checkpoints")
+    keep_checkpoints: PositiveInt = quiet(2, "newest checkpoints that are kept")
+    log_interval: PositiveInt = quiet(1, "steps between progress lines")
+    name: str = quiet("", "label of the run in logs and trackers")
+    wandb: bool = quiet(False, "log to Weights & Biases (offline unless WANDB_MODE says otherwise)")
+    wandb_project: str = quiet("llava-steps", "W&B project")
+    backend: Literal["auto", "nccl", "gloo"] = quiet("auto", "collectives; auto: nccl with GPUs")
+    master_addr: str = quiet("127.0.0.1", "address of the first node")
+    master_port: Count = quiet(0, "port on the first node; 0: free choice on a single node")
+    rank: Count = quiet(0, "number of this node", flag="--rank")
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all: nodes x processes per node."""
+        return self.gpus * self.nodes
+
+    @property
+    def data_parallel(self) -> int:
+        """World size over tensor and pipeline parallel sizes."""
+        return self.world_size // (self.tensor_model_parallel * self.pipeline_model_parallel)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Stage:
+        model = self.tensor_model_parallel * self.pipeline_model_parallel
+        if self.world_size % model:
+            raise ValueError(
+                f"tensor_model_parallel x pipeline_model_parallel = {model} does not divide "
+                f"gpus x nodes = {self.world_size}; change gpus, nodes or the parallel sizes"
+            )
+        share = self.micro_batch_size * self.data_parallel
+        if self.global_batch_size % share:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"micro_batch_size x data parallel size = {share}"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel == 1:
+            raise ValueError("sequence_parallel needs tensor_model_parallel > 1")
+        if self.warmup_steps >= self.train_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be below train_steps {self.train_steps}"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.freeze_vision and self.freeze_projector and self.freeze_lm:
+            raise ValueError("everything is frozen: there is nothing to train")
+        return self
+
+
+class HfExport(StepConfig):
+    """Megatron checkpoint to HF safetensors."""
+
+    megatron_dir: str = source("", "Megatron checkpoint directory", flag="--megatron-dir")
+    tokenizer_dir: str = source("", "HF directory that gives config, tokenizer and processor")
+    tp: PositiveInt = value(1, "recorded for readers of old scripts; any layout can be read")
+    pp: PositiveInt = value(1, "recorded for readers of old scripts; any layout can be read")
+
+
+class Evaluation(StepConfig):
+    """Exact-match accuracy of HF LLaVA directories on held-out data."""
+
+    data: str = source(help="LLaVA JSON or JSONL file that training never saw")
+    before: str = source("", "HF directory before training")
+    after_stage1: str = source("", "HF directory after stage 1")
+    after_stage2: str = source("", "HF directory after stage 2")
+    max_new_tokens: PositiveInt = value(16, "tokens generated at most for an answer")
+    batch_size: PositiveInt = quiet(64, "questions answered together")
+    samples_shown: Count = value(8, "sample answers kept per question kind")
+
+
+class Config(BaseModel):
+    """A whole run: config/config.yaml with its overlays."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    run: str = Field(
+        "demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run: results/<run>"
+    )
+    results: str = Field("results", min_length=1, description="directory of the runs' results")
+    store: str = Field("store", min_length=1, description="directory of the artefacts, shared by runs")
+    image: str = Field("", description="container image for the steps; empty: this environment")
+    demo_assets: DemoAssets | None = Field(None, description="makes the demo's data and models")
+    tar_shards: TarShards
+    energon_dataset: EnergonDataset = EnergonDataset()
+    hf_model: HfModel
+    megatron_checkpoint: MegatronCheckpoint = MegatronCheckpoint()
+    stage1: Stage
+    stage2: Stage
+    hf_export: HfExport = HfExport()
+    evaluation: Evaluation

@@ -1,0 +1,58 @@
+"""Errors that a step can end with, each with the exit code that the workflow relies on.
+
+| code | class | meaning |
+|---|---|---|
+| 0 | | done |
+| 2 | ConfigError | the configuration or the command line is wrong |
+| 3 | InputError | an input file is missing or unusable |
+| 4 | IntegrityError | an artefact disagrees with its manifest, or a mapping is incomplete |
+| 5 | LockedError | another live process is writing the same store entry |
+| 6 | DivergedError | training produced non-finite values beyond its budget |
+| 75 | StoppedError | stopped in order, run me again (EX_TEMPFAIL) |
+
+The message is for the person who has to mend it: name the file, the key and the fix.
+"""
+
+from __future__ import annotations
+
+
+class StepError(Exception):
+    """Base of all errors that a step reports as one line instead of a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(StepError):
+    """Unknown key, wrong type, contradiction between options."""
+
+    exit_code = 2
+
+
+class InputError(StepError):
+    """An input is missing, unreadable or not what the step can use."""
+
+    exit_code = 3
+
+
+class IntegrityError(StepError):
+    """Bytes, shapes or names are not what a manifest or mapping promises."""
+
+    exit_code = 4
+
+
+class LockedError(StepError):
+    """A live lease of another process covers the store entry."""
+
+    exit_code = 5
+
+
+class DivergedError(StepError):
+    """Loss or gradients are not finite and no budget is left to skip them."""
+
+    exit_code = 6
+
+
+class StoppedError(StepError):
+    """A signal or time limit ended the step after its state was saved."""
+
+    exit_code = 75
