@@ -70,7 +70,9 @@ class TarShards(StepConfig):
     """Raw images and conversations to tar shards in the webdataset layout."""
 
     source: str = source(help="LLaVA JSON or JSONL file; images are relative to its folder")
-    samples_per_shard: PositiveInt = value(1000, "samples in each tar; shard k holds [k*N, (k+1)*N)")
+    samples_per_shard: PositiveInt = value(
+        1000, "samples in each tar; shard k holds [k*N, (k+1)*N)"
+    )
     max_pixels: PositiveInt = value(25_000_000, "larger images are quarantined before decoding")
     quarantine_limit: Fraction = value(0.01, "share of refused samples above which the step fails")
     workers: PositiveInt = quiet(2, "processes that read and check images")
@@ -100,7 +102,9 @@ class HfModel(StepConfig):
     )
     projector_hidden_act: Literal["gelu"] = value("gelu", "activation between the projector layers")
     vocab_size_padding: Count = value(
-        0, "pad the embedding rows to a multiple of this; 0 pads nothing", flag="--vocab-size-padding"
+        0,
+        "pad the embedding rows to a multiple of this; 0 pads nothing",
+        flag="--vocab-size-padding",
     )
     dtype: Literal["fp32", "bf16", "source"] = value("source", "dtype of the saved weights")
 
@@ -125,7 +129,9 @@ class Stage(StepConfig):
     freeze_projector: bool = value(False, "keep the projector as it is")
     freeze_lm: bool = value(False, "keep the language model as it is")
 
-    gpus: PositiveInt = value(1, "processes per node: GPUs, or CPU processes without one", flag="--gpus")
+    gpus: PositiveInt = value(
+        1, "processes per node: GPUs, or CPU processes without one", flag="--gpus"
+    )
     nodes: PositiveInt = value(1, "nodes", flag="--node")
     tensor_model_parallel: PositiveInt = value(1, "tensor parallel size", flag="--tp")
     pipeline_model_parallel: PositiveInt = value(1, "pipeline parallel size", flag="--pp")
@@ -141,7 +147,9 @@ class Stage(StepConfig):
     min_lr: float = value(0.0, "learning rate that the schedule ends with", ge=0)
     lr_schedule: Literal["cosine", "linear", "constant"] = value("cosine", "decay after warm-up")
     warmup_steps: Count = value(0, "steps of linear warm-up; the first step already learns")
-    weight_decay: float = value(0.0, "AdamW decay; never on norms, biases and other 1-d weights", ge=0)
+    weight_decay: float = value(
+        0.0, "AdamW decay; never on norms, biases and other 1-d weights", ge=0
+    )
     adam_beta1: float = value(0.9, "AdamW beta1", ge=0, lt=1)
     adam_beta2: float = value(0.999, "AdamW beta2", ge=0, lt=1)
     adam_eps: float = value(1e-8, "AdamW epsilon", gt=0)
@@ -226,10 +234,14 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     run: str = Field(
-        "demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run: results/<run>"
+        "demo",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run: results/<run>",
     )
     results: str = Field("results", min_length=1, description="directory of the runs' results")
-    store: str = Field("store", min_length=1, description="directory of the artefacts, shared by runs")
+    store: str = Field(
+        "store", min_length=1, description="directory of the artefacts, shared by runs"
+    )
     image: str = Field("", description="container image for the steps; empty: this environment")
     demo_assets: DemoAssets | None = Field(None, description="makes the demo's data and models")
     tar_shards: TarShards

@@ -1,0 +1,135 @@
+"""Flags of a step, made from its settings class, and settings made from flags.
+
+One class, both directions: `parse` reads a command line, `flags` writes one that `parse` reads
+back to equal settings. Nothing here imports torch, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from llava_steps.core.errors import ConfigError
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def role(field: FieldInfo) -> str:
+    """`value`, `source` or `quiet`; a field that declares nothing counts as a value."""
+    extra = field.json_schema_extra
+    return str(extra.get("role", "value")) if isinstance(extra, dict) else "value"
+
+
+def flag_name(name: str, field: FieldInfo) -> str:
+    """Long flag of a field: the declared one, or the field's name with dashes."""
+    extra = field.json_schema_extra
+    declared = extra.get("flag") if isinstance(extra, dict) else None
+    return str(declared) if declared else "--" + name.replace("_", "-")
+
+
+def _plain(annotation: Any) -> Any:
+    """The annotation without Annotated and without `| None`."""
+    while hasattr(annotation, "__metadata__"):
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        (annotation,) = (a for a in get_args(annotation) if a is not type(None))
+        return _plain(annotation)
+    return annotation
+
+
+def _int_list(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, where = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, where
+
+
+def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
+    """Give `parser` one flag for every field of `model`."""
+    groups = {
+        "source": parser.add_argument_group("inputs"),
+        "value": parser.add_argument_group("settings (part of the fingerprint)"),
+        "quiet": parser.add_argument_group("logging and resources (never recompute)"),
+    }
+    for name, field in model.model_fields.items():
+        plain = _plain(field.annotation)
+        spec: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        shown = (
+            ""
+            if field.is_required()
+            else f" (default: {field.get_default(call_default_factory=True)})"
+        )
+        spec["help"] = ((field.description or "") + shown).replace("%", "%%")
+        if plain is bool:
+            spec["action"] = argparse.BooleanOptionalAction
+        elif get_origin(plain) is Literal:
+            choices = get_args(plain)
+            spec |= {"choices": choices, "type": type(choices[0])}
+        elif get_origin(plain) is list:
+            spec |= {"type": _int_list, "metavar": "N,N,..."}
+        elif get_origin(plain) is dict:
+            spec |= {"type": _pair, "action": "append", "metavar": "NAME=VALUE"}
+        else:
+            spec |= {"type": plain, "metavar": plain.__name__.upper()}
+        group = groups[role(field)]
+        long = flag_name(name, field)
+        spelled = "--" + name.replace("_", "-")
+        group.add_argument(*dict.fromkeys([long, spelled]), **spec)
+
+
+def settings(model: type[C], given: dict[str, Any]) -> C:
+    """Settings from parsed flags; ConfigError names the flag that is wrong."""
+    values = {
+        name: dict(v) if isinstance(v, list) and v and isinstance(v[0], tuple) else v
+        for name, v in given.items()
+        if name in model.model_fields
+    }
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            field = model.model_fields.get(name)
+            where = flag_name(name, field) if field else model.__name__
+            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
+        raise ConfigError("; ".join(lines)) from None
+
+
+def parse(model: type[C], arguments: Sequence[str]) -> C:
+    """Settings from a command line that holds nothing but a step's own flags."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser, model)
+    return settings(model, vars(parser.parse_args(arguments)))
+
+
+def flags(config: BaseModel) -> list[str]:
+    """The shortest command line that `parse` reads back to `config`: defaults are left out."""
+    line: list[str] = []
+    for name, field in type(config).model_fields.items():
+        current = getattr(config, name)
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        if not field.is_required() and current == default and type(current) is type(default):
+            continue
+        flag = flag_name(name, field)
+        if isinstance(current, bool):
+            line.append(flag if current else "--no-" + flag.removeprefix("--"))
+        elif isinstance(current, dict):
+            line += [f"{flag}={key}={where}" for key, where in current.items()]
+        elif isinstance(current, list):
+            line.append(f"{flag}={','.join(map(str, current))}")
+        elif isinstance(current, float):
+            line.append(f"{flag}={current!r}")
+        else:
+            # One word each: a value that begins with a dash cannot be taken for a flag.
+            line.append(f"{flag}={current}")
+    return line

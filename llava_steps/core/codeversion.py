@@ -1,0 +1,97 @@
+"""The code version of a step: a digest of the modules of this package that it can reach.
+
+Comments, docstrings and formatting do not count, so that editing them recomputes nothing; any
+other edit of a module that the step imports, directly or not, does.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from llava_steps.core.errors import InputError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+NAME = PACKAGE.name
+
+NOT_COMPUTING = frozenset(
+    f"{NAME}.core.{module}"
+    for module in (
+        "cli",
+        "codeversion",
+        "config",
+        "digest",
+        "errors",
+        "lease",
+        "log",
+        "run",
+        "store",
+    )
+)
+"""Modules every step shares that decide where and when a value is computed, never which value.
+
+The settings themselves are in the fingerprint by value, so `config` need not be here by code.
+"""
+
+
+def _file_of(module: str) -> Path | None:
+    if module.split(".")[0] != NAME:
+        spec = importlib.util.find_spec(module)
+        return Path(spec.origin) if spec and spec.origin else None
+    base = PACKAGE.joinpath(*module.split(".")[1:])
+    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body
+            if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                node.body = body[1:] or [ast.Pass()]
+    return tree
+
+
+@functools.cache
+def _read(module: str) -> tuple[str, frozenset[str]]:
+    """(digest of the module's code, modules of this package that it imports anywhere)."""
+    path = _file_of(module)
+    if path is None:
+        raise InputError(f"module {module} is not there; is the installation complete?")
+    tree = ast.parse(path.read_bytes())
+    imported: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            imported.add(node.module)
+            imported.update(f"{node.module}.{alias.name}" for alias in node.names)
+    ours = frozenset(m for m in imported if m.split(".")[0] == NAME and _file_of(m))
+    code = ast.dump(_without_docstrings(tree))
+    return hashlib.sha256(code.encode()).hexdigest(), ours
+
+
+@functools.cache
+def modules_of(module: str) -> tuple[str, ...]:
+    """All modules of this package that `module` reaches, itself included, sorted."""
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        current = todo.pop()
+        if current in seen or current in NOT_COMPUTING:
+            continue
+        seen.add(current)
+        todo.extend(_read(current)[1])
+    return tuple(sorted(seen))
+
+
+@functools.cache
+def code_version(module: str) -> str:
+    """Hex digest (16 characters) of the code that the step module can reach."""
+    lines = [f"{name} {_read(name)[0]}" for name in modules_of(module)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -1,0 +1,102 @@
+"""Directories that are committed as one: `commit.json` is written last, then the name is given.
+
+Used for the checkpoints of a training step. A directory without a commit file, or under a
+temporary name, does not exist for any reader; one whose files disagree with it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core import fsio
+from llava_steps.core.errors import InputError, IntegrityError
+
+MARKER = "commit.json"
+_ITERATION = re.compile(r"^iter_(\d{7,})$")
+
+
+def iteration_name(step: int) -> str:
+    """`iter_0000042` for 42."""
+    return f"iter_{step:07d}"
+
+
+def commit_dir(temporary: Path, final: Path, info: dict[str, Any] | None = None) -> None:
+    """Seal the files below `temporary` and give them the name `final`.
+
+    Everything is on stable storage before the rename; `final` must not be committed already.
+    """
+    remove_uncommitted(final)
+    files = {
+        path.relative_to(temporary).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": fsio.sha256_file(path),
+        }
+        for path in fsio.files_below(temporary, skip=[MARKER])
+    }
+    fsio.fsync_tree(temporary)
+    fsio.write_json(temporary / MARKER, {"files": files, "info": info or {}})
+    os.rename(temporary, final)
+    fsio.fsync_path(final.parent)
+
+
+def remove_uncommitted(path: Path) -> None:
+    """Delete `path` if it is a directory that was never committed."""
+    if (path / MARKER).exists():
+        raise IntegrityError(f"{path} is committed already; refusing to write over it")
+    fsio.remove(path)
+
+
+def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
+    """The `info` of a committed directory, after its files were compared with the marker.
+
+    Raises IntegrityError naming the first file that is missing, has another size or, with
+    `digests`, another sha256, and one for files that the marker does not know.
+    """
+    try:
+        marker = json.loads((path / MARKER).read_bytes())
+        files: dict[str, dict[str, Any]] = marker["files"]
+        info: dict[str, Any] = marker["info"]
+    except FileNotFoundError:
+        raise InputError(f"{path} is not a committed checkpoint: it has no {MARKER}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path / MARKER} is damaged: {error!r}") from None
+    present = {p.relative_to(path).as_posix() for p in fsio.files_below(path, skip=[MARKER])}
+    for name in sorted(present ^ files.keys()):
+        state = "is missing" if name in files else "does not belong to the checkpoint"
+        raise IntegrityError(f"{path / name} {state} (compared with {MARKER})")
+    for name, expected in files.items():
+        size = (path / name).stat().st_size
+        if size != expected["size"]:
+            raise IntegrityError(
+                f"{path / name} has {size} bytes, {MARKER} says {expected['size']}"
+            )
+        if digests and fsio.sha256_file(path / name) != expected["sha256"]:
+            raise IntegrityError(f"{path / name} has another sha256 than {MARKER} says")
+    return info
+
+
+def committed(root: Path) -> list[tuple[int, Path]]:
+    """Committed `iter_*` directories of `root` as (iteration, path), oldest first."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _ITERATION.match(path.name)
+        if match and (path / MARKER).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def latest_commit(root: Path) -> Path:
+    """The newest committed `iter_*` directory below `root`, or `root` when it is one itself."""
+    if (root / MARKER).is_file():
+        return root
+    found = committed(root)
+    if not found:
+        raise InputError(
+            f"{root} holds no committed checkpoint (expected iter_*/{MARKER}); "
+            "give the directory of a finished conversion or training step"
+        )
+    return found[-1][1]

@@ -1,0 +1,103 @@
+"""Files that are whole or absent: atomic writes, fsync, digests.
+
+A reader of anything written here sees the old bytes or the new bytes, after a crash too: the data
+goes to a temporary name in the same directory, is fsynced, renamed, and the directory is fsynced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"
+"""Prefix of names that a crash may leave behind and that every reader ignores."""
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or directory to stable storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` atomically and durably."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def dump_json(value: Any, indent: int | None = 2) -> str:
+    """JSON that is the same for the same value: sorted keys, no NaN, newline at the end."""
+    return (
+        json.dumps(value, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by the canonical JSON of `value` atomically."""
+    write_bytes(path, dump_json(value).encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of the canonical JSON of `value`."""
+    return hashlib.sha256(dump_json(value, indent=None).encode()).hexdigest()
+
+
+def files_below(root: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
+    """All regular files below `root` in a fixed order, without top-level names in `skip`.
+
+    Links to files count as the file; temporary names are left out.
+    """
+    skipped = set(skip)
+    for directory, folders, names in os.walk(root, followlinks=True):
+        top = Path(directory) == root
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(TEMPORARY) and not (top and f in skipped)
+        )
+        for name in sorted(names):
+            if not name.startswith(TEMPORARY) and not (top and name in skipped):
+                yield Path(directory, name)
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush every file and directory below `root`, then `root` itself."""
+    for directory, _, names in os.walk(root, topdown=False):
+        for name in names:
+            fsync_path(Path(directory, name))
+        fsync_path(Path(directory))
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole directory; absent is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_temporaries(root: Path) -> None:
+    """Delete what killed writers left directly below `root`."""
+    for path in root.glob(f"{TEMPORARY}*"):
+        remove(path)

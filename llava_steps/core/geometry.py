@@ -1,0 +1,288 @@
+"""Everything structural about a LLaVA model, read from its config.json alone. No torch.
+
+`Geometry.from_hf` is the only reader of Hugging Face configurations: the parallel model, the
+mapping table, the encoder and the planner all ask the `Geometry`. What is not supported is refused
+by name, with the list of what is; nothing structural is guessed or silently ignored.
+
+A text family is one row of `TEXT_FAMILIES`: where its biases stand in config.json, what it adds to
+a Llama block, which settings it must not use, and the defaults transformers fills in for keys that
+an older config.json leaves out (a test compares them with the installed transformers).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llava_steps.core.errors import InputError
+
+T = TypeVar("T")
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+SELECT_STRATEGIES = ("default", "full")
+
+
+@dataclass(frozen=True)
+class TextFamily:
+    """What sets one text architecture apart. Bias fields: a constant, or the config key to read."""
+
+    qkv_bias: bool | str
+    output_bias: bool | str
+    mlp_bias: bool | str
+    defaults: Mapping[str, Any]
+    qk_norm: bool = False
+    must_be_off: tuple[str, ...] = ()
+
+
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+TEXT_FAMILIES: dict[str, TextFamily] = {
+    "llama": TextFamily(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        defaults=LLAMA_DEFAULTS,
+        must_be_off=("sliding_window",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """A vision tower: positions beside the patches, and transformers' defaults."""
+
+    class_tokens: int
+    defaults: Mapping[str, Any]
+
+
+VISION_FAMILIES: dict[str, VisionFamily] = {
+    "clip_vision_model": VisionFamily(
+        1, {"hidden_size": 768, "num_hidden_layers": 12, "image_size": 224, "patch_size": 32}
+    ),
+    "siglip_vision_model": VisionFamily(
+        0, {"hidden_size": 768, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: `parameters` is transformers' rope_parameters, theta and type included."""
+
+    kind: str
+    theta: float
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A LLaVA model's structure. Sizes are counts of elements; tokens_per_image is per picture."""
+
+    family: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rms_eps: float
+    rope: Rope
+    max_positions: int
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied: bool
+    vocab: int
+    hidden_act: str
+    dtype: str
+
+    vision_family: str
+    vision_config: Mapping[str, Any] = field(repr=False)
+    vision_hidden: int
+    vision_layers: int
+    image_size: int
+    patch_size: int
+    feature_layer: int
+    select_strategy: str
+    tokens_per_image: int
+
+    projector_act: str
+    projector_bias: bool
+
+    image_token_id: int
+    pad_token_id: int | None
+
+    @property
+    def feature_depth(self) -> int:
+        """Vision layers run before the features are read; 0 reads the embeddings."""
+        return self.feature_layer % (self.vision_layers + 1)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Geometry:
+        """The geometry of `<directory>/config.json`; InputError when it cannot be used."""
+        path = Path(directory) / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{path} is missing: not a Hugging Face model directory") from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+        try:
+            return cls.from_hf(config)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Geometry:
+        """The geometry of a LlavaForConditionalGeneration config.json; InputError if unsupported."""
+        if config.get("model_type") != "llava":
+            raise InputError(
+                f"model_type {config.get('model_type')!r} is not supported; supported: 'llava'"
+            )
+        text = _section(config, "text_config", "llama")
+        vision = _section(config, "vision_config", "clip_vision_model")
+        family = text["model_type"]
+        row = _known(TEXT_FAMILIES, family, "text_config.model_type")
+        filled = {**row.defaults, **text}
+        for key in row.must_be_off:
+            if filled.get(key):
+                raise InputError(f"text_config.{key}={filled[key]!r} is not supported; unset it")
+        if filled["hidden_act"] != "silu":
+            raise InputError(
+                f"text_config.hidden_act {filled['hidden_act']!r} is not supported; supported: 'silu'"
+            )
+        heads = _count(filled, "num_attention_heads")
+        hidden = _count(filled, "hidden_size")
+        kv_heads = filled.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise InputError(
+                f"text_config: {heads} attention heads are not a multiple of {kv_heads} kv heads"
+            )
+        image_token = config.get("image_token_index", config.get("image_token_id"))
+        if not isinstance(image_token, int):
+            raise InputError("image_token_index is missing; add the id of <image> to config.json")
+        return cls(
+            family=family,
+            layers=_count(filled, "num_hidden_layers"),
+            hidden=hidden,
+            ffn=_count(filled, "intermediate_size"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=filled.get("head_dim") or hidden // heads,
+            rms_eps=float(filled["rms_norm_eps"]),
+            rope=_rope(filled),
+            max_positions=_count(filled, "max_position_embeddings"),
+            qkv_bias=_flag(filled, row.qkv_bias),
+            output_bias=_flag(filled, row.output_bias),
+            mlp_bias=_flag(filled, row.mlp_bias),
+            qk_norm=row.qk_norm,
+            tied=bool(config.get("tie_word_embeddings")) or bool(filled["tie_word_embeddings"]),
+            vocab=_count(filled, "vocab_size"),
+            hidden_act=filled["hidden_act"],
+            dtype=str(_first(config, text, keys=("dtype", "torch_dtype"), default="float32")),
+            **_vision(config, vision),
+            projector_act=str(config.get("projector_hidden_act", "gelu")),
+            projector_bias=bool(config.get("multimodal_projector_bias", True)),
+            image_token_id=image_token,
+            pad_token_id=_first(config, text, keys=("pad_token_id",), default=None),
+        )
+
+
+def _vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+    """The vision fields of a Geometry."""
+    family = vision["model_type"]
+    row = _known(VISION_FAMILIES, family, "vision_config.model_type")
+    filled = {**row.defaults, **vision}
+    image, patch = _count(filled, "image_size"), _count(filled, "patch_size")
+    layers = _count(filled, "num_hidden_layers")
+    layer = config.get("vision_feature_layer", -2)
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise InputError(
+            f"vision_feature_layer {layer!r} is not supported; supported: one layer, an integer"
+        )
+    if not -(layers + 1) <= layer <= layers:
+        raise InputError(f"vision_feature_layer {layer} is outside a tower of {layers} layers")
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if strategy not in SELECT_STRATEGIES:
+        raise InputError(
+            f"vision_feature_select_strategy {strategy!r} is not supported; supported: "
+            + ", ".join(SELECT_STRATEGIES)
+        )
+    positions = (image // patch) ** 2 + row.class_tokens
+    return {
+        "vision_family": family,
+        "vision_config": dict(vision),
+        "vision_hidden": _count(filled, "hidden_size"),
+        "vision_layers": layers,
+        "image_size": image,
+        "patch_size": patch,
+        "feature_layer": layer,
+        "select_strategy": strategy,
+        # HF drops the first position for "default", whether or not the tower has a class token.
+        "tokens_per_image": positions - (strategy == "default"),
+    }
+
+
+def _rope(text: Mapping[str, Any]) -> Rope:
+    """transformers 5 keeps rope_parameters; before, rope_theta and rope_scaling stood apart."""
+    given = text.get("rope_parameters")
+    parameters = dict(text.get("rope_scaling") or {}) if given is None else dict(given)
+    if given is None and "type" in parameters:
+        parameters.setdefault("rope_type", parameters.pop("type"))
+    kind = parameters.setdefault("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise InputError(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    # A theta beside the parameters wins only when the parameters have none (the older layout).
+    parameters.setdefault("rope_theta", text.get("rope_theta", 10000.0))
+    partial = parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1.0):
+        raise InputError(f"partial_rotary_factor {partial} is not supported; supported: 1.0")
+    return Rope(kind, float(parameters["rope_theta"]), parameters)
+
+
+def _section(config: Mapping[str, Any], name: str, default_type: str) -> dict[str, Any]:
+    section = config.get(name)
+    if not isinstance(section, Mapping):
+        raise InputError(f"{name} is missing from config.json")
+    return {"model_type": default_type, **section}
+
+
+def _known(table: Mapping[str, T], name: Any, key: str) -> T:
+    if name not in table:
+        raise InputError(f"{key} {name!r} is not supported; supported: {', '.join(table)}")
+    return table[name]
+
+
+def _count(section: Mapping[str, Any], key: str) -> int:
+    value = section.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise InputError(f"{key} is {value!r}; expected one positive integer")
+    return value
+
+
+def _flag(section: Mapping[str, Any], source: bool | str) -> bool:
+    return source if isinstance(source, bool) else bool(section[source])
+
+
+def _first(*sections: Mapping[str, Any], keys: tuple[str, ...], default: Any) -> Any:
+    for section in sections:
+        for key in keys:
+            if section.get(key) is not None:
+                return section[key]
+    return default

@@ -1,0 +1,108 @@
+"""Log lines and progress: live on a terminal, plain lines in a file.
+
+`Progress` shows a bar with rate and remaining time on a terminal; elsewhere it logs a line every
+few seconds, so that several steps writing to one log stay readable.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+LINE_EVERY = 10.0
+"""Seconds between progress lines where there is no terminal."""
+
+
+def logger(name: str, file: Path | None = None) -> logging.Logger:
+    """The logger of a step: to stderr and, if given, appended to `file`."""
+    log = logging.getLogger(f"llava_steps.{name}")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    plain = logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s", "%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if file is not None:
+        handlers.append(logging.FileHandler(file))
+    for handler in handlers:
+        handler.setFormatter(plain)
+        log.addHandler(handler)
+    return log
+
+
+class Progress:
+    """Progress of one long task; use as a context manager, call `advance` and `note`."""
+
+    def __init__(self, log: logging.Logger, what: str, total: int, done: int = 0) -> None:
+        self._log, self._what, self._total, self._done = log, what, total, done
+        self._from = done
+        self._note = ""
+        self._bar: Any = None
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import (
+                Progress as Bar,
+            )
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                self._what, total=self._total, completed=self._done, note=""
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if error is None:
+            self._line()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more are done; `note` is shown behind the bar."""
+        self._done += count
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, note=self._note)
+        elif time.monotonic() - self._last >= LINE_EVERY:
+            self._line()
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        elapsed = self._last - self._start
+        rate = (self._done - self._from) / elapsed if elapsed > 0 else 0.0
+        left = (self._total - self._done) / rate if rate else 0.0
+        self._log.info(
+            "%s %d/%d, %.1f/s, %.0f s left %s",
+            self._what,
+            self._done,
+            self._total,
+            rate,
+            left,
+            self._note,
+        )

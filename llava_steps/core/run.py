@@ -1,0 +1,217 @@
+"""The one entry of every step: settings, inputs, fingerprint, lease, work, seal, publish.
+
+    main(Step(name=..., config=..., run=...))
+
+reads the command line, finds the store entry that the step's value belongs to and returns at once
+when it is sealed. Otherwise it takes the lease, calls `run(ctx, config)`, which writes its payload
+into `ctx.entry` (and finds there what a killed attempt left), seals the entry and publishes it at
+`--save-dir`. Exit codes are those of core/errors.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+from llava_steps.core import cli, store
+from llava_steps.core.codeversion import code_version
+from llava_steps.core.config import StepConfig
+from llava_steps.core.digest import Digests
+from llava_steps.core.errors import ConfigError, InputError, StepError
+from llava_steps.core.lease import Lease
+from llava_steps.core.log import Progress, logger
+from llava_steps.core.store import Input
+
+C = TypeVar("C", bound=StepConfig)
+FORCE_REQUEST = ".force"
+"""File in the published directory that asks the next run of the step to recompute its value."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step's `run` gets besides its settings."""
+
+    entry: Path
+    """Store entry: the payload goes here; may hold the remains of an earlier attempt."""
+    inputs: Mapping[str, Input]
+    """Resolved inputs by field name; fields that were left empty are absent."""
+    log: logging.Logger
+    work: Path
+    """Bookkeeping directory of the attempts; not part of the payload."""
+    fingerprint: str = ""
+
+    def progress(self, what: str, total: int, done: int = 0) -> Progress:
+        """A progress bar or, without a terminal, progress lines."""
+        return Progress(self.log, what, total, done)
+
+
+@dataclass(frozen=True)
+class Step(Generic[C]):
+    """A step of the pipeline: a pure function of its settings and inputs to a directory."""
+
+    name: str | Callable[[C], str]
+    config: type[C]
+    run: Callable[[Context, C], Mapping[str, Any]]
+    """Writes the payload and returns metrics for the manifest."""
+    doc: str | None = None
+    volatile: tuple[str, ...] = ()
+    """Glob patterns of payload files that differ between equal runs (timings)."""
+    optional: frozenset[str] = frozenset()
+    """Source fields that may stay empty."""
+    resolve: Mapping[str, Callable[[str], Path]] = field(default_factory=dict)
+    """For a source field: from the given text to a local path (a hub id, say)."""
+    parts: Mapping[str, Callable[[Path], tuple[Path, Iterable[Path]]]] = field(default_factory=dict)
+    """For a source field outside the store: (root, files) that its content consists of."""
+
+
+def main(step: Step[C], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the step from the command line and exit with its code."""
+    sys.exit(execute(step, sys.argv[1:] if arguments is None else arguments))
+
+
+def execute(step: Step[C], arguments: Sequence[str]) -> int:
+    """Run the step; errors that it reports become one line and their exit code."""
+    module = step.run.__module__
+    if module == "__main__":
+        module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+    parser = _parser(step, module)
+    given = vars(parser.parse_args(list(arguments)))
+    log = logger(module.rpartition(".")[2])
+    try:
+        _evaluate(step, module, cli.settings(step.config, given), given, log)
+    except StepError as error:
+        logging.getLogger(log.name).error("%s", error)
+        return error.exit_code
+    return 0
+
+
+def _parser(step: Step[C], module: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=step.doc or step.config.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cli.add_flags(parser, step.config)
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--save-dir", type=Path, required=True, help="directory that shows the result"
+    )
+    where.add_argument("--store", type=Path, default=Path("store"), help="store (default: store)")
+    where.add_argument("--image", default="", help="digest of the container image this runs in")
+    where.add_argument("--force", action="store_true", help="compute again although it is there")
+    return parser
+
+
+def _evaluate(
+    step: Step[C], module: str, config: C, given: Mapping[str, Any], log: logging.Logger
+) -> None:
+    out: Path = given["save_dir"]
+    root: Path = given["store"]
+    root.mkdir(parents=True, exist_ok=True)
+    inputs = _inputs(step, config, root)
+    name = step.name if isinstance(step.name, str) else step.name(config)
+    slice_ = {
+        key: getattr(config, key)
+        for key, info in step.config.model_fields.items()
+        if cli.role(info) == "value"
+    }
+    digests = {key: item.digest for key, item in inputs.items()}
+    code = code_version(module)
+    print_ = store.fingerprint(name, slice_, digests, code, given["image"])
+    entry = root / name / print_
+    work = entry / store.WORK
+    _take_aside(entry, out, given["force"])
+    (work / "logs").mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if not (entry / store.MANIFEST).exists():
+            stack.enter_context(Lease(work))
+        # Asked again under the lease: its last holder may just have finished this very value.
+        manifest = store.read_manifest(entry)
+        if manifest is not None:
+            store.check(entry, manifest)
+            store.publish(entry, out)
+            log.info("%s %s is there already; nothing to compute", name, print_)
+            return
+        attempt = 1 + len(list((work / "logs").glob("attempt-*.log")))
+        log = logger(module.rpartition(".")[2], work / "logs" / f"attempt-{attempt:04d}.log")
+        log.info("%s %s attempt %d in %s", name, print_, attempt, entry)
+        store.show_work(entry, out)
+        start = time.monotonic()
+        context = Context(entry.resolve(), inputs, log, work.resolve(), print_)
+        try:
+            metrics = dict(step.run(context, config))
+        except StepError as error:
+            log.error("%s", error)
+            with contextlib.suppress(IndexError):
+                log.handlers.pop(0)  # the file has it; `execute` prints it once
+            raise
+        except Exception:
+            log.exception("%s failed; the traceback is also in %s", name, work / "logs")
+            raise
+        description = {
+            "step": name,
+            "fingerprint": print_,
+            "config": slice_,
+            "code": code,
+            "image": given["image"],
+            "inputs": {
+                key: {"path": os.path.relpath(item.path), "digest": item.digest}
+                for key, item in inputs.items()
+            },
+            "metrics": metrics,
+            "attempts": attempt,
+            "wall_s": round(time.monotonic() - start, 3),
+        }
+        store.seal(entry, description, step.volatile)
+        store.publish(entry, out)
+        log.info("%s is done: %s", name, out)
+
+
+def _take_aside(entry: Path, out: Path, force: bool) -> None:
+    """Set a finished value aside when asked to compute it again; an unfinished one resumes."""
+    request = out / FORCE_REQUEST
+    if (force or request.exists()) and (entry / store.MANIFEST).exists():
+        number = 1
+        while (aside := entry.with_name(f"{entry.name}.replaced-{number}")).exists():
+            number += 1
+        os.rename(entry, aside)
+    request.unlink(missing_ok=True)
+
+
+def _inputs(step: Step[C], config: C, root: Path) -> dict[str, Input]:
+    found: dict[str, Input] = {}
+    digests = Digests(root)
+    for key, info in step.config.model_fields.items():
+        if cli.role(info) != "source":
+            continue
+        text: str = getattr(config, key)
+        if not text:
+            if key in step.optional:
+                continue
+            raise ConfigError(f"{cli.flag_name(key, info)} is needed: {info.description}")
+        path = step.resolve[key](text) if key in step.resolve else Path(text)
+        if not path.exists():
+            raise InputError(f"{cli.flag_name(key, info)}: {path} does not exist")
+        artefact = store.artefact_of(path)
+        if artefact is not None:
+            directory, manifest = artefact
+            store.check(directory, manifest)
+            inside = path.relative_to(directory).as_posix()
+            digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
+            found[key] = Input(path, digest, manifest)
+        elif key in step.parts:
+            base, files = step.parts[key](path)
+            found[key] = Input(path, digests.files(base, files))
+        else:
+            found[key] = Input(path, digests.path(path))
+    digests.save()
+    return found

@@ -1,0 +1,216 @@
+"""The store: `<store>/<step>/<fingerprint>/` holds the payload and, written last, `manifest.json`.
+
+An entry without a manifest is work in progress; one whose files disagree with its manifest is an
+IntegrityError, never a silent rebuild. Bookkeeping of attempts lives in `.work/`, outside the
+payload. `publish` shows a sealed entry in `results/<run>/<rule>/`: a copy of the manifest and a
+link for each payload file, so that a tool which deletes "the output" deletes a few bytes.
+
+Two digests matter. The fingerprint names the computation (settings, inputs, code, image); the
+content digest names its value (payload bytes). Later steps depend on the content digest: the same
+value made twice keeps them cached, another value from the same computation does not.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core import fsio
+from llava_steps.core.errors import InputError, IntegrityError
+
+MANIFEST = "manifest.json"
+WORK = ".work"
+FORMAT = 1
+PACKAGES = (
+    "llava-steps",
+    "torch",
+    "megatron-core",
+    "megatron-energon",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "webdataset",
+    "snakemake",
+    "pillow",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A resolved input: where its bytes are and the digest that stands for them."""
+
+    path: Path
+    digest: str
+    manifest: Mapping[str, Any] | None = None
+
+
+def fingerprint(
+    step: str, config: Mapping[str, Any], inputs: Mapping[str, str], code: str, image: str
+) -> str:
+    """Name of a computation: 32 hex characters over everything that decides its value."""
+    parts = {
+        "format": FORMAT,
+        "step": step,
+        "config": config,
+        "inputs": inputs,
+        "code": code,
+        "image": image,
+    }
+    return fsio.sha256_json(parts)[:32]
+
+
+def content_digest(files: Iterable[Mapping[str, Any]]) -> str:
+    """Digest of the payload: names, sizes and sha256 of all files that are not volatile."""
+    rows = [[f["path"], f["size"], f["sha256"]] for f in files if not f.get("volatile")]
+    return fsio.sha256_json(sorted(rows))
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a sealed entry or of a published result; None when there is none."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise IntegrityError(f"{path} is damaged: {error}") from None
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or "content" not in manifest
+    ):
+        raise IntegrityError(f"{path} is not a manifest of format {FORMAT} of llava-steps")
+    return manifest
+
+
+def check(directory: Path, manifest: Mapping[str, Any], digests: bool = False) -> None:
+    """Compare the files of an entry with its manifest: presence and size, sha256 with `digests`.
+
+    Raises IntegrityError that names the first file that differs and says what to do.
+    """
+    advice = "restore it, or make it again with --force"
+    if content_digest(manifest["files"]) != manifest["content"]:
+        raise IntegrityError(
+            f"{directory / MANIFEST}: content digest and file list disagree; {advice}"
+        )
+    for file in manifest["files"]:
+        path = directory / file["path"]
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing though {MANIFEST} lists it; {advice}")
+        if path.stat().st_size != file["size"]:
+            raise IntegrityError(
+                f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {file['size']}; {advice}"
+            )
+        if digests and fsio.sha256_file(path) != file["sha256"]:
+            raise IntegrityError(f"{path} has another sha256 than {MANIFEST} says; {advice}")
+
+
+def seal(
+    entry: Path, description: Mapping[str, Any], volatile: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Write the manifest of a finished entry, after its payload is on stable storage.
+
+    `volatile` are glob patterns of files that are verified but not part of the content (timings).
+    """
+    patterns = tuple(volatile)
+    files = []
+    for path in fsio.files_below(entry, skip=[WORK, MANIFEST]):
+        name = path.relative_to(entry).as_posix()
+        row: dict[str, Any] = {
+            "path": name,
+            "size": path.stat().st_size,
+            "sha256": fsio.sha256_file(path),
+        }
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            row["volatile"] = True
+        files.append(row)
+    if not files:
+        raise IntegrityError(f"{entry}: the step wrote no file; refusing to seal an empty artefact")
+    fsio.fsync_tree(entry)
+    manifest = {
+        "format": FORMAT,
+        "content": content_digest(files),
+        "files": files,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "packages": package_versions(),
+        **description,
+    }
+    fsio.write_json(entry / MANIFEST, manifest)
+    return manifest
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of python and of the installed packages that can decide a value."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def publish(entry: Path, out: Path) -> None:
+    """Show a sealed entry at `out`: links to the payload, then a copy of the manifest.
+
+    Only links, empty directories and a manifest are ever removed from `out`; anything else there
+    is an InputError, because it is not ours.
+    """
+    unpublish(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for item in sorted(entry.iterdir()):
+        if item.name not in (MANIFEST, WORK) and not item.name.startswith(fsio.TEMPORARY):
+            _link(item, out / item.name)
+    fsio.write_bytes(out / MANIFEST, (entry / MANIFEST).read_bytes())
+
+
+def show_work(entry: Path, out: Path) -> None:
+    """Show an unfinished entry at `out` as one link, `work`, so that people find its logs."""
+    unpublish(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _link(entry, out / "work")
+
+
+def unpublish(out: Path) -> None:
+    """Remove what `publish` or `show_work` put at `out`."""
+    if not out.is_dir():
+        return
+    fsio.remove_temporaries(out)
+    for item in sorted(out.iterdir(), key=lambda p: p.name != MANIFEST):
+        if not (item.is_symlink() or item.name == MANIFEST):
+            raise InputError(
+                f"{item} was not written by this step; move it away or choose another --save-dir"
+            )
+        item.unlink()
+
+
+def _link(target: Path, link: Path) -> None:
+    link.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))
+
+
+def artefact_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The sealed artefact that `path` is or lies in: (its directory, its manifest), or None.
+
+    A `manifest.json` of some other tool further up the tree is not ours to judge.
+    """
+    for directory in (path, *path.parents):
+        if not (directory / MANIFEST).is_file():
+            continue
+        try:
+            manifest = read_manifest(directory)
+        except IntegrityError:
+            if directory == path:
+                raise
+            continue
+        if manifest is not None:
+            return directory, manifest
+    return None

@@ -1,0 +1,172 @@
+"""A step's life: computed once, cached, resumed, refused, forced, and never trusted when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+STEP = '''
+"""A small step for the tests."""
+import os, time
+from pathlib import Path
+from llava_steps.core.config import StepConfig, quiet, source, value
+from llava_steps.core.errors import InputError
+from llava_steps.core.run import Context, Step, main
+
+class Settings(StepConfig):
+    data: str = source("", "what is copied")
+    times: int = value(1, "copies")
+    label: str = quiet("", "a label")
+
+def run(ctx: Context, cfg: Settings):
+    if cfg.times == 13:
+        raise InputError("thirteen copies are refused")
+    (ctx.entry / "partial").write_text("x")
+    while Path("hold").exists():
+        time.sleep(0.01)
+    (ctx.entry / "partial").unlink()
+    text = ctx.inputs["data"].path.read_text()
+    (ctx.entry / "out.txt").write_text(text * cfg.times)
+    with open("calls", "a") as f:
+        f.write("call\\n")
+    return {"length": len(text) * cfg.times}
+
+if __name__ == "__main__":
+    main(Step(name="copy", config=Settings, run=run, doc=__doc__))
+'''
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "copystep.py").write_text(textwrap.dedent(STEP))
+    (tmp_path / "data.txt").write_text("hello")
+    return tmp_path
+
+
+def call(*flags: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "copystep", "--save-dir", "out", "--data", "data.txt", *flags]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+
+
+def calls(place: Path) -> int:
+    path = place / "calls"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def manifest(place: Path) -> dict:
+    return json.loads((place / "out/manifest.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def only_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The step of these tests lives outside the package; its code version is that of a core module.
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(root))
+
+
+def test_computed_once_and_found_again(place: Path) -> None:
+    assert call().returncode == 0
+    first = (place / "out/manifest.json").read_bytes()
+    assert (place / "out/out.txt").read_text() == "hello"
+    assert call("--label", "another").returncode == 0
+    assert calls(place) == 1
+    assert (place / "out/manifest.json").read_bytes() == first
+
+
+def test_settings_and_content_decide(place: Path) -> None:
+    assert call().returncode == 0
+    assert call("--times", "2").returncode == 0
+    (place / "data.txt").write_text("other")
+    assert call("--times", "2").returncode == 0
+    assert calls(place) == 3
+    (place / "data.txt").write_text("hello")
+    assert call("--times", "2").returncode == 0
+    assert calls(place) == 3, "going back must cost nothing"
+    assert (place / "out/out.txt").read_text() == "hellohello"
+
+
+def test_force_computes_again_and_keeps_the_old_value(place: Path) -> None:
+    assert call().returncode == 0
+    assert call("--force").returncode == 0
+    (place / "out/.force").touch()
+    assert call().returncode == 0
+    assert calls(place) == 3
+    assert len(list((place / "store/copy").glob("*.replaced-*"))) == 2
+    assert call().returncode == 0
+    assert calls(place) == 3, "a request is honoured once"
+
+
+def test_damaged_entry_is_an_error_not_a_rebuild(place: Path) -> None:
+    assert call().returncode == 0
+    (place / "out/out.txt").resolve().write_text("hell")
+    result = call()
+    assert result.returncode == 4
+    assert "out.txt" in result.stderr and calls(place) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}'])
+def test_damaged_manifest_is_an_error(place: Path, text: str) -> None:
+    assert call().returncode == 0
+    (entry,) = (place / "store/copy").iterdir()
+    (entry / "manifest.json").write_text(text)
+    assert call().returncode == 4
+
+
+def test_live_lease_refuses_and_dead_one_is_taken_over(place: Path) -> None:
+    (place / "hold").touch()
+    line = [sys.executable, "-m", "copystep", "--save-dir", "out", "--data", "data.txt"]
+    first = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: list((place / "store").glob("copy/*/partial")))
+        second = call()
+        assert second.returncode == 5 and str(first.pid) in second.stderr
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    assert not (place / "out/manifest.json").exists()
+    (place / "hold").unlink()
+    assert call().returncode == 0
+    assert manifest(place)["attempts"] == 2
+    assert not list((place / "store").glob("copy/*/.work/lease.json"))
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_exit_codes_and_messages(place: Path) -> None:
+    assert call("--times", "13").returncode == 3
+    assert call("--times", "x").returncode == 2
+    assert call("--tines", "3").returncode == 2
+    assert call("--data", "nowhere").returncode == 3
+    assert "--data" in call("--data", "nowhere").stderr
+
+
+def test_a_result_directory_of_somebody_else_is_left_alone(place: Path) -> None:
+    (place / "out").mkdir()
+    (place / "out/thesis.tex").write_text("years of work")
+    assert call().returncode == 3
+    assert (place / "out/thesis.tex").read_text() == "years of work"
+
+
+def test_input_inside_an_artefact_is_known_by_its_content(place: Path) -> None:
+    assert call().returncode == 0
+    line = [sys.executable, "-m", "copystep", "--save-dir", "out2", "--data", "out/out.txt"]
+    assert subprocess.run(line, timeout=60).returncode == 0
+    used = json.loads((place / "out2/manifest.json").read_text())["inputs"]["data"]["digest"]
+    assert used == manifest(place)["content"] + "/out.txt"
+    assert call("--force").returncode == 0, "same bytes made again"
+    assert subprocess.run(line, timeout=60).returncode == 0
+    assert calls(place) == 3, "an equal value keeps later steps cached"
