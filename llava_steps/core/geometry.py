@@ -150,7 +150,7 @@ class Geometry:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Geometry:
-        """The geometry of a LlavaForConditionalGeneration config.json; InputError if unsupported."""
+        """The geometry of a LLaVA model's config.json; InputError when it is not supported."""
         if config.get("model_type") != "llava":
             raise InputError(
                 f"model_type {config.get('model_type')!r} is not supported; supported: 'llava'"
@@ -165,7 +165,8 @@ class Geometry:
                 raise InputError(f"text_config.{key}={filled[key]!r} is not supported; unset it")
         if filled["hidden_act"] != "silu":
             raise InputError(
-                f"text_config.hidden_act {filled['hidden_act']!r} is not supported; supported: 'silu'"
+                f"text_config.hidden_act {filled['hidden_act']!r} is not supported; "
+                "supported: 'silu'"
             )
         heads = _count(filled, "num_attention_heads")
         hidden = _count(filled, "hidden_size")

@@ -1,0 +1,160 @@
+"""Causal attention over one packed row of samples, without Transformer Engine.
+
+`Packed` is built once per microbatch and handed to every layer in megatron-core's
+`packed_seq_params` place, which activation recomputation carries along by closure. It holds the
+boundaries of the samples, the rotary table of the row and, for the dense kernel, the indices that
+move between the packed row and a right-padded [n, L] batch.
+
+Two kernels, one result: `torch.nn.attention.varlen` on CUDA in bf16, and torch's SDPA over the
+right-padded batch everywhere else (CPU, and fp32 on CUDA). Right padding needs no mask: with causal
+attention no real token looks at it, and its outputs are never gathered back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_steps.core.errors import InputError
+from llava_steps.model.rope import rotate
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One packed row: n samples in T tokens (padding at the end is a sample of its own).
+
+    cu_seqlens int32 [n+1]; cos, sin [T, 1, 1, head_dim]; to_dense int64 [n*L] and to_packed
+    int64 [T], or None where the row is its own dense batch (one sample) or the kernel is varlen.
+    """
+
+    # Read by megatron-core's attention: "sbhd" keeps [T, 1, heads, head_dim] as it is.
+    qkv_format = "sbhd"
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    cos: Tensor
+    sin: Tensor
+    varlen: bool
+    to_dense: Tensor | None
+    to_packed: Tensor | None
+
+    @property
+    def samples(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+
+def pack(cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor) -> Packed:
+    """The `Packed` of a row of T tokens; cos and sin are [T, head_dim] in the compute dtype.
+
+    Boundaries are checked where reading them costs nothing (on CPU): InputError if they do not
+    cover the row or if a sample is longer than max_seqlen.
+    """
+    tokens = cos.shape[0]
+    if cu_seqlens.device.type == "cpu":
+        _check(cu_seqlens, max_seqlen, tokens)
+    cu_seqlens = cu_seqlens.to(device=cos.device, dtype=torch.int32)
+    varlen = cos.is_cuda and cos.dtype != torch.float32
+    to_dense = to_packed = None
+    samples = cu_seqlens.numel() - 1
+    if not varlen and samples > 1:
+        starts = cu_seqlens[:-1].long()
+        token = torch.arange(tokens, device=cos.device)
+        sample = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
+        to_packed = sample * max_seqlen + token - starts[sample]
+        columns = torch.arange(max_seqlen, device=cos.device)
+        # Padding places point at a real row: its values are finite and nobody reads the outputs.
+        to_dense = (starts[:, None] + columns).clamp_(max=tokens - 1).flatten()
+    return Packed(
+        cu_seqlens, max_seqlen, cos[:, None, None], sin[:, None, None], varlen, to_dense, to_packed
+    )
+
+
+def _check(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (lengths <= 0).any():
+        raise InputError(
+            f"cu_seqlens {cu_seqlens.tolist()} does not cut {tokens} tokens into samples; "
+            "padding at the end of the row must be a sample of its own"
+        )
+    if lengths.max() > max_seqlen:
+        raise InputError(f"a sample of {int(lengths.max())} tokens exceeds max_seqlen {max_seqlen}")
+
+
+class PackedAttention(torch.nn.Module):
+    """core_attention of the `local` spec: rotary embedding, then causal attention per sample."""
+
+    def __init__(self, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: Packed,
+        **_: Any,
+    ) -> Tensor:
+        """query [T, 1, heads, d], key and value [T, 1, kv_heads, d] -> [T, 1, heads * d]."""
+        packed = packed_seq_params
+        query = rotate(query, packed.cos, packed.sin).squeeze(1)
+        key = rotate(key, packed.cos, packed.sin).squeeze(1)
+        value = value.squeeze(1)
+        kernel = varlen_kernel if packed.varlen else dense_kernel
+        return kernel(query, key, value, packed, self.softmax_scale).flatten(1).unsqueeze(1)
+
+
+def dense_kernel(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None) -> Tensor:
+    """SDPA over the right-padded batch. q [T, heads, d], k and v [T, kv_heads, d] -> like q."""
+
+    def dense(x: Tensor) -> Tensor:
+        if packed.to_dense is not None:
+            x = x.index_select(0, packed.to_dense)
+        return x.view(packed.samples, -1, *x.shape[1:]).transpose(1, 2)
+
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        dense(q), dense(k), dense(v), is_causal=True, scale=scale, enable_gqa=grouped
+    )
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if packed.to_packed is None else out.index_select(0, packed.to_packed)
+
+
+@cache
+def _varlen() -> tuple[Callable[..., Tensor], dict[str, Any], bool]:
+    """varlen_attn, its spelling of `causal` in this torch, and whether it takes grouped heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = (
+        {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    )
+    return varlen_attn, causal, "enable_gqa" in names
+
+
+def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None) -> Tensor:
+    """Flash attention over the packed row (CUDA, 16 bit). Shapes as in dense_kernel."""
+    attend, options, grouped = _varlen()
+    if q.shape[1] != k.shape[1]:
+        if grouped:
+            options = {**options, "enable_gqa": True}
+        else:
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    if scale is not None and scale != 1.0 / math.sqrt(q.shape[-1]):
+        options = {**options, "scale": scale}
+    cu, longest = packed.cu_seqlens, packed.max_seqlen
+    out: Tensor = attend(
+        q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest, **options
+    )
+    return out

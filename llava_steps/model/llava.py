@@ -1,0 +1,233 @@
+"""The parallel LLaVA: an HF vision tower, a projector and a megatron-core GPT.
+
+One microbatch is one packed row, tokens [1, T] (see attention.Packed). Image tokens are already
+expanded in the row; the projected features replace their embeddings, in order. Every pipeline stage
+knows all shapes from the row alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from torch import Tensor
+
+from llava_steps.core.errors import InputError
+from llava_steps.core.geometry import Geometry
+from llava_steps.model.attention import pack
+from llava_steps.model.options import ModelOptions, transformer_config
+from llava_steps.model.rope import RotaryTable
+from llava_steps.model.specs import local_block_spec, mark_tensor_parallel
+from llava_steps.model.vision import build_tower, image_features, shared_image_features
+
+IGNORED = -100
+
+
+class Projector(torch.nn.Module):
+    """HF's multi_modal_projector: [.., vision_hidden] -> [.., hidden]. Replicated on all ranks."""
+
+    def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
+        from transformers.activations import ACT2FN
+
+        super().__init__()
+        self.act = ACT2FN[geometry.projector_act]
+        sizes = ((geometry.vision_hidden, geometry.hidden), (geometry.hidden, geometry.hidden))
+        self.linear_1, self.linear_2 = (
+            torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
+                torch.nn.Linear,
+                *size,
+                bias=geometry.projector_bias,
+                device=torch.cuda.current_device(),
+                dtype=dtype,
+            )
+            for size in sizes
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(self.act(self.linear_1(features)))
+        return out
+
+
+class Llava(MegatronModule):  # type: ignore[misc]
+    """One pipeline stage of the model. Build it with `build_llava`."""
+
+    def __init__(self, geometry: Geometry, options: ModelOptions) -> None:
+        config = transformer_config(geometry, options)
+        super().__init__(config=config)
+        self.geometry, self.options = geometry, options
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = options.pre_process, options.post_process
+        # The schedules add up the two copies' gradients, of which a frozen head has none.
+        self.share_embeddings_and_output_weights = geometry.tied and not options.freeze_lm
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.rotary = RotaryTable(geometry)
+        if self.pre_process:
+            self.vision_tower = build_tower(geometry, options.dtype)
+            self.mm_projector = Projector(geometry, options.dtype)
+        self.language_model = GPTModel(
+            config,
+            local_block_spec(geometry, get_num_layers_to_build(config)),
+            vocab_size=geometry.vocab,
+            max_sequence_length=geometry.max_positions,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            share_embeddings_and_output_weights=geometry.tied,
+            position_embedding_type="none",
+            scatter_embedding_sequence_parallel=False,
+        )
+        mark_tensor_parallel(self.language_model)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        if self.options.freeze_lm:
+            self.language_model.requires_grad_(False)
+        if self.pre_process and self.options.freeze_vision:
+            self.vision_tower.requires_grad_(False)
+        if self.pre_process and self.options.freeze_projector:
+            self.mm_projector.requires_grad_(False)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Called by the schedules with the activations [T (/tp), 1, hidden] of the stage before."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight on the first and last stage; the schedules reduce its gradients."""
+        weight: Tensor | None = self.language_model.shared_embedding_or_output_weight()
+        return weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """One packed row.
+
+        tokens int64 [1, T]; position_ids int64 [1, T], from 0 in every sample; cu_seqlens int32
+        [n+1], padding at the end being a sample of its own; max_seqlen >= the longest sample;
+        pixel_values [images, 3, H, W] (first stage) or None; labels int64 [1, T], labels[t] being
+        the target at position t and -100 no target (last stage), or None.
+
+        Last stage: without labels logits fp32 [T, vocab], gathered over tensor parallel; with
+        labels the losses fp32 [targets] of the positions that have one, in order. Other stages:
+        activations [T (/tp), 1, hidden]. InputError when image tokens and features differ in
+        number, or T does not divide by tp under sequence parallel.
+        """
+        if self.options.sequence_parallel and tokens.shape[1] % self.options.tp:
+            raise InputError(
+                f"a row of {tokens.shape[1]} tokens does not divide by tp {self.options.tp}; "
+                "pad rows to a multiple of it for sequence_parallel"
+            )
+        cos, sin = self.rotary(position_ids[0], self.options.dtype)
+        packed = pack(cu_seqlens, max_seqlen, cos, sin)
+        hidden: Tensor = self.language_model.decoder(
+            hidden_states=self._embed(tokens, pixel_values) if self.pre_process else None,
+            attention_mask=None,
+            packed_seq_params=packed,
+        )
+        if not self.post_process:
+            return hidden
+        return self._logits(hidden) if labels is None else self._losses(hidden, labels)
+
+    def _embed(self, tokens: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """tokens [1, T] -> [T, 1, hidden] with the image features in place, or this rank's part."""
+        embeddings: Tensor = self.language_model.embedding.word_embeddings(tokens).squeeze(0)
+        places = (tokens[0] == self.geometry.image_token_id).nonzero().squeeze(1)
+        images = 0 if pixel_values is None else pixel_values.shape[0]
+        if places.numel() != images * self.geometry.tokens_per_image:
+            raise InputError(
+                f"{places.numel()} image tokens in a row with {images} images of "
+                f"{self.geometry.tokens_per_image} tokens each; was a sample cut within an image?"
+            )
+        if pixel_values is not None and images:
+            features = self.mm_projector(self._features(pixel_values)).flatten(0, 1)
+            embeddings = embeddings.index_copy(0, places, features.to(embeddings.dtype))
+        else:
+            embeddings = embeddings + self._no_image()
+        embeddings = embeddings.unsqueeze(1)
+        if self.options.sequence_parallel:
+            # The clone lets the whole row go; the scatter returns a view of it.
+            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings).clone()
+        return embeddings
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        if self.options.freeze_vision:
+            return shared_image_features(self.vision_tower, pixels, self.geometry, self.tp_group)
+        # Every tensor-parallel rank encodes all images: equal inputs, hence equal gradients.
+        return image_features(self.vision_tower, pixels, self.geometry)
+
+    def _no_image(self) -> Tensor | float:
+        """A zero that depends on every trainable image parameter.
+
+        A row of text only must still give each of them a gradient: the gradient reduction of other
+        ranks waits for it.
+        """
+        g = self.geometry
+        weight = self.mm_projector.linear_1.weight
+        if not self.options.freeze_vision:
+            blank = weight.new_zeros(1, 3, g.image_size, g.image_size)
+            features = image_features(self.vision_tower, blank, g)
+        elif not self.options.freeze_projector:
+            features = weight.new_zeros(1, g.vision_hidden)
+        else:
+            return 0.0
+        zero: Tensor = 0.0 * self.mm_projector(features).sum()
+        return zero
+
+    def _whole_row(self, hidden: Tensor) -> Tensor:
+        """[T (/tp), 1, hidden] -> [T, hidden] on every tensor-parallel rank."""
+        if self.options.sequence_parallel:
+            # The head of each rank covers a part of the vocabulary: backward sums its gradients.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True
+            )
+        return hidden.squeeze(1)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """hidden [n, hidden] -> logits fp32 [n, vocab / tp], this rank's part of the vocabulary."""
+        if not self.options.sequence_parallel:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        lm = self.language_model
+        tied = self.geometry.tied
+        weight = lm.shared_embedding_or_output_weight() if tied else lm.output_layer.weight
+        return F.linear(hidden, weight).float()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self._head(self._whole_row(hidden))
+        whole: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+        return whole
+
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        targets = (labels[0] != IGNORED).nonzero().squeeze(1)
+        logits = self._head(self._whole_row(hidden).index_select(0, targets))
+        losses: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits, labels[0, targets])
+        return losses
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """megatron-core's sharded state dict without `_extra_state`, which is always empty here."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+def build_llava(geometry: Geometry, options: ModelOptions) -> Llava:
+    """One pipeline stage with undefined weights; load a checkpoint before use.
+
+    Needs initialised model parallelism of the same tp and pp (and, with sequence parallel,
+    `tensor_parallel.model_parallel_cuda_manual_seed`). On a machine without CUDA the shim must be
+    installed first (`cpu_shim.install()`). ConfigError when the layout does not fit the geometry.
+    """
+    return Llava(geometry, options)

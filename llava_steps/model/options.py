@@ -1,0 +1,129 @@
+"""How a model is laid out and computed, as opposed to what it is (`Geometry`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from llava_steps.core.errors import ConfigError
+from llava_steps.core.geometry import Geometry
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Layout and compute options of one model chunk.
+
+    `pre_process` / `post_process`: this rank is the first / last pipeline stage.
+    `variable_seq_lengths`: rows of different T in one pipeline run.
+    `recompute`: activations that are computed again in the backward pass.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    tp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+    freeze_vision: bool = True
+    freeze_projector: bool = False
+    freeze_lm: bool = False
+    pre_process: bool = True
+    post_process: bool = True
+    variable_seq_lengths: bool = False
+    recompute: Literal["none", "core_attn", "full"] = "none"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+
+def check_layout(geometry: Geometry, options: ModelOptions) -> None:
+    """ConfigError unless the model can be cut as `options` asks."""
+    divisible = {
+        "vocab_size": geometry.vocab,
+        "num_attention_heads": geometry.heads,
+        "num_key_value_heads": geometry.kv_heads,
+        "intermediate_size": geometry.ffn,
+    }
+    for name, size in divisible.items():
+        if size % options.tp:
+            raise ConfigError(
+                f"tensor_model_parallel {options.tp} does not divide {name} {size}; choose a size "
+                "that does"
+                + (", or pad the vocabulary (hf_model.vocab_size_padding)" * (name == "vocab_size"))
+            )
+    if options.pp > geometry.layers:
+        raise ConfigError(
+            f"pipeline_model_parallel {options.pp} exceeds the model's {geometry.layers} layers"
+        )
+    if options.sequence_parallel and options.tp == 1:
+        raise ConfigError("sequence_parallel needs tensor_model_parallel > 1")
+
+
+def transformer_config(geometry: Geometry, options: ModelOptions) -> TransformerConfig:
+    """megatron-core's configuration from the geometry alone. No dropout, no fusion, no init."""
+    check_layout(geometry, options)
+    uneven: dict[str, Any] = {}
+    if geometry.layers % options.pp:
+        # Earlier stages take one more layer each; the last stage has the head to carry.
+        per_stage = -(-geometry.layers // options.pp)
+        last = geometry.layers - per_stage * (options.pp - 1)
+        if last < 1:
+            raise ConfigError(
+                f"{geometry.layers} layers cannot be cut into {options.pp} pipeline stages; "
+                "choose a pipeline size that divides them"
+            )
+        uneven = {"num_layers_in_last_pipeline_stage": last}
+    recomputes: dict[str, dict[str, Any]] = {
+        "none": {},
+        "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    }
+    return TransformerConfig(
+        num_layers=geometry.layers,
+        hidden_size=geometry.hidden,
+        ffn_hidden_size=geometry.ffn,
+        num_attention_heads=geometry.heads,
+        num_query_groups=geometry.kv_heads,
+        kv_channels=geometry.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=geometry.rms_eps,
+        qk_layernorm=geometry.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=geometry.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=options.dtype,
+        pipeline_dtype=options.dtype,
+        bf16=options.precision == "bf16",
+        tensor_model_parallel_size=options.tp,
+        pipeline_model_parallel_size=options.pp,
+        sequence_parallel=options.sequence_parallel,
+        variable_seq_lengths=options.variable_seq_lengths,
+        # Weights always come from a checkpoint; megatron-core would draw them all first.
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # A sum over tokens, divided once by the tokens of the global batch.
+        calculate_per_token_loss=True,
+        batch_p2p_sync=False,
+        # Each of these needs Apex, Transformer Engine or a compiler at run time.
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        cross_entropy_loss_fusion=False,
+        **uneven,
+        **recomputes[options.recompute],
+    )

@@ -1,0 +1,91 @@
+"""The vision tower: the Hugging Face module itself, read at one hidden state.
+
+There is nothing to map and nothing to keep in step with transformers: the tower's parameters keep
+their names, and the parts that are never run (layers behind the one that is read, the last norm, a
+pooling head) keep theirs too, so that the round trip to safetensors is complete.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llava_steps.core.geometry import Geometry
+
+
+def _tower_config(geometry: Geometry) -> object:
+    from transformers import CONFIG_MAPPING
+
+    # Dropout has no place in a pipeline of reproducible steps; towers ship with 0 anyway.
+    settings = {**geometry.vision_config, "attention_dropout": 0.0}
+    settings.pop("model_type")
+    return CONFIG_MAPPING[geometry.vision_family](**settings)
+
+
+def build_tower(geometry: Geometry, dtype: torch.dtype) -> Any:
+    """The tower on the current device, its weights undefined until a checkpoint is loaded."""
+    from transformers import AutoModel
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        tower = AutoModel.from_config(_tower_config(geometry))
+    tower = tower.to(device=torch.cuda.current_device(), dtype=dtype)
+    # Parts behind the hidden state that is read can never receive a gradient.
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(_is_read(name, geometry.feature_depth))
+    return tower
+
+
+def _is_read(name: str, depth: int) -> bool:
+    if name.startswith(("embeddings.", "pre_layrnorm.")):
+        return True
+    if not name.startswith("encoder.layers."):
+        return False
+    return int(name.split(".")[2]) < depth
+
+
+def tower_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Parameter names and shapes of the tower, without allocating it."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        tower = AutoModel.from_config(_tower_config(geometry))
+    return {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+
+
+def image_features(tower: Any, pixels: Tensor, geometry: Geometry) -> Tensor:
+    """pixels [n, 3, H, W] -> features [n, tokens_per_image, vision_hidden], HF semantics.
+
+    hidden_states[k] is what goes into layer k (after CLIP's pre_layrnorm), so only the first k
+    layers run; "default" drops the first position, whatever it is.
+    """
+    first = next(tower.parameters())
+    hidden: Tensor = tower.embeddings(pixels.to(device=first.device, dtype=first.dtype))
+    if hasattr(tower, "pre_layrnorm"):
+        hidden = tower.pre_layrnorm(hidden)
+    for layer in tower.encoder.layers[: geometry.feature_depth]:
+        hidden = layer(hidden, None)
+    return hidden[:, 1:] if geometry.select_strategy == "default" else hidden
+
+
+@torch.no_grad()
+def shared_image_features(
+    tower: Any, pixels: Tensor, geometry: Geometry, group: dist.ProcessGroup
+) -> Tensor:
+    """image_features of a frozen tower: each rank of `group` encodes its share, all get all.
+
+    Every rank passes the same pixels. The share is rounded up by repeating the last image, so that
+    the gather has equal parts.
+    """
+    ranks, images = group.size(), pixels.shape[0]
+    if ranks == 1:
+        return image_features(tower, pixels, geometry)
+    share = -(-images // ranks)
+    mine = torch.arange(group.rank() * share, (group.rank() + 1) * share, device=pixels.device)
+    local = image_features(tower, pixels[mine.clamp_(max=images - 1)], geometry).contiguous()
+    gathered = local.new_empty(ranks * share, *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, local, group=group)
+    return gathered[:images]
