@@ -1,0 +1,199 @@
+"""Conversations to token ids and labels, with what is saved in the HF directory.
+
+The ids are those of `processor.apply_chat_template(messages, tokenize=True)` with the images: the
+template's text, each image token repeated as often as the image has features. Labels are the
+answers and their end tokens, already shifted by one position.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.data.images import ImageTransform
+from llava_steps.data.samples import SampleError, Turn
+from llava_steps.data.template import Template
+
+IGNORE = -100
+"""Label of positions that are not supervised."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation in tokens."""
+
+    tokens: torch.Tensor
+    """int64 [T]"""
+    shifted_labels: torch.Tensor
+    """int64 [T]: the id that position t has to predict, that is tokens[t + 1], where that one is
+    part of an answer or its end token; -100 elsewhere, always at T - 1."""
+
+    @property
+    def supervised(self) -> int:
+        """Number of supervised positions."""
+        return int((self.shifted_labels != IGNORE).sum())
+
+
+def load_processor(hf_dir: Path) -> Any:
+    """The processor saved in an HF directory, with Pillow image processing, from disk only.
+
+    Raises:
+        InputError: the directory holds no loadable processor.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(hf_dir, backend="pil", local_files_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{hf_dir}: no processor can be loaded from it ({type(error).__name__}: {error})"
+        ) from error
+
+
+class ConversationEncoder:
+    """Tokenizes conversations for one HF directory.
+
+    Args:
+        hf_dir: directory with tokenizer, processor and chat template.
+        seq_length: longest accepted conversation in tokens, image tokens included.
+
+    Raises:
+        InputError, ConfigError: nothing can be trained with this directory; the message says why.
+    """
+
+    def __init__(self, hf_dir: Path, seq_length: int) -> None:
+        processor = load_processor(hf_dir)
+        tokenizer = processor.tokenizer
+        if not tokenizer.is_fast:
+            raise ConfigError(f"{hf_dir}: a fast tokenizer (tokenizer.json) is needed for labels")
+        self.seq_length = seq_length
+        self.images = ImageTransform(processor.image_processor)
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.tokens_per_image = _tokens_per_image(processor, self.images)
+        self.pad_id = _pad_id(tokenizer, self.image_token_id, hf_dir)
+        self._ends = _end_ids(hf_dir, tokenizer)
+        self._template = Template(
+            processor, [tokenizer.convert_ids_to_tokens(i) for i in self._ends]
+        )
+        self._bos: str | None = tokenizer.bos_token
+        self._backend = _exact_offsets(tokenizer)
+
+    def encode(self, turns: Sequence[Turn]) -> Encoded:
+        """Ids and labels of a checked conversation.
+
+        Raises:
+            SampleError: longer than seq_length, nothing supervised, an image token inside an
+                answer, a token across the border of an answer, or what `Template.render` refuses.
+        """
+        rendered = self._template.render(turns)
+        # The tokenizer adds its special tokens unless the template wrote them, as HF does it.
+        template_has_bos = self._bos is not None and rendered.text.startswith(self._bos)
+        encoding = self._backend.encode(rendered.text, add_special_tokens=not template_has_bos)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        inside = _inside(encoding.offsets, rendered.spans, rendered.text)
+        is_image = ids == self.image_token_id
+        if (inside & is_image).any():
+            raise SampleError("an image token stands in an answer")
+        repeats = np.where(is_image, self.tokens_per_image, 1)
+        length = int(repeats.sum())
+        if length > self.seq_length:
+            raise SampleError(
+                f"{length} tokens are more than seq_length {self.seq_length}; raise seq_length or "
+                "remove the sample"
+            )
+        tokens = np.repeat(ids, repeats)
+        targets = np.where(np.repeat(inside, repeats), tokens, IGNORE)
+        shifted = np.full_like(targets, IGNORE)
+        shifted[:-1] = targets[1:]
+        if not (shifted != IGNORE).any():
+            raise SampleError("no token is supervised")
+        return Encoded(torch.from_numpy(tokens), torch.from_numpy(shifted))
+
+
+def _inside(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], text: str
+) -> npt.NDArray[np.bool_]:
+    """bool [len(offsets)]: the token lies in one of the spans.
+
+    Raises:
+        SampleError: a token lies across a border, so that prompt and answer share it.
+    """
+    mask = np.zeros(len(offsets), dtype=bool)
+    starts = np.array([start for start, _ in offsets])
+    ends = np.array([end for _, end in offsets])
+    real = ends > starts
+    for start, end in spans:
+        for border in (start, end):
+            across = real & (starts < border) & (ends > border)
+            if across.any():
+                a, b = offsets[int(np.argmax(across))]
+                raise SampleError(
+                    f"the token {text[a:b]!r} lies across the border of an answer; the chat "
+                    "template must not end its generation prompt inside a token"
+                )
+        mask |= real & (starts >= start) & (ends <= end)
+    return mask
+
+
+def _exact_offsets(tokenizer: Any) -> Any:
+    """The tokenizer's backend with offsets that cover every character, leading spaces too."""
+    from tokenizers import Tokenizer
+
+    def untrim(value: Any) -> Any:
+        if isinstance(value, list):
+            return [untrim(item) for item in value]
+        if isinstance(value, dict):
+            return {k: False if k == "trim_offsets" else untrim(v) for k, v in value.items()}
+        return value
+
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    for part in ("post_processor", "pre_tokenizer"):
+        description[part] = untrim(description[part])
+    backend = Tokenizer.from_str(json.dumps(description))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _tokens_per_image(processor: Any, images: ImageTransform) -> int:
+    """Image tokens that the processor writes for one image."""
+    shape = np.broadcast_to(np.float32(0), (1, 3, images.height, images.width))
+    text: str = processor.replace_image_token({"pixel_values": shape}, image_idx=0)
+    count, rest = divmod(len(text), len(processor.image_token))
+    if rest or count < 1:
+        raise ConfigError(
+            "the processor gives no image tokens for an image; check patch_size and "
+            "vision_feature_select_strategy in processor_config.json"
+        )
+    return count
+
+
+def _pad_id(tokenizer: Any, image_token_id: int, hf_dir: Path) -> int:
+    """Id that fills up rows; it is never supervised, but must not be taken for an image."""
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id
+    if pad is None or pad == image_token_id:
+        raise ConfigError(f"{hf_dir}: the tokenizer needs a pad_token that is not the image token")
+    return int(pad)
+
+
+def _end_ids(hf_dir: Path, tokenizer: Any) -> list[int]:
+    """Ids that end a generation: those of generation_config.json, or else the eos token."""
+    ids: Any = None
+    path = hf_dir / "generation_config.json"
+    if path.is_file():
+        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list) else [int(ids)]

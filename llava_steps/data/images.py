@@ -1,0 +1,143 @@
+"""Encoded images to pixels, exactly as the image processor saved in the HF directory makes them.
+
+The reference is `processor.image_processor(transformers.image_utils.load_image(file))`: decoded by
+Pillow, turned upright by the EXIF orientation, made RGB, then the processor's own steps. For the
+CLIP and SigLIP processors the same arithmetic runs here without the detours (one table look-up for
+rescale and normalise); any other processor is called itself.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from llava_steps.core.errors import ConfigError
+from llava_steps.data.samples import SampleError
+
+_KNOWN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil")
+
+
+def decode(data: bytes) -> Image.Image:
+    """Upright RGB image from the bytes of a file.
+
+    Raises:
+        SampleError: not an image, or a truncated one.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleError(f"unreadable image: {error}") from error
+
+
+class ImageTransform:
+    """Turns encoded images into the model's pixel values.
+
+    Args:
+        processor: image processor of transformers with Pillow backend.
+
+    Raises:
+        ConfigError: the processor does not give all images the same size.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self.height, self.width = _output_size(processor)
+        self._table = _table(processor) if _plain(processor) else None
+
+    def __call__(self, images: Sequence[bytes]) -> torch.Tensor:
+        """float32 [len(images), 3, height, width].
+
+        Raises:
+            SampleError: an image cannot be decoded; the message has its number.
+        """
+        out = np.empty((len(images), 3, self.height, self.width), dtype=np.float32)
+        for number, data in enumerate(images):
+            try:
+                image = decode(data)
+            except SampleError as error:
+                raise SampleError(f"image {number}: {error}") from error
+            self._fill(out[number], image)
+        return torch.from_numpy(out)
+
+    def _fill(self, out: npt.NDArray[np.float32], image: Image.Image) -> None:
+        if self._table is None:
+            out[...] = self._processor(image, return_tensors="np")["pixel_values"][0]
+            return
+        from transformers.image_transforms import center_crop
+
+        processor = self._processor
+        if processor.do_resize:
+            size = _resized(processor.size, image)
+            image = image.resize(size, resample=processor.resample)
+        pixels = np.moveaxis(np.asarray(image), -1, 0)
+        if processor.do_center_crop:
+            crop = (processor.crop_size.height, processor.crop_size.width)
+            pixels = center_crop(
+                pixels, size=crop, data_format="channels_first", input_data_format="channels_first"
+            )
+        for channel in range(3):
+            np.take(self._table[channel], pixels[channel], out=out[channel])
+
+
+def _plain(processor: Any) -> bool:
+    """Whether the processor only resizes, crops, rescales and normalises as PilBackend does."""
+    return (
+        type(processor).__name__ in _KNOWN
+        and bool(processor.do_convert_rgb and processor.do_rescale and processor.do_normalize)
+        and not getattr(processor, "do_pad", None)
+        and (not processor.do_resize or _size_kind(processor.size) is not None)
+    )
+
+
+def _size_kind(size: Any) -> str | None:
+    if size.shortest_edge and not size.longest_edge:
+        return "edge"
+    if size.height and size.width and not (size.max_height or size.shortest_edge):
+        return "exact"
+    return None
+
+
+def _resized(size: Any, image: Image.Image) -> tuple[int, int]:
+    """(width, height) after the processor's resize."""
+    if _size_kind(size) == "exact":
+        return size.width, size.height
+    from transformers.image_transforms import get_resize_output_image_size
+
+    shape = np.broadcast_to(np.uint8(0), (3, image.height, image.width))
+    height, width = get_resize_output_image_size(
+        shape, size=size.shortest_edge, default_to_square=False, input_data_format="channels_first"
+    )
+    return width, height
+
+
+def _table(processor: Any) -> npt.NDArray[np.float32]:
+    """float32 [3, 256]: the normalised value of each byte, in the processor's own arithmetic."""
+    levels = (np.arange(256).astype(np.float64) * processor.rescale_factor).astype(np.float32)
+    mean = np.array(processor.image_mean, dtype=np.float32)[:, None]
+    std = np.array(processor.image_std, dtype=np.float32)[:, None]
+    table: npt.NDArray[np.float32] = (levels[None] - mean) / std
+    return table
+
+
+def _output_size(processor: Any) -> tuple[int, int]:
+    """(height, width) that every image gets; found by asking the processor with odd shapes."""
+    shapes = set()
+    for size in ((64, 48), (31, 77)):
+        pixels = processor(Image.new("RGB", size), return_tensors="np")["pixel_values"]
+        shapes.add(np.asarray(pixels).shape[1:])
+    if len(shapes) != 1 or len(next(iter(shapes))) != 3:
+        raise ConfigError(
+            f"the image processor {type(processor).__name__} gives images of different shapes "
+            f"({sorted(shapes)}); a fixed size is needed: set size or crop_size in its config"
+        )
+    channels, height, width = next(iter(shapes))
+    if channels != 3:
+        raise ConfigError(f"the image processor gives {channels} channels, expected 3")
+    return int(height), int(width)

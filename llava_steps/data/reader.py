@@ -1,0 +1,154 @@
+"""Random access to the samples of an energon dataset split.
+
+Reading goes through energon's own tar reader, so that a sample is what energon would load; which
+sample is read when is ours (order.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llava_steps.core import fsio
+from llava_steps.core.errors import InputError
+from llava_steps.data.metadata import SHARDS, read_metadata, split_shards
+from llava_steps.data.samples import Sample, SampleError, from_parts
+
+OPEN_TARS = 64
+"""Tars that a reader keeps open at the same time."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """The parts of one sample as they stand in the tar."""
+
+    shard: str
+    key: str
+    parts: dict[str, bytes]
+    """Part name (the text after the key's dot) to bytes."""
+
+    @property
+    def where(self) -> str:
+        """Tar and key, for messages."""
+        return f"{self.shard}/{self.key}"
+
+
+class SampleReader:
+    """Samples of one split by index: 0 is the first sample of the split's first tar.
+
+    Files are opened at the first read, so that an instance can be sent to another process.
+
+    Raises:
+        ConfigError: no such split.
+        InputError: not a prepared dataset, refused metadata, tars or indices that disagree.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.root = root
+        self.split = split
+        self._meta = read_metadata(root)
+        self.shards = split_shards(self._meta, split)
+        self._size = sum(self._meta.shard_counts[name] for name in self.shards)
+        self._reader: Any = None
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of what the split holds and in which order; independent of its location.
+
+        Made from the tars' sha256 where `shards.json` gives them; for other datasets from the
+        names, sizes and sample offsets of the tars.
+        """
+        known = {}
+        if (self.root / SHARDS).is_file():
+            listed = json.loads((self.root / SHARDS).read_text(encoding="utf-8"))
+            known = {shard["name"]: shard["sha256"] for shard in listed["shards"]}
+        rows = []
+        for name in self.shards:
+            content = known.get(name)
+            if content is None:
+                index = (self.root / name).with_suffix(".tar.idx").read_bytes()
+                content = f"{(self.root / name).stat().st_size}:{hashlib.sha256(index).hexdigest()}"
+            rows.append([name, self._meta.shard_counts[name], content])
+        return fsio.sha256_json(rows)
+
+    def raw(self, index: int) -> RawSample:
+        """The parts of sample `index` in [0, len(self)).
+
+        Raises:
+            InputError: the tar or its index cannot be read there.
+        """
+        if not 0 <= index < self._size:
+            raise IndexError(f"sample {index} of a split of {self._size}")
+        if self._reader is None:
+            self._reader = _open(self.root, self.shards, self._meta.shard_counts)
+        try:
+            found = self._reader[index]
+        except Exception as error:
+            raise InputError(
+                f"sample {index} of split {self.split!r} in {self.root} cannot be read "
+                f"({type(error).__name__}: {error}); a tar and its .idx disagree, prepare again"
+            ) from error
+        parts = {name: data for name, data in found.items() if not name.startswith("__")}
+        return RawSample(found["__shard__"], found["__key__"], parts)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, checked.
+
+        Raises:
+            InputError: unreadable or unusable; the message names tar and key.
+        """
+        raw = self.raw(index)
+        try:
+            return self.parse(raw)
+        except SampleError as error:
+            raise SampleError(f"{self.root / raw.where}: {error}") from error
+
+    def parse(self, raw: RawSample) -> Sample:
+        """The conversation and images in `raw`.
+
+        Raises:
+            SampleError: unusable; the message does not say where it stands.
+        """
+        return from_parts(raw.key, raw.parts)
+
+
+def _open(root: Path, shards: list[str], counts: dict[str, int]) -> Any:
+    """energon's reader over `shards`, with offsets looked up in mapped .idx files."""
+    from megatron.energon.epathlib import EPath
+    from megatron.energon.flavors.webdataset.itar import ITarSamplePointer
+    from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
+    from megatron.energon.flavors.webdataset.structs import ShardInfo
+
+    @lru_cache(maxsize=4096)
+    def offsets(path: str) -> npt.NDArray[np.uint64]:
+        return np.memmap(f"{path}.idx", dtype=np.uint64, mode="r")
+
+    class Reader(ShardInfosITarReader):  # type: ignore[misc, unused-ignore]
+        """energon's own offset cache opens the .idx file anew at each random access."""
+
+        def _get_itar_sample_pointer(self, idx: int) -> Any:
+            shard = int(np.searchsorted(ends, idx, side="right"))
+            info = self.shard_infos[shard]
+            table = offsets(str(info.path))
+            if len(table) != info.count + 1:
+                raise ValueError(f"{info.path}.idx lists {len(table) - 1} of {info.count} samples")
+            row = idx - int(ends[shard]) + info.count
+            return ITarSamplePointer(
+                tar_file_id=self.shard_tar_file_idxs[shard],
+                byte_offset=int(table[row]),
+                byte_size=int(table[row + 1]) - int(table[row]),
+            )
+
+    infos = [ShardInfo(name=n, path=EPath(root / n), count=counts[n]) for n in shards]
+    ends = np.cumsum([info.count for info in infos])
+    return Reader(base_path=EPath(root), shard_infos=infos, itar_cache_size=OPEN_TARS)
