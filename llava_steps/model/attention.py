@@ -139,7 +139,8 @@ def _varlen() -> tuple[Callable[..., Tensor], dict[str, Any], bool]:
     causal: dict[str, Any] = (
         {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
     )
-    return varlen_attn, causal, "enable_gqa" in names
+    attend: Callable[..., Any] = varlen_attn
+    return attend, causal, "enable_gqa" in names
 
 
 def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None) -> Tensor:

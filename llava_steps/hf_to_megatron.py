@@ -1,0 +1,41 @@
+"""Convert a Hugging Face LLaVA directory to a Megatron checkpoint.
+
+python -m llava_steps.hf_to_megatron --hf-dir results/demo/hf_model --save-dir results/demo/...
+
+Streams tensor by tensor; needs no GPU. The checkpoint can be loaded at any tensor, pipeline and
+data parallel size, so --tp and --pp are only recorded.
+"""
+
+from __future__ import annotations
+
+from llava_steps.core.config import MegatronCheckpoint
+from llava_steps.core.run import Context, Step, main
+
+
+def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
+    """Write `iter_0000000/weights/` and commit it."""
+    from llava_steps.core import fsio
+    from llava_steps.core.commit import commit_dir, iteration_name
+    from llava_steps.core.geometry import Geometry
+    from llava_steps.model.convert import count_entries, hf_to_dcp
+    from llava_steps.model.tensors import TensorDirectory
+
+    source = ctx.inputs["hf_dir"].path
+    geometry = Geometry.load(source)
+    final = ctx.entry / iteration_name(0)
+    temporary = ctx.entry / f".{final.name}.tmp"
+    for remains in (temporary, final):  # of an attempt that was killed
+        fsio.remove(remains)
+    with (
+        TensorDirectory(source) as tensors,
+        ctx.progress("converting", total=count_entries(geometry)) as bar,
+    ):
+        certificate = hf_to_dcp(geometry, tensors, temporary / "weights", bar.advance)
+    commit_dir(temporary, final, {"iteration": 0, "tp": cfg.tp, "pp": cfg.pp})
+    ctx.log.info("%(hf_tensors)d HF tensors -> %(megatron_tensors)d Megatron tensors", certificate)
+    return {"certificate": certificate, "tp": cfg.tp, "pp": cfg.pp}
+
+
+STEP = Step(name="megatron_checkpoint", config=MegatronCheckpoint, run=run, doc=__doc__)
+if __name__ == "__main__":
+    main(STEP)

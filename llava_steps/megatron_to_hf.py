@@ -1,0 +1,48 @@
+"""Convert a Megatron checkpoint to a Hugging Face LLaVA directory.
+
+python -m llava_steps.megatron_to_hf --megatron-dir results/demo/stage2_checkpoint \\
+    --tokenizer-dir results/demo/hf_model --save-dir results/demo/hf_export
+
+The newest committed iteration is converted. Config, tokenizer, processor, chat template and
+generation config are copied from --tokenizer-dir, whose weight files also give names, shards and
+dtypes: what was never trained comes back byte for byte.
+"""
+
+from __future__ import annotations
+
+from llava_steps.core.config import HfExport
+from llava_steps.core.run import Context, Step, main
+
+
+def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
+    """Write the HF directory into the entry."""
+    from llava_steps.core.commit import latest_commit, read_commit
+    from llava_steps.core.geometry import Geometry
+    from llava_steps.model.convert import copy_companions, count_entries, dcp_to_hf
+    from llava_steps.model.tensors import TensorDirectory
+
+    template = ctx.inputs["tokenizer_dir"].path
+    checkpoint = latest_commit(ctx.inputs["megatron_dir"].path)
+    # An artefact of the store was compared with its manifest already.
+    read_commit(checkpoint, digests=ctx.inputs["megatron_dir"].manifest is None)
+    geometry = Geometry.load(template)
+    with (
+        TensorDirectory(template) as tensors,
+        ctx.progress("converting", total=count_entries(geometry)) as bar,
+    ):
+        copied = copy_companions(tensors, ctx.entry)
+        weights = checkpoint / "weights"
+        certificate = dcp_to_hf(geometry, weights, tensors, ctx.entry, bar.advance)
+    ctx.log.info("%s -> %d tensors", checkpoint.name, certificate["hf_tensors"])
+    return {
+        "certificate": certificate,
+        "checkpoint": checkpoint.name,
+        "copied": copied,
+        "tp": cfg.tp,
+        "pp": cfg.pp,
+    }
+
+
+STEP = Step(name="hf_export", config=HfExport, run=run, doc=__doc__)
+if __name__ == "__main__":
+    main(STEP)

@@ -1,0 +1,86 @@
+"""A model's weights over megatron-core's distributed checkpointing, for training.
+
+The stored tensors are those of mapping.py, whatever tp, pp and dp they are saved from or loaded to.
+Collective: every rank of the world calls these with its own chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.utils import unwrap_model
+
+from llava_steps.core.errors import IntegrityError
+from llava_steps.core.geometry import Geometry
+from llava_steps.model import dcp
+from llava_steps.model.llava import Llava
+from llava_steps.model.mapping import Shape, check_shapes, entries, stored_shapes
+from llava_steps.model.vision import tower_shapes
+
+Chunks = torch.nn.Module | Sequence[torch.nn.Module]
+
+
+def megatron_shapes(geometry: Geometry) -> dict[str, Shape]:
+    """Name -> whole shape of every tensor of a model checkpoint."""
+    return stored_shapes(entries(geometry, tower_shapes(geometry)))
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """What sharded_state_dict needs to know; one place, so that all savers store alike."""
+    return {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _models(chunks: Chunks) -> list[Llava]:
+    modules = [chunks] if isinstance(chunks, torch.nn.Module) else list(chunks)
+    if len(modules) != 1:
+        raise ValueError(f"{len(modules)} model chunks: interleaved pipelines are not supported")
+    return [unwrap_model(module) for module in modules]
+
+
+def save_weights(chunks: Chunks, weights: str | Path) -> None:
+    """Save the weights into the directory `weights`, created if need be (parents must exist)."""
+    (model,) = _models(chunks)
+    path = Path(weights)
+    if dist.get_rank() == 0:
+        path.mkdir(exist_ok=True)
+    dist.barrier()
+    state = model.sharded_state_dict(metadata=sharding_metadata())
+    dist_checkpointing.save(state, str(path), ("torch_dist", 1))
+    dist.barrier()
+
+
+def load_weights(chunks: Chunks, weights: str | Path) -> None:
+    """Load the weights in place, cast to the parameters' dtype.
+
+    IntegrityError unless the checkpoint holds exactly the tensors of this model in its shapes.
+    An optimizer built before must be told (`reload_model_params`).
+    """
+    (model,) = _models(chunks)
+    # megatron-core lets embeddings of another size pass, so the shapes are compared here.
+    check_shapes(
+        megatron_shapes(model.geometry),
+        dcp.Reader(weights).shapes(),
+        str(weights),
+        "this model",
+    )
+    state = model.sharded_state_dict(metadata=sharding_metadata())
+    try:
+        loaded = dist_checkpointing.load(state, str(weights))
+    except CheckpointingException as error:
+        raise IntegrityError(f"{weights}: {error}") from error
+    result = model.load_state_dict(loaded, strict=False)
+    missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+    if missing or result.unexpected_keys:
+        raise IntegrityError(
+            f"{weights}: missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}"
+        )

@@ -1,0 +1,217 @@
+"""torch_dist checkpoints (megatron-core's format) without a model, without process groups.
+
+`write` plans a checkpoint from names and shapes and asks for each tensor when the writer has come
+to it; `Reader` gives back one tensor, or one layer of a stacked tensor, at a time, whatever layout
+the checkpoint was saved from. Memory stays at a few tensors.
+
+`.metadata` is a pickle, as torch defines it: read only checkpoints that you trust.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from llava_steps.core.errors import InputError, IntegrityError
+
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a stored tensor: `shape` values at `offsets` of a tensor of size `whole`."""
+
+    name: str
+    whole: Shape
+    offsets: Shape
+    shape: Shape
+    dtype: torch.dtype
+
+
+def layer_chunk(
+    name: str, layer: int | None, shape: Shape, layers: int, dtype: torch.dtype
+) -> Chunk:
+    """The chunk of one layer of a stacked tensor, or (layer None) of a whole tensor."""
+    if layer is None:
+        return Chunk(name, shape, (0,) * len(shape), shape, dtype)
+    return Chunk(name, (layers, *shape), (layer, *(0,) * len(shape)), (1, *shape), dtype)
+
+
+class _StreamPlanner(DefaultSavePlanner):
+    """Plans the chunks as given and resolves each when the writer asks for it."""
+
+    def __init__(self, chunks: list[Chunk], resolve: Callable[[Chunk], Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._resolve = resolve
+        self._chunks = {(chunk.name, chunk.offsets): chunk for chunk in chunks}
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([_write_item(chunk) for chunk in self._chunks.values()])
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        index = write_item.index
+        assert index.offset is not None
+        chunk = self._chunks[(index.fqn, tuple(index.offset))]
+        value = self._resolve(chunk)
+        if value.dtype != chunk.dtype or value.numel() != torch.Size(chunk.shape).numel():
+            raise IntegrityError(
+                f"{chunk.name}: got {value.dtype} {list(value.shape)}, planned {chunk.dtype} "
+                f"{list(chunk.shape)}"
+            )
+        return value.reshape(chunk.shape)
+
+
+def _write_item(chunk: Chunk) -> WriteItem:
+    offsets, size = torch.Size(chunk.offsets), torch.Size(chunk.whole)
+    return WriteItem(
+        index=MetadataIndex(chunk.name, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets, torch.Size(chunk.shape)),
+            properties=TensorProperties(dtype=chunk.dtype),
+            size=size,
+        ),
+    )
+
+
+class _PlainWriter(FileSystemWriter):
+    """A writer whose metadata depends on the content alone, not on the path or a random id."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
+def write(directory: Path, chunks: list[Chunk], resolve: Callable[[Chunk], Tensor]) -> None:
+    """Write a torch_dist checkpoint of `chunks` into `directory`, which must not hold one.
+
+    `resolve(chunk)` is called once per chunk, in their order, and returns a CPU tensor of the
+    chunk's dtype and number of values. Equal input gives equal bytes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    writer = _PlainWriter(directory, single_file_per_rank=True, overwrite=False)
+    save({}, storage_writer=writer, planner=_StreamPlanner(chunks, resolve), no_dist=True)
+    torch.save({}, directory / "common.pt")
+    # Last: this file is what makes the directory a checkpoint for megatron-core.
+    (directory / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
+
+
+class _OneTensor(LoadPlanner):
+    """Receives what the reader finds for one target."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+        self.values = 0
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        out = self._target
+        for dim, (offset, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            out = out.narrow(dim, offset, length)
+        return out
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        self.values += tensor.numel()
+
+    def set_up_planner(self, *_: Any, **__: Any) -> None: ...
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise NotImplementedError
+
+
+class Reader:
+    """Random access to the tensors of a torch_dist checkpoint."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not (self.directory / "metadata.json").is_file():
+            raise InputError(
+                f"{self.directory} is no Megatron checkpoint: metadata.json is missing"
+            )
+        try:
+            form = json.loads((self.directory / "metadata.json").read_text(encoding="utf-8"))
+            if form.get("sharded_backend") != FORMAT["sharded_backend"]:
+                raise InputError(
+                    f"{self.directory}: format {form.get('sharded_backend')!r} is not supported; "
+                    f"supported: {FORMAT['sharded_backend']!r}"
+                )
+            self._reader = FileSystemReader(self.directory)
+            metadata = self._reader.read_metadata()
+        except (OSError, ValueError, EOFError, AttributeError) as error:
+            raise IntegrityError(f"{self.directory}: .metadata cannot be read: {error}") from error
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            name: stored
+            for name, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+
+    def shapes(self) -> dict[str, Shape]:
+        """Name -> whole shape of every stored tensor."""
+        return {name: tuple(stored.size) for name, stored in self.tensors.items()}
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """A whole tensor, or layer `layer` of a stacked one. IntegrityError if it has holes."""
+        stored = self.tensors[name]
+        whole = tuple(stored.size)
+        offsets = (0,) * len(whole) if layer is None else (layer, *(0,) * (len(whole) - 1))
+        shape = whole if layer is None else (1, *whole[1:])
+        target = torch.empty(shape, dtype=stored.properties.dtype)
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        items = create_read_items_for_chunk_list(name, stored, [wanted])
+        planner = _OneTensor(target)
+        try:
+            self._reader.read_data(LoadPlan(list(items)), planner)
+        except (OSError, RuntimeError, AssertionError, KeyError, ValueError, EOFError) as error:
+            raise IntegrityError(f"{self.directory}: {name!r} cannot be read: {error}") from error
+        if planner.values != target.numel():
+            raise IntegrityError(
+                f"{self.directory}: {planner.values} of {target.numel()} values of {name!r} found"
+            )
+        return target if layer is None else target[0]
+
+
+def total(chunks: Iterable[Chunk]) -> int:
+    """Bytes of the chunks' values."""
+    return sum(torch.Size(c.shape).numel() * c.dtype.itemsize for c in chunks)
