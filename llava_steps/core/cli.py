@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -112,10 +112,18 @@ def parse(model: type[C], arguments: Sequence[str]) -> C:
     return settings(model, vars(parser.parse_args(arguments)))
 
 
-def flags(config: BaseModel) -> list[str]:
-    """The shortest command line that `parse` reads back to `config`: defaults are left out."""
+ROLES = ("value", "source", "quiet")
+
+
+def flags(config: BaseModel, roles: Collection[str] = ROLES) -> list[str]:
+    """The shortest command line that `parse` reads back to `config`: defaults are left out.
+
+    With `roles`, only the flags of fields in these roles.
+    """
     line: list[str] = []
     for name, field in type(config).model_fields.items():
+        if role(field) not in roles:
+            continue
         current = getattr(config, name)
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         if not field.is_required() and current == default and type(current) is type(default):
@@ -124,6 +132,8 @@ def flags(config: BaseModel) -> list[str]:
         if isinstance(current, bool):
             line.append(flag if current else "--no-" + flag.removeprefix("--"))
         elif isinstance(current, dict):
+            if not current or any("=" in key for key in current):
+                raise ConfigError(f"{name}: needs at least one name, and names without '='")
             line += [f"{flag}={key}={where}" for key, where in current.items()]
         elif isinstance(current, list):
             line.append(f"{flag}={','.join(map(str, current))}")

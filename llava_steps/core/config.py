@@ -136,7 +136,6 @@ class Stage(StepConfig):
     tensor_model_parallel: PositiveInt = value(1, "tensor parallel size", flag="--tp")
     pipeline_model_parallel: PositiveInt = value(1, "pipeline parallel size", flag="--pp")
     sequence_parallel: bool = value(False, "shard activations between tensor-parallel regions")
-    dist_optim: bool = value(True, "shard optimizer state over data-parallel ranks")
 
     micro_batch_size: PositiveInt = value(1, "samples that go through the model together")
     global_batch_size: PositiveInt = value(1, "samples of one optimizer step, over all ranks")
@@ -238,7 +237,11 @@ class Config(BaseModel):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="name of the run: results/<run>",
     )
-    results: str = Field("results", min_length=1, description="directory of the runs' results")
+    results: str = Field(
+        "results",
+        pattern=r"^[^{}\x00-\x1f]+$",
+        description="directory of the runs' results; no braces, they are wildcards to Snakemake",
+    )
     store: str = Field(
         "store", min_length=1, description="directory of the artefacts, shared by runs"
     )

@@ -1,0 +1,107 @@
+"""The configuration described from its classes: JSON schema and the tables of config/README.md.
+
+`python -m llava_steps.core.describe` renews both files; a test fails when they have drifted.
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from llava_steps.core import cli, fsio
+from llava_steps.core.config import Config
+from llava_steps.core.load import STANDALONE, sections
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = ROOT / "workflow/schemas/config.schema.json"
+README = ROOT / "config/README.md"
+BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
+
+
+def schema() -> str:
+    """JSON schema of one file; nothing is required, because a file may be an overlay."""
+    described = Config.model_json_schema()
+    for part in (described, *described["$defs"].values()):
+        part.pop("required", None)
+    described["properties"][STANDALONE] = {
+        "type": "boolean",
+        "default": False,
+        "description": "true: this file is complete; nothing is taken from files before it",
+    }
+    described["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    described["title"] = "llava-steps configuration"
+    return fsio.dump_json(described)
+
+
+def tables() -> str:
+    """Markdown: the top-level keys, then one table per section."""
+    top = {k: f for k, f in Config.model_fields.items() if k not in dict(sections())}
+    parts = ["### Top level\n\n" + _table(top, top_level=True)]
+    for name, model in sections():
+        if name == "stage2":
+            parts.append("### `stage2`\n\nThe keys of `stage1`.\n")
+            continue
+        parts.append(
+            f"### `{name}`\n\n{(model.__doc__ or '').strip()}\n\n" + _table(model.model_fields)
+        )
+    return "\n".join(parts)
+
+
+def _table(fields: dict[str, FieldInfo], top_level: bool = False) -> str:
+    rows = ["| key | value | default | what it does |", "|---|---|---|---|"]
+    for name, info in fields.items():
+        if name == "stage":
+            continue
+        role = "" if top_level or cli.role(info) != "quiet" else " *(quiet)*"
+        rows.append(
+            f"| `{name}` | {_type(info.annotation)} | {_default(info)} | {info.description}{role} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _type(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(a) for a in get_args(annotation) if a is not type(None))
+    if origin is Literal:
+        return ", ".join(f"`{fsio.dump_json(choice).strip()}`" for choice in get_args(annotation))
+    if origin is list:
+        return f"list of {_type(get_args(annotation)[0])}"
+    if origin is dict:
+        return "name: text"
+    return {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}[annotation]
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "**required**"
+    value = info.get_default(call_default_factory=True)
+    assert value is not PydanticUndefined
+    if value == "":
+        return "filled in" if cli.role(info) == "source" else "empty"
+    return f"`{fsio.dump_json(value, indent=None).strip()}`"
+
+
+def readme(text: str) -> str:
+    """`text` with its tables renewed between the two markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{README} has lost its markers {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
+
+
+def main() -> None:
+    """Renew both files."""
+    fsio.write_bytes(SCHEMA, schema().encode())
+    fsio.write_bytes(README, readme(README.read_text(encoding="utf-8")).encode())
+
+
+if __name__ == "__main__":
+    main()

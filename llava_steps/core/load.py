@@ -1,0 +1,288 @@
+"""The YAML files of a run to one checked `Config`, every problem named with key, file and line.
+
+`load` reads files in order; a later file changes single keys of the earlier ones, and a file with
+`standalone: true` at its top replaces all files before it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llava_steps.core import cli
+from llava_steps.core.config import Config
+from llava_steps.core.errors import ConfigError
+
+STANDALONE = "standalone"
+COMMAND_LINE = "--config"
+DEMO = "demo:"
+"""Prefix of paths that lie in the result of the demo_assets rule."""
+
+Key = tuple[str, ...]
+
+
+@dataclass
+class Source:
+    """The merged values and, for each key path, the place that set it last."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Key, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def place(self, key: Key) -> str:
+        """`file:line` of a key, of the nearest section above it, or nothing."""
+        for end in range(len(key), 0, -1):
+            if key[:end] in self.places:
+                return self.places[key[:end]] + ": "
+        return ""
+
+    def blame(self, key: Key, message: str) -> None:
+        self.problems.append(f"{self.place(key)}{'.'.join(key)}: {message}")
+
+    def stop_if_wrong(self) -> None:
+        if self.problems:
+            lines = "".join(f"\n  {problem}" for problem in dict.fromkeys(self.problems))
+            count = len(dict.fromkeys(self.problems))
+            noun = "a problem" if count == 1 else f"{count} problems"
+            raise ConfigError(f"the configuration has {noun}:{lines}")
+
+
+def load(files: Sequence[str | Path], extra: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a run from its files and, last, from `--config` values.
+
+    Raises ConfigError that lists every problem of all files at once.
+    """
+    source = Source()
+    for file in files:
+        _read(Path(file), source)
+    if extra:
+        _note_places(extra, (), COMMAND_LINE, source)
+        _merge(source.values, extra)
+    source.stop_if_wrong()
+    _name_stages(source)
+    _check_texts(source.values, (), source)
+    config = _validate(source)
+    source.stop_if_wrong()
+    assert config is not None
+    _check_demo_paths(config, source)
+    source.stop_if_wrong()
+    return config
+
+
+def _read(path: Path, source: Source) -> None:
+    """Merge one file into `source`; syntax errors and duplicate keys become problems."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}: expected keys and values at the top level")
+        places: dict[Key, str] = {}
+        before = len(source.problems)
+        _walk(node, (), path, places, source.problems)
+        if len(source.problems) > before:
+            return
+        values: dict[str, Any] = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+    alone = values.pop(STANDALONE, False)
+    if not isinstance(alone, bool):
+        source.problems.append(f"{places[(STANDALONE,)]}: {STANDALONE}: expected true or false")
+    if alone is True:
+        source.values.clear()
+        source.places.clear()
+    source.places.update(places)
+    _merge(source.values, values)
+
+
+def _walk(
+    node: yaml.Node, key: Key, path: Path, places: dict[Key, str], problems: list[str]
+) -> None:
+    """Note the line of every key below `node`; find keys given twice and keys that are no text."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _walk(item, (*key, str(index)), path, places, problems)
+        return
+    if not isinstance(node, yaml.MappingNode):
+        return
+    if len(key) > 8:
+        problems.append(f"{path}:{node.start_mark.line + 1}: {'.'.join(key)}: nested too deeply")
+        return
+    seen: dict[str, int] = {}
+    for name_node, item in node.value:
+        line = name_node.start_mark.line + 1
+        if name_node.tag == "tag:yaml.org,2002:merge":
+            problems.append(f"{path}:{line}: '<<' is not supported; write the keys out")
+            continue
+        if name_node.tag != "tag:yaml.org,2002:str":
+            problems.append(f"{path}:{line}: key {name_node.value!r} is not text; quote it")
+            continue
+        name = str(name_node.value)
+        here = (*key, name)
+        if name in seen:
+            problems.append(
+                f"{path}:{line}: {'.'.join(here)}: given twice (first on line {seen[name]})"
+            )
+        seen.setdefault(name, line)
+        places[here] = f"{path}:{line}"
+        _walk(item, here, path, places, problems)
+
+
+def _note_places(values: Mapping[str, Any], key: Key, place: str, source: Source) -> None:
+    for name, item in values.items():
+        here = (*key, str(name))
+        source.places[here] = place
+        if isinstance(item, Mapping):
+            _note_places(item, here, place, source)
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Merge section by section; anything that is not a section on both sides is replaced."""
+    for name, item in changes.items():
+        old = base.get(name)
+        if isinstance(old, dict) and isinstance(item, Mapping):
+            _merge(old, item)
+        elif isinstance(item, Mapping):
+            base[name] = {}
+            _merge(base[name], item)
+        else:
+            base[name] = item
+
+
+def _name_stages(source: Source) -> None:
+    """Section stage1 is stage 1 and stage2 is stage 2; nobody has to repeat it."""
+    for section, number in (("stage1", 1), ("stage2", 2)):
+        values = source.values.get(section)
+        if isinstance(values, dict) and values.setdefault("stage", number) != number:
+            source.blame((section, "stage"), f"must be {number}; leave the key out")
+
+
+def _check_texts(value: Any, key: Key, source: Source) -> None:
+    """No text may hold what no command line can carry."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_texts(item, (*key, str(name)), source)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_texts(item, (*key, str(index)), source)
+    for text in (value, *key[-1:]):
+        if isinstance(text, str) and ("\0" in text or not _encodable(text)):
+            source.blame(key, "holds a NUL or half a surrogate pair, which no command can be given")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _validate(source: Source) -> Config | None:
+    try:
+        return Config.model_validate(source.values)
+    except ValidationError as error:
+        for problem in error.errors():
+            key = tuple(str(part) for part in problem["loc"])
+            source.blame(key, _explain(problem, key))
+    return None
+
+
+def _explain(problem: Any, key: Key) -> str:
+    """What is wrong with a key and what to write instead."""
+    given, kind = problem["input"], problem["type"]
+    if kind == "extra_forbidden":
+        section = _section(key[:-1])
+        known = sorted(section.model_fields) if section else []
+        near = difflib.get_close_matches(key[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key; {hint}"
+    if kind == "missing":
+        section = _section(key[:-1])
+        info = section.model_fields.get(key[-1]) if section else None
+        return f"is missing ({info.description})" if info and info.description else "is missing"
+    if kind in ("float_type", "int_type"):
+        wanted = "a number" if kind == "float_type" else "a whole number"
+        number = _as_number(given)
+        if isinstance(given, str) and number is not None:
+            whole = kind == "int_type" and number.is_integer()
+            right = str(int(number)) if whole else repr(number).replace("e-0", "e-")
+            # YAML 1.1 wants a point before the exponent: 2e-5 is text, 2.0e-5 a number.
+            if "e" in right and "." not in right:
+                right = right.replace("e", ".0e")
+            return f"{given!r} is text in YAML, not {wanted}; write {right}"
+        if isinstance(given, float):
+            return f"expected {wanted}, got {given!r}; write {given:.0f}"
+        return f"expected {wanted}, got {given!r}"
+    if kind == "int_from_float":
+        return f"expected a whole number, got {given!r}"
+    if kind == "bool_type":
+        return f"expected true or false, got {given!r}"
+    if kind == "string_type":
+        return f"expected text, got {given!r}; put it in quotes: {str(given)!r}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"expected a section with keys, got {given!r}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return message if isinstance(given, dict) else f"{message}, got {given!r}"
+
+
+def _as_number(given: object) -> float | None:
+    try:
+        return float(given) if isinstance(given, str) else None
+    except ValueError:
+        return None
+
+
+def _section(key: Key) -> type[BaseModel] | None:
+    """The settings class of a section; None when there is no such section."""
+    found: type[BaseModel] = Config
+    for name in key:
+        info = found.model_fields.get(name)
+        annotation = info.annotation if info else None
+        inner = [
+            part
+            for part in (annotation, *get_args(annotation))
+            if isinstance(part, type) and issubclass(part, BaseModel)
+        ]
+        if not inner:
+            return None
+        found = inner[0]
+    return found
+
+
+def sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    """(name, settings class) of every section of `Config`, in order."""
+    for name in Config.model_fields:
+        found = _section((name,))
+        if found is not None:
+            yield name, found
+
+
+def _check_demo_paths(config: Config, source: Source) -> None:
+    """`demo:` paths need the demo_assets section and stay inside its result."""
+    for name, model in sections():
+        values = getattr(config, name)
+        for key, info in model.model_fields.items() if values is not None else ():
+            if cli.role(info) != "source":
+                continue
+            text: str = getattr(values, key)
+            if not text.startswith(DEMO):
+                continue
+            inside = Path(text.removeprefix(DEMO))
+            if config.demo_assets is None:
+                source.blame((name, key), f"{text!r} needs the section demo_assets; add it")
+            elif inside.is_absolute() or ".." in inside.parts or not inside.parts:
+                source.blame((name, key), f"{text!r} must name something inside demo_assets")

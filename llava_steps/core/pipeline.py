@@ -1,0 +1,157 @@
+"""The chain of a run: which step each rule calls, with which settings, on whose results.
+
+This is the one place that says what feeds what. Source fields that the configuration leaves empty
+are filled with the results of earlier rules; a path given there instead is used as it is, so that
+a stage can train on a dataset of its own or start from another checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from llava_steps.core import cli, fsio
+from llava_steps.core.codeversion import code_version
+from llava_steps.core.config import Config, Stage, StepConfig
+from llava_steps.core.load import DEMO
+from llava_steps.core.store import MANIFEST
+
+UPSTREAM: dict[str, dict[str, str]] = {
+    "demo_assets": {},
+    "tar_shards": {},
+    "energon_dataset": {"tar_dir": "tar_shards"},
+    "hf_model": {},
+    "megatron_checkpoint": {"hf_dir": "hf_model"},
+    "stage1_checkpoint": {
+        "megatron_load_dir": "megatron_checkpoint",
+        "tokenizer_load_dir": "hf_model",
+        "data_path": "energon_dataset",
+    },
+    "stage1_export": {"megatron_dir": "stage1_checkpoint", "tokenizer_dir": "hf_model"},
+    "stage2_checkpoint": {
+        "megatron_load_dir": "stage1_checkpoint",
+        "tokenizer_load_dir": "hf_model",
+        "data_path": "energon_dataset",
+    },
+    "hf_export": {"megatron_dir": "stage2_checkpoint", "tokenizer_dir": "hf_model"},
+    "evaluation": {
+        "before": "hf_model",
+        "after_stage1": "stage1_export",
+        "after_stage2": "hf_export",
+    },
+}
+"""Rule -> source field -> rule whose result fills it when the configuration leaves it empty."""
+
+MODULES = {
+    "demo_assets": "llava_steps.demo_assets",
+    "tar_shards": "llava_steps.shard_tars",
+    "energon_dataset": "llava_steps.prepare_energon",
+    "hf_model": "llava_steps.build_hf",
+    "megatron_checkpoint": "llava_steps.hf_to_megatron",
+    "stage1_checkpoint": "llava_steps.train",
+    "stage1_export": "llava_steps.megatron_to_hf",
+    "stage2_checkpoint": "llava_steps.train",
+    "hf_export": "llava_steps.megatron_to_hf",
+    "evaluation": "llava_steps.evaluate",
+}
+
+SECTIONS = {
+    "stage1_checkpoint": "stage1",
+    "stage1_export": "hf_export",
+    "stage2_checkpoint": "stage2",
+}
+"""Section of the configuration, where it is not named like the rule."""
+
+DATA_FILES = ("source", "data")
+"""Source fields that name a file of data; the others may name a directory or a hub id."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One call of a step module."""
+
+    name: str
+    module: str
+    settings: StepConfig
+    """With every source field filled in."""
+    out: Path
+    """Directory that shows the result, `<results>/<run>/<rule>`."""
+    upstream: tuple[str, ...]
+    """Rules whose results it reads."""
+    files: tuple[str, ...]
+    """Paths outside the run that it reads, as far as they are known without a network."""
+    where: tuple[str, ...]
+    """Flags that say where values are kept and which image computes them."""
+
+    @property
+    def manifest(self) -> str:
+        return str(self.out / MANIFEST)
+
+    @property
+    def flags(self) -> list[str]:
+        """The command line but for quiet settings; a change of it asks for another value."""
+        return [*cli.flags(self.settings, ("value", "source")), *self.where]
+
+    @property
+    def quiet(self) -> list[str]:
+        """Flags that never recompute anything."""
+        return cli.flags(self.settings, ("quiet",))
+
+    @cached_property
+    def version(self) -> str:
+        """Stands for the step's code and for every setting, defaults included."""
+        fields = type(self.settings).model_fields
+        values = {k: getattr(self.settings, k) for k in fields if cli.role(fields[k]) == "value"}
+        return f"{code_version(self.module)} {fsio.sha256_json(values)[:16]}"
+
+
+def chain(config: Config, image: str = "") -> dict[str, Rule]:
+    """All rules of a run by name, in an order in which they can run; `image` is its digest."""
+    run = Path(config.results, config.run)
+    return {
+        name: _rule(name, config, run, image)
+        for name in UPSTREAM
+        if name != "demo_assets" or config.demo_assets is not None
+    }
+
+
+def _rule(name: str, config: Config, run: Path, image: str) -> Rule:
+    section = SECTIONS.get(name, name)
+    settings: StepConfig = getattr(config, section)
+    filled: dict[str, str] = {}
+    upstream: list[str] = []
+    files: list[str] = []
+    for key, info in type(settings).model_fields.items():
+        if cli.role(info) != "source":
+            continue
+        text: str = getattr(settings, key)
+        if text.startswith(DEMO):
+            upstream.append("demo_assets")
+            filled[key] = str(run / "demo_assets" / text.removeprefix(DEMO))
+        elif text:
+            files += _on_disk(text, key in DATA_FILES)
+        elif key in UPSTREAM[name]:
+            upstream.append(UPSTREAM[name][key])
+            filled[key] = str(run / UPSTREAM[name][key])
+    if isinstance(settings, Stage) and not settings.name:
+        filled["name"] = f"{config.run}-{section}"
+    out = run / name
+    where = [f"--save-dir={out}", f"--store={config.store}"]
+    return Rule(
+        name=name,
+        module=MODULES[name],
+        settings=settings.model_copy(update=filled),
+        out=out,
+        upstream=tuple(dict.fromkeys(upstream)),
+        files=tuple(dict.fromkeys(files)),
+        where=(*where, f"--image={image}") if image else tuple(where),
+    )
+
+
+def _on_disk(text: str, is_data: bool) -> list[str]:
+    """What to watch for a path that the configuration names; nothing for a hub id."""
+    path = Path(text)
+    if (path / MANIFEST).is_file():
+        return [str(path / MANIFEST)]
+    return [text] if is_data or path.exists() else []

@@ -1,0 +1,101 @@
+"""Flags of a step: what `flags` writes, `parse` reads back to the same settings."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_steps.core import cli, config
+from llava_steps.core.errors import ConfigError
+
+MODELS = [
+    config.DemoAssets,
+    config.TarShards,
+    config.EnergonDataset,
+    config.HfModel,
+    config.MegatronCheckpoint,
+    config.Stage,
+    config.HfExport,
+    config.Evaluation,
+]
+
+text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+number = st.floats(min_value=1e-300, max_value=1e300)
+
+
+@given(text, text, text, st.dictionaries(text.filter(lambda t: "=" not in t), text, min_size=1))
+@settings(deadline=None, max_examples=200)
+def test_texts_survive(source: str, name: str, address: str, names: dict[str, str]) -> None:
+    for given_ in (
+        config.TarShards(source=source),
+        config.Stage(name=name, master_addr=address, data_path=source),
+        config.EnergonDataset(tar_dir=source, field_map=names),
+        config.HfModel(vision_tower=source, text_model=name),
+    ):
+        assert cli.parse(type(given_), cli.flags(given_)) == given_
+
+
+@given(
+    number,
+    st.integers(min_value=0, max_value=2**62),
+    st.booleans(),
+    st.lists(st.integers(min_value=0, max_value=99), min_size=3, max_size=3),
+)
+@settings(deadline=None, max_examples=200)
+def test_numbers_and_switches_survive(lr: float, seed: int, switch: bool, split: list[int]) -> None:
+    for given_ in (
+        config.Stage(lr=lr, adam_eps=lr, seed=seed, freeze_lm=switch, freeze_vision=switch),
+        config.EnergonDataset(split=split, seed=seed),
+        config.HfModel(vision_tower="a", text_model="b", vision_feature_layer=-seed),
+    ):
+        assert cli.parse(type(given_), cli.flags(given_)) == given_
+
+
+def test_defaults_are_left_out_and_one_word_per_flag() -> None:
+    assert cli.flags(config.DemoAssets()) == []
+    line = cli.flags(config.Stage(stage=2, lr=2e-5, freeze_vision=False, tensor_model_parallel=1))
+    assert line == ["--stage=2", "--no-freeze-vision", "--lr=2e-05"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_roles_split_the_line_without_loss(model) -> None:
+    required = {k: "x" for k, f in model.model_fields.items() if f.is_required()}
+    whole = model(**required, seed=7)
+    parts = [word for role in cli.ROLES for word in cli.flags(whole, (role,))]
+    assert sorted(parts) == sorted(cli.flags(whole))
+    assert all(word.startswith("--") for word in parts)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_flags_are_distinct_and_explained(model) -> None:
+    names = [cli.flag_name(name, field) for name, field in model.model_fields.items()]
+    assert len(set(names)) == len(names)
+    assert all(field.description for field in model.model_fields.values())
+    assert all(cli.role(field) in cli.ROLES for field in model.model_fields.values())
+
+
+@pytest.mark.parametrize("names", [{}, {"a=b": "c"}])
+def test_names_that_a_flag_cannot_carry_are_refused(names: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="field_map"):
+        cli.flags(config.EnergonDataset(field_map=names))
+
+
+def test_wrong_values_name_their_flag() -> None:
+    with pytest.raises(ConfigError, match="--lr"):
+        cli.parse(config.Stage, ["--lr=-1"])
+    with pytest.raises(ConfigError, match="global_batch_size 3"):
+        cli.parse(config.Stage, ["--gpus=2", "--global-batch-size=3"])
+
+
+def test_names_of_the_old_scripts() -> None:
+    """Options that people know from the scripts this replaces."""
+    line = (
+        "-g 8 --node 2 --tp 4 --pp 2 --micro-batch-size 2 --global-batch-size 16 --stage 2 "
+        "--freeze-lm --save-interval 2000 --log-interval 1 --name x --wandb --num-workers 4 "
+        "--megatron-load-dir a --tokenizer-load-dir b --data-path c --master-addr h "
+        "--master-port 1234 --rank 1 --backend gloo"
+    )
+    found = cli.parse(config.Stage, line.replace("-g 8", "--gpus 8").split())
+    assert (found.gpus, found.nodes, found.tensor_model_parallel) == (8, 2, 4)
+    assert (found.pipeline_model_parallel, found.stage, found.freeze_lm) == (2, 2, True)

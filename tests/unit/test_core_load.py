@@ -1,0 +1,171 @@
+"""Configuration files: merged, checked, and every problem told with its key, file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from llava_steps.core import describe
+from llava_steps.core.config import Config
+from llava_steps.core.errors import ConfigError
+from llava_steps.core.load import load
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "config/config.yaml"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str, name: str = "overlay.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems(*files: Path, extra: dict[str, Any] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(files, extra)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_shipped_configuration_is_a_demo_without_gpu() -> None:
+    config = load([SHIPPED])
+    assert config.run == "demo" and config.demo_assets is not None and not config.image
+    assert (config.stage1.stage, config.stage2.stage) == (1, 2)
+    assert config.stage1.world_size == config.stage2.world_size == 2
+    assert config.stage1.tensor_model_parallel == 2, "the default run reshards between stages"
+    assert config.stage2.tensor_model_parallel == 1
+    assert config.stage1.freeze_lm and not config.stage2.freeze_lm
+    assert config.stage1.precision == config.stage2.precision == "fp32"
+
+
+def test_overlays_change_single_keys_in_order(write) -> None:
+    one = write("stage2: {lr: 5.0e-4, train_steps: 900}\n", "one.yaml")
+    two = write("stage2: {lr: 6.0e-4}\ndemo_assets:\n  image_size: 64\n", "two.yaml")
+    config = load([SHIPPED, one, two], {"run": "mine", "stage2": {"train_steps": 901}})
+    assert (config.run, config.stage2.lr, config.stage2.train_steps) == ("mine", 6.0e-4, 901)
+    assert config.demo_assets is not None and config.demo_assets.image_size == 64
+    assert config.stage2.precision == "fp32"
+    shipped = yaml.safe_load(SHIPPED.read_text())
+    config = load([SHIPPED, two, SHIPPED])
+    assert config.stage2.lr == shipped["stage2"]["lr"]
+
+
+def test_a_section_can_be_switched_off(write) -> None:
+    overlay = write(
+        "demo_assets: null\ntar_shards: {source: a.json}\n"
+        "hf_model: {vision_tower: a/b, text_model: c/d}\nevaluation: {data: b.json}\n"
+    )
+    assert load([SHIPPED, overlay]).demo_assets is None
+    text = problems(SHIPPED, write("demo_assets: null\n"))
+    assert "tar_shards.source: 'demo:raw/train.json' needs the section demo_assets" in text
+    assert text.count("needs the section") == 4
+
+
+def test_a_standalone_file_takes_nothing_from_the_demo(write) -> None:
+    assert "stage1: is missing" in problems(SHIPPED, write("standalone: true\nrun: mine\n"))
+    whole = write("standalone: true\n" + SHIPPED.read_text().replace("warmup_steps: 10", ""))
+    assert load([SHIPPED, whole]).stage1.warmup_steps == 0
+    assert "expected true or false" in problems(SHIPPED, write("standalone: maybe\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 2e-5", "stage2.lr: '2e-5' is text in YAML, not a number; write 2.0e-5"),
+        ("lr: '0.1'", "stage2.lr: '0.1' is text in YAML, not a number; write 0.1"),
+        ("lr: fast", "stage2.lr: expected a number, got 'fast'"),
+        ("lr: .nan", "stage2.lr: "),
+        ("lr: -1.0", "stage2.lr: Input should be greater than 0"),
+        (
+            "train_steps: '8'",
+            "stage2.train_steps: '8' is text in YAML, not a whole number; write 8",
+        ),
+        ("train_steps: 8.0", "stage2.train_steps: expected a whole number, got 8.0; write 8"),
+        ("train_steps: 1e3", "stage2.train_steps: '1e3' is text in YAML"),
+        ("freeze_lm: 'no'", "stage2.freeze_lm: expected true or false, got 'no'"),
+        ("freeze_lm: 1", "stage2.freeze_lm: expected true or false, got 1"),
+        ("name: 2024", "stage2.name: expected text, got 2024; put it in quotes: '2024'"),
+        ("precision: fp8", "stage2.precision: Input should be 'bf16' or 'fp32', got 'fp8'"),
+        ("train_stepps: 8", "stage2.train_stepps: unknown key; did you mean train_steps?"),
+        ("zzzz: 8", "stage2.zzzz: unknown key; known keys: "),
+        ("stage: 1", "stage2.stage: must be 2; leave the key out"),
+        ("global_batch_size: 7", "stage2: global_batch_size 7 is not a multiple"),
+        ("lr: 1.0\n  lr: 2.0", "stage2.lr: given twice (first on line 2)"),
+        ("3: 1", "key '3' is not text"),
+        ("<<: {lr: 1.0}", "'<<' is not supported"),
+    ],
+)
+def test_each_mistake_is_told_with_its_place(write, text: str, message: str) -> None:
+    overlay = write(f"stage2:\n  {text}\n")
+    told = problems(SHIPPED, overlay)
+    line = next(row for row in told.splitlines() if message in row)
+    assert f"{overlay}:" in line
+
+
+def test_all_problems_at_once_and_only_once(write) -> None:
+    overlay = write("stage2: {lr: x}\nstage1: {lr: y}\ntypo: 1\nrun: 'a/b'\ntar_shards: 3\n")
+    told = problems(SHIPPED, overlay)
+    assert told.startswith("the configuration has 5 problems:")
+    assert "tar_shards: expected a section with keys, got 3" in told
+    assert "--config: stage1.lr" in problems(SHIPPED, extra={"stage1": {"lr": "2e-5"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("- a\n", "expected keys and values"),
+        ("a: !!python/object/apply:os.system ['touch canary']", "is not valid YAML"),
+        ("a: &a\n  b: *a\n", "nested too deeply"),
+    ],
+)
+def test_files_that_are_no_configuration(write, text: str, message: str) -> None:
+    assert message in problems(SHIPPED, write(text))
+    assert not Path("canary").exists()
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    assert "cannot be read" in problems(tmp_path / "nowhere.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in problems(tmp_path / "binary.yaml")
+    (tmp_path / "empty.yaml").touch()
+    assert load([SHIPPED, tmp_path / "empty.yaml"]) == load([SHIPPED])
+
+
+@pytest.mark.parametrize("path", ["demo:", "demo:/etc/passwd", "demo:../x", "demo:a/../../x"])
+def test_demo_paths_stay_inside(write, path: str) -> None:
+    assert "tar_shards.source" in problems(SHIPPED, write(f"tar_shards: {{source: '{path}'}}\n"))
+
+
+def test_schema_and_tables_are_those_of_the_classes() -> None:
+    """`python -m llava_steps.core.describe` renews both."""
+    assert describe.SCHEMA.read_text(encoding="utf-8") == describe.schema()
+    text = describe.README.read_text(encoding="utf-8")
+    assert text == describe.readme(text)
+
+
+def test_schema_accepts_the_shipped_file_and_catches_typos() -> None:
+    schema = yaml.safe_load(describe.schema())
+    values = yaml.safe_load(SHIPPED.read_text())
+    jsonschema.validate(values, schema)
+    for wrong in ({"stage2": {"lr": "2e-5"}}, {"stage2": {"l": 1}}, {"typo": 1}, {"run": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+
+
+def test_every_key_is_explained() -> None:
+    table = describe.README.read_text(encoding="utf-8")
+    for name in Config.model_fields:
+        assert f"`{name}`" in table
+    shipped = yaml.safe_load(SHIPPED.read_text())
+    for section in shipped.values():
+        for key in section if isinstance(section, dict) else ():
+            assert f"| `{key}` |" in table

@@ -1,0 +1,138 @@
+"""A copy of the project: the real workflow and core, with steps that only note their call.
+
+The stub steps go through the real entry (settings, fingerprint, lease, store, publish), so that
+what Snakemake and the store decide is what they decide for the real steps, in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+STUB = '''
+"""What every stub step does."""
+import json, os, time
+from pathlib import Path
+from llava_steps.core import cli
+
+def work(ctx, cfg):
+    step = ctx.entry.parent.name
+    fields = type(cfg).model_fields
+    values = {k: getattr(cfg, k) for k in fields if cli.role(fields[k]) == "value"}
+    given = {k: getattr(cfg, k) for k in fields if cli.role(fields[k]) != "value"}
+    with open("calls.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **values, **given}) + "\\n")
+    for name in ("train.json", "heldout.json"):
+        if step == "demo_assets":
+            (ctx.entry / "raw").mkdir(exist_ok=True)
+            (ctx.entry / "raw" / name).write_text(name)
+    for name in ("vision_tower", "text_model"):
+        if step == "demo_assets":
+            (ctx.entry / name).mkdir(exist_ok=True)
+            (ctx.entry / name / "config.json").write_text("{}")
+    while Path(f"hold-{step}").exists():
+        time.sleep(0.02)
+    inputs = {k: v.digest for k, v in ctx.inputs.items()}
+    (ctx.entry / "out.json").write_text(json.dumps([step, values, inputs]))
+    return {}
+'''
+
+STEP = '''
+"""Stub."""
+from llava_steps import stub
+from llava_steps.core.config import {config}
+from llava_steps.core.run import Context, Step, main
+
+def run(ctx: Context, cfg: {config}):
+    return stub.work(ctx, cfg)
+
+STEP = Step(name={name}, config={config}, run=run, doc=__doc__)
+if __name__ == "__main__":
+    main(STEP)
+'''
+
+MODULES = {
+    "demo_assets": ("DemoAssets", "'demo_assets'"),
+    "shard_tars": ("TarShards", "'tar_shards'"),
+    "prepare_energon": ("EnergonDataset", "'energon_dataset'"),
+    "build_hf": ("HfModel", "'hf_model'"),
+    "hf_to_megatron": ("MegatronCheckpoint", "'megatron_checkpoint'"),
+    "train": ("Stage", "lambda cfg: f'stage{cfg.stage}_checkpoint'"),
+    "megatron_to_hf": ("HfExport", "'hf_export'"),
+    "evaluate": ("Evaluation", "'evaluation'"),
+}
+
+RULES = [
+    "demo_assets",
+    "tar_shards",
+    "energon_dataset",
+    "hf_model",
+    "megatron_checkpoint",
+    "stage1_checkpoint",
+    "stage1_export",
+    "stage2_checkpoint",
+    "hf_export",
+    "evaluation",
+]
+
+
+@dataclass
+class Project:
+    """A copy of the project in which snakemake runs."""
+
+    root: Path
+
+    def snakemake(self, *arguments: str, code: int = 0) -> str:
+        """stdout and stderr of a call that ends with `code`."""
+        result = subprocess.run(
+            [sys.executable, "-m", "snakemake", *arguments],
+            cwd=self.root,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        output = result.stdout + result.stderr
+        assert result.returncode == code, output
+        return output
+
+    @property
+    def env(self) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("SNAKEMAKE")}
+        return kept | {"PYTHONPATH": str(self.root)}
+
+    def planned(self, *arguments: str) -> list[str]:
+        """Rules that a dry run would execute, sorted, `all` left out."""
+        output = self.snakemake("--cores", "2", "-n", *arguments)
+        return sorted(set(re.findall(r"^(?:local)?rule (\w+):", output, flags=re.M)) - {"all"})
+
+    def run(self, *arguments: str) -> list[str]:
+        """Rules that a real run executed, sorted, `all` left out."""
+        output = self.snakemake("--cores", "2", *arguments)
+        return sorted(set(re.findall(r"^(?:local)?rule (\w+):", output, flags=re.M)) - {"all"})
+
+    def calls(self) -> list[dict[str, Any]]:
+        """What the steps were called with, in order."""
+        path = self.root / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forget_calls(self) -> None:
+        (self.root / "calls.jsonl").unlink(missing_ok=True)
+
+    def overlay(self, text: str, name: str = "overlay.yaml") -> str:
+        (self.root / name).write_text(text)
+        return name
+
+    def manifest(self, rule: str, run: str = "demo") -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(
+            (self.root / "results" / run / rule / "manifest.json").read_text()
+        )
+        return found

@@ -1,0 +1,146 @@
+"""What a dry run shows: targets, order, profiles, refused configurations."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.workflow.project import MODULES, ROOT, RULES, Project
+
+BEFORE_STAGE_2 = ["demo_assets", "energon_dataset", "hf_model", "megatron_checkpoint"]
+
+
+def test_all_is_the_default_and_needs_every_rule(fresh: Project) -> None:
+    assert fresh.planned() == sorted(RULES)
+    assert fresh.calls() == []
+    assert not (fresh.root / "results").exists(), "a dry run writes no result"
+    assert not (fresh.root / "store").exists()
+
+
+def test_every_rule_name_is_a_target(fresh: Project) -> None:
+    assert fresh.planned(*RULES) == sorted(RULES)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("energon_dataset", ["demo_assets", "energon_dataset", "tar_shards"]),
+        (
+            "stage2_checkpoint",
+            [*BEFORE_STAGE_2, "stage1_checkpoint", "stage2_checkpoint", "tar_shards"],
+        ),
+    ],
+)
+def test_a_target_needs_what_it_reads_and_nothing_else(
+    fresh: Project, target: str, expected: list[str]
+) -> None:
+    assert fresh.planned(target) == expected
+
+
+def test_order_of_the_chain(fresh: Project) -> None:
+    text = fresh.snakemake("--cores", "1", "-n")
+    order = re.findall(r"^rule (\w+):", text, flags=re.M)
+    for earlier, later in [
+        ("demo_assets", "tar_shards"),
+        ("demo_assets", "hf_model"),
+        ("tar_shards", "energon_dataset"),
+        ("hf_model", "megatron_checkpoint"),
+        ("energon_dataset", "stage1_checkpoint"),
+        ("megatron_checkpoint", "stage1_checkpoint"),
+        ("stage1_checkpoint", "stage1_export"),
+        ("stage1_checkpoint", "stage2_checkpoint"),
+        ("stage2_checkpoint", "hf_export"),
+        ("hf_export", "evaluation"),
+        ("stage1_export", "evaluation"),
+    ]:
+        assert order.index(earlier) < order.index(later)
+
+
+def test_one_shell_call_of_one_module_that_can_be_pasted(fresh: Project) -> None:
+    text = fresh.snakemake("--cores", "1", "-n")
+    lines = re.findall(r"^Shell command: (python .*)$", text, flags=re.M)
+    assert len(lines) == len(RULES)
+    for line in lines:
+        module = line.removeprefix("python -m llava_steps.").split()[0]
+        assert module in MODULES
+        # By hand, outside Snakemake: the very line.
+        result = subprocess.run(
+            ["bash", "-c", line], cwd=fresh.root, env=fresh.env, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+    assert fresh.planned() == [], "what was computed by hand is there for Snakemake"
+
+
+def test_data_of_ones_own_needs_no_demo(fresh: Project) -> None:
+    (fresh.root / "mine.json").write_text("[]")
+    overlay = fresh.overlay(
+        "demo_assets: null\n"
+        "tar_shards: {source: mine.json}\n"
+        "hf_model: {vision_tower: hub/tower, text_model: hub/model}\n"
+        "evaluation: {data: mine.json}\n"
+    )
+    assert fresh.planned("--configfile", overlay) == sorted(set(RULES) - {"demo_assets"})
+    (fresh.root / "mine.json").unlink()
+    text = fresh.snakemake("--cores", "1", "-n", "--configfile", overlay, code=1)
+    assert "Missing input files" in text and "mine.json" in text
+
+
+def test_demo_paths_need_the_demo(fresh: Project) -> None:
+    overlay = fresh.overlay("demo_assets: null\n")
+    text = fresh.snakemake("--cores", "1", "-n", "--configfile", overlay, code=1)
+    assert "tar_shards.source" in text and "demo_assets" in text
+
+
+def test_a_stage_can_start_from_and_read_something_else(fresh: Project) -> None:
+    (fresh.root / "other").mkdir()
+    overlay = fresh.overlay("stage2: {megatron_load_dir: other, data_path: other}\n")
+    assert "stage1_checkpoint" not in fresh.planned("stage2_checkpoint", "--configfile", overlay)
+
+
+def test_wrong_keys_are_refused_with_their_place(fresh: Project) -> None:
+    overlay = fresh.overlay("stage2:\n  lr: 2e-5\n  train_stepps: 3\n")
+    text = fresh.snakemake("--cores", "1", "-n", "--configfile", overlay, code=1)
+    assert "overlay.yaml:2: stage2.lr" in text and "write 2.0e-5" in text
+    assert "overlay.yaml:3: stage2.train_stepps: unknown key; did you mean train_steps?" in text
+    assert "Traceback" not in text
+    text = fresh.snakemake("--cores", "1", "-n", "--config", "typo=1", code=1)
+    assert "--config: typo: unknown key" in text
+    text = fresh.snakemake(
+        "-n", "--configfile", fresh.overlay("run: x"), "--replace-workflow-config", code=1
+    )
+    assert "standalone: true" in text
+
+
+def test_an_image_is_known_by_its_digest_and_needs_containers(fresh: Project) -> None:
+    text = fresh.snakemake("-n", "--cores", "1", "--config", "image=missing.sif", code=1)
+    assert "neither a file nor pinned" in text
+    (fresh.root / "image.sif").write_text("an image")
+    arguments = ("demo_assets", "--cores", "1", "--config", "image=image.sif")
+    text = fresh.snakemake("-n", *arguments)
+    digest = hashlib.sha256(b"an image").hexdigest()
+    assert f"--image=sha256:{digest}" in text
+    text = fresh.snakemake(*arguments, code=1)
+    assert "containers are off" in text and fresh.calls() == []
+
+
+@pytest.mark.parametrize("profile", ["slurm", "local"])
+def test_profiles_plan_in_a_plain_clone(tmp_path: Path, profile: str) -> None:
+    """With the real steps, from tracked files alone, without Slurm, Apptainer or installation."""
+    clone = tmp_path / "clone"
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z"], check=True, capture_output=True, text=True
+    ).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).exists():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, clone / name, follow_symlinks=False)
+    text = Project(clone).snakemake("--profile", profile, "-n", "all")
+    for rule in RULES:
+        assert f"rule {rule}:" in text

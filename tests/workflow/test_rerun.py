@@ -1,0 +1,141 @@
+"""What runs again after a change, and what does not; killed and forced runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.workflow.project import RULES, Project
+
+AFTER_STAGE_2 = ["evaluation", "hf_export", "stage2_checkpoint"]
+
+
+def steps(project: Project) -> list[str]:
+    """Names of the steps that computed something."""
+    return [call["step"] for call in project.calls()]
+
+
+def test_a_finished_run_has_nothing_to_do(finished: Project) -> None:
+    assert "Nothing to be done" in finished.snakemake("--cores", "2")
+    assert finished.calls() == []
+
+
+def test_one_setting_of_stage_2_and_back(finished: Project) -> None:
+    overlay = ("--configfile", finished.overlay("stage2: {lr: 5.0e-4}\n"))
+    before = finished.manifest("stage2_checkpoint")
+    assert finished.run(*overlay) == AFTER_STAGE_2
+    assert steps(finished) == ["stage2_checkpoint", "hf_export", "evaluation"]
+    assert finished.calls()[0]["lr"] == 5.0e-4
+
+    finished.forget_calls()
+    assert finished.run() == AFTER_STAGE_2
+    assert finished.calls() == [], "the store knows these values"
+    assert finished.manifest("stage2_checkpoint") == before
+    assert finished.run() == []
+
+
+def test_another_run_shares_equal_steps(finished: Project) -> None:
+    finished.snakemake("--cores", "2", "--config", "run=other")
+    assert finished.calls() == []
+    for rule in RULES:
+        assert finished.manifest(rule, "other") == finished.manifest(rule)
+
+
+def test_labels_logs_and_resources_recompute_nothing(finished: Project) -> None:
+    overlay = finished.overlay(
+        "stage2: {log_interval: 7, save_interval: 3, name: x, wandb: true}\n"
+        "tar_shards: {workers: 1}\n"
+    )
+    assert finished.planned("--configfile", overlay) == []
+
+
+def test_code_of_a_step_reruns_it_and_a_comment_does_not(finished: Project) -> None:
+    module = finished.root / "llava_steps/build_hf.py"
+    module.write_text("# a comment\n" + module.read_text())
+    assert finished.planned() == []
+    module.write_text(module.read_text() + "\nWIDTH = 3\n")
+    # Everything behind it is planned; what is found unchanged is not computed again.
+    executed = finished.run()
+    assert "hf_model" in executed and "tar_shards" not in executed
+    assert steps(finished) == ["hf_model"]
+
+
+def test_a_file_of_the_user_that_changed_is_read_again(finished: Project) -> None:
+    (finished.root / "mine.json").write_text("one")
+    overlay = ("--configfile", finished.overlay("tar_shards: {source: mine.json}\n"))
+    finished.snakemake("energon_dataset", "--cores", "1", *overlay)
+    finished.forget_calls()
+    time.sleep(0.02)
+    (finished.root / "mine.json").write_text("two")
+    finished.snakemake("energon_dataset", "--cores", "1", *overlay)
+    assert steps(finished) == ["tar_shards", "energon_dataset"]
+
+
+def test_forced_training_trains_and_equal_results_stop_there(finished: Project) -> None:
+    before = finished.manifest("stage1_checkpoint")
+    finished.snakemake("--cores", "2", "--forcerun", "stage1_checkpoint")
+    assert steps(finished) == ["stage1_checkpoint"]
+    after = finished.manifest("stage1_checkpoint")
+    assert after["content"] == before["content"] and after["created"] >= before["created"]
+    assert "Nothing to be done" in finished.snakemake("--cores", "2")
+
+    finished.forget_calls()
+    finished.snakemake("hf_export", "--cores", "2", "--force")
+    assert steps(finished) == ["hf_export"]
+
+
+def test_a_request_left_by_a_broken_run_is_forgotten(finished: Project) -> None:
+    request = finished.root / "results/demo/stage1_checkpoint/.force"
+    assert "stage1_checkpoint" in finished.planned("--forcerun", "stage1_checkpoint")
+    assert not request.exists(), "a dry run asks for nothing"
+    request.touch()
+    finished.snakemake("tar_shards", "--cores", "1", "--force")
+    assert steps(finished) == ["tar_shards"] and not request.exists()
+
+
+def test_killed_in_the_middle_then_run_again(fresh: Project) -> None:
+    """SIGKILL to snakemake and its steps; the same command continues, without any option."""
+    hold = fresh.root / "hold-stage1_checkpoint"
+    hold.touch()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "--cores", "2"],
+        cwd=fresh.root,
+        env=fresh.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: "stage1_checkpoint" in steps(fresh))
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (fresh.root / "results/demo/stage1_checkpoint/manifest.json").exists()
+    logs = list((fresh.root / "results/demo/stage1_checkpoint/work/.work/logs").iterdir())
+    assert logs, "what a killed step logged is found beside its result"
+    hold.unlink()
+    done = [name for name in steps(fresh) if name != "stage1_checkpoint"]
+    fresh.forget_calls()
+    fresh.snakemake("--cores", "2")
+    assert not set(done) & set(steps(fresh))
+    assert fresh.manifest("stage1_checkpoint")["attempts"] == 2
+    assert "Nothing to be done" in fresh.snakemake("--cores", "2")
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_lost_store_is_an_error_and_not_a_silent_rebuild(finished: Project) -> None:
+    (entry,) = (finished.root / "store/tar_shards").iterdir()
+    (Path(entry) / "out.json").unlink()
+    overlay = ("--configfile", finished.overlay("energon_dataset: {split: [2, 1, 0]}\n"))
+    text = finished.snakemake("energon_dataset", "--cores", "1", *overlay, code=1)
+    assert "out.json is missing" in text

@@ -1,0 +1,39 @@
+# Raw images and conversations to a dataset that training can read.
+
+if "demo_assets" in steps:
+
+    rule demo_assets:
+        """Demo: digits, questions, tokenizer, tiny vision tower and language model."""
+        output:
+            steps["demo_assets"].manifest,
+        threads: 2
+        params:
+            **call("demo_assets"),
+        shell:
+            "python -m llava_steps.demo_assets {params.flags:q} {quiet[demo_assets]:q}"
+
+
+rule tar_shards:
+    """Raw images and conversations to tar shards."""
+    input:
+        needs("tar_shards"),
+    output:
+        steps["tar_shards"].manifest,
+    threads: cfg.tar_shards.workers
+    params:
+        **call("tar_shards"),
+    shell:
+        "python -m llava_steps.shard_tars {params.flags:q} {quiet[tar_shards]:q}"
+
+
+rule energon_dataset:
+    """Tar shards to a megatron-energon dataset."""
+    input:
+        needs("energon_dataset"),
+    output:
+        steps["energon_dataset"].manifest,
+    threads: cfg.energon_dataset.workers
+    params:
+        **call("energon_dataset"),
+    shell:
+        "python -m llava_steps.prepare_energon {params.flags:q} {quiet[energon_dataset]:q}"
