@@ -8,32 +8,19 @@ rescale and normalise); any other processor is called itself.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from llava_steps.core.errors import ConfigError
+from llava_steps.data.decode import decode
 from llava_steps.data.samples import SampleError
 
 _KNOWN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil")
-
-
-def decode(data: bytes) -> Image.Image:
-    """Upright RGB image from the bytes of a file.
-
-    Raises:
-        SampleError: not an image, or a truncated one.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SampleError(f"unreadable image: {error}") from error
 
 
 class ImageTransform:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from llava_steps.core import fsio
 from llava_steps.core.errors import InputError
+from llava_steps.data.fields import SEED, FieldMap
 from llava_steps.data.metadata import SHARDS, read_metadata, split_shards
 from llava_steps.data.samples import Sample, SampleError, from_parts
 
@@ -54,6 +55,8 @@ class SampleReader:
         self.root = root
         self.split = split
         self._meta = read_metadata(root)
+        # Crude datasets have no map: their samples are read as the seed's layout says.
+        self._fields = FieldMap.parse(self._meta.field_map) if self._meta.field_map else SEED
         self.shards = split_shards(self._meta, split)
         self._size = sum(self._meta.shard_counts[name] for name in self.shards)
         self._reader: Any = None
@@ -119,7 +122,7 @@ class SampleReader:
         Raises:
             SampleError: unusable; the message does not say where it stands.
         """
-        return from_parts(raw.key, raw.parts)
+        return from_parts(raw.key, raw.parts, self._fields)
 
 
 def _open(root: Path, shards: list[str], counts: dict[str, int]) -> Any:

@@ -7,7 +7,8 @@ A sample in a tar is a set of parts with a common key:
     {key}.json                    {"question", "id", "conversations": [{"role", "content"}], ...}
 
 `conversations` holds the whole dialogue with `<image>` where an image stands. Data in the seed's
-layout has only `question`: it becomes one user turn, the image before the question, and one answer.
+layout has only a question and an answer, found by the dataset's field map: it becomes one user
+turn, the image before the question, and one answer.
 """
 
 from __future__ import annotations
@@ -19,15 +20,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_steps.core.errors import InputError
+from llava_steps.data.fields import SEED, FieldMap, look_up
 
 PLACEHOLDER = "<image>"
 """Stands for an image in raw and stored conversations, whatever the model's token is."""
 
-_IMAGE_PART = re.compile(r"(?:([1-9][0-9]*)\.)?jpg")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+RESERVED = frozenset({"question", "images", "conversations"})
+"""Names in the .json part that the tar contract gives a meaning."""
 
 
 class SampleError(InputError):
-    """One sample cannot be used; the message gives the reason without the sample's location."""
+    """One sample cannot be used.
+
+    The message is "reason: details" without the sample's location; the reason is the same for all
+    samples with the same trouble, so that they can be counted.
+    """
+
+    @property
+    def reason(self) -> str:
+        """The part of the message before the first colon."""
+        return str(self).partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -50,26 +63,56 @@ class Sample:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+def parse_turns(raw: Any) -> tuple[Turn, ...]:
+    """Turns from a list of {"role", "content"} or of LLaVA's {"from", "value"}.
+
+    Raises:
+        SampleError: another shape, or an unknown role.
+    """
+    if not isinstance(raw, list):
+        raise SampleError("no conversation: `conversations` is not a list")
+    turns = []
+    for number, item in enumerate(raw):
+        entry = item if isinstance(item, dict) else {}
+        role, content = (
+            entry.get("role", entry.get("from")),
+            entry.get("content", entry.get("value")),
+        )
+        if not isinstance(role, str) or role not in ROLES:
+            raise SampleError(f"wrong role: turn {number} is from {_short(role)}")
+        if not isinstance(content, str):
+            raise SampleError(f"not a text: turn {number} holds {_short(content)}")
+        turns.append(Turn(ROLES[role], content))
+    return tuple(turns)
+
+
 def check_turns(turns: tuple[Turn, ...], images: int) -> None:
     """Raise SampleError unless the turns alternate, are not empty and name `images` images."""
     if not turns:
-        raise SampleError("no turns")
+        raise SampleError("no conversation: it has no turns")
     for number, turn in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if turn.role != expected:
-            raise SampleError(f"wrong role: turn {number} is {turn.role!r}, expected {expected!r}")
-        if _lone_surrogate(turn.content):
-            raise SampleError(f"lone surrogate in turn {number}")
+            raise SampleError(f"wrong role: turn {number} is {turn.role}, expected {expected}")
+        check_text(turn.content, f"turn {number}")
         if turn.role == "assistant" and PLACEHOLDER in turn.content:
-            raise SampleError(f"image placeholder in the answer of turn {number}")
+            raise SampleError(f"image placeholder in an answer: turn {number}")
         if not turn.content.strip():
             what = "answer" if turn.role == "assistant" else "question"
-            raise SampleError(f"empty {what} in turn {number}")
+            raise SampleError(f"empty {what}: turn {number}")
     if len(turns) % 2:
-        raise SampleError("the last turn is not an answer")
+        raise SampleError("no last answer: the conversation ends with a question")
     placeholders = sum(turn.content.count(PLACEHOLDER) for turn in turns)
     if placeholders != images:
-        raise SampleError(f"{placeholders} image placeholders for {images} images")
+        raise SampleError(f"wrong number of image placeholders: {placeholders} for {images} images")
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise SampleError when a text cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(f"lone surrogate: {where}, character {error.start}") from error
 
 
 def question_of(turns: tuple[Turn, ...]) -> str:
@@ -80,10 +123,13 @@ def question_of(turns: tuple[Turn, ...]) -> str:
 def to_parts(sample: Sample) -> list[tuple[str, bytes]]:
     """(part name, bytes) of a checked sample in the order in which they stand in the tar.
 
-    The image comes first, so that tools which look at a sample's first member see it.
+    Raises:
+        SampleError: an extra field cannot be written as JSON, or has a name that is taken.
     """
     parts = [("jpg" if n == 0 else f"{n}.jpg", data) for n, data in enumerate(sample.images)]
     parts.append(("txt", sample.turns[1].content.encode()))
+    if taken := RESERVED & set(sample.extra):
+        raise SampleError(f"reserved field: {sorted(taken)}; rename it")
     meta = {
         **sample.extra,
         "question": question_of(sample.turns),
@@ -91,85 +137,86 @@ def to_parts(sample: Sample) -> list[tuple[str, bytes]]:
         "images": len(sample.images),
         "conversations": [{"role": t.role, "content": t.content} for t in sample.turns],
     }
-    text = json.dumps(meta, ensure_ascii=False, allow_nan=False, sort_keys=True)
-    parts.append(("json", text.encode()))
+    try:
+        text = json.dumps(meta, ensure_ascii=False, allow_nan=False, sort_keys=True)
+        parts.append(("json", text.encode()))
+    except UnicodeEncodeError as error:
+        raise SampleError("lone surrogate: in a field besides the conversation") from error
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"not JSON: {error}") from error
     return parts
 
 
-def from_parts(key: str, parts: Mapping[str, bytes]) -> Sample:
+def from_parts(key: str, parts: Mapping[str, bytes], fields: FieldMap = SEED) -> Sample:
     """The sample stored under `key`.
 
     Args:
         key: key in the tar, used as id when the data has none.
         parts: part name (text after the key's dot) to bytes.
+        fields: where image, question and answer stand in data without `conversations`.
 
     Raises:
         SampleError: a part is missing or broken, or the conversation is not usable.
     """
-    images = _images(parts)
+    images = _images(parts, fields)
     meta = _meta(parts)
-    turns = _turns(meta, parts, len(images))
+    if "conversations" in meta:
+        turns = parse_turns(meta["conversations"])
+    else:
+        turns = _seed_turns(parts, len(images), fields)
     check_turns(turns, len(images))
-    known = {"question", "id", "images", "conversations"}
-    extra = {name: value for name, value in meta.items() if name not in known}
+    extra = {name: meta[name] for name in meta if name not in RESERVED and name != "id"}
     return Sample(str(meta.get("id", key)), turns, images, extra)
 
 
-def _images(parts: Mapping[str, bytes]) -> tuple[bytes, ...]:
-    numbered = {}
+def _images(parts: Mapping[str, bytes], fields: FieldMap) -> tuple[bytes, ...]:
+    names = "|".join(re.escape(name) for name in fields.image_parts)
+    form = re.compile(rf"(?:([1-9][0-9]*)\.)?(?:{names})")
+    numbered: dict[int, bytes] = {}
     for name, data in parts.items():
-        if match := _IMAGE_PART.fullmatch(name):
-            numbered[int(match[1] or 0)] = data
+        if match := form.fullmatch(name):
+            number = int(match[1] or 0)
+            if number in numbered:
+                raise SampleError(f"ambiguous image: several parts give image {number}")
+            numbered[number] = data
     if sorted(numbered) != list(range(len(numbered))):
-        raise SampleError(f"image parts are not numbered from 0 on: {sorted(numbered)}")
+        raise SampleError(f"missing image: parts are numbered {sorted(numbered)}")
     return tuple(numbered[number] for number in range(len(numbered)))
 
 
 def _meta(parts: Mapping[str, bytes]) -> dict[str, Any]:
     if "json" not in parts:
-        raise SampleError(f"no .json part; there are {sorted(parts)}")
+        return {}
     try:
         meta = json.loads(parts["json"])
     except (ValueError, RecursionError) as error:
-        raise SampleError(f"the .json part is not JSON: {error}") from error
+        raise SampleError(f"not JSON: the .json part: {error}") from error
     if not isinstance(meta, dict):
-        raise SampleError("the .json part is not an object")
+        raise SampleError("not JSON: the .json part is not an object")
     return meta
 
 
-def _turns(meta: dict[str, Any], parts: Mapping[str, bytes], images: int) -> tuple[Turn, ...]:
-    if "conversations" not in meta:
-        return _seed_turns(meta, parts, images)
-    raw = meta["conversations"]
-    if not isinstance(raw, list) or not all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        for turn in raw
-    ):
-        raise SampleError('`conversations` must be a list of {"role": text, "content": text}')
-    return tuple(Turn(turn["role"], turn["content"]) for turn in raw)
-
-
-def _seed_turns(meta: dict[str, Any], parts: Mapping[str, bytes], images: int) -> tuple[Turn, ...]:
-    """One question and one answer, as `question` and `.txt` give them."""
-    question = meta.get("question")
-    if not isinstance(question, str):
-        raise SampleError("the .json part has neither `conversations` nor a text `question`")
-    if "txt" not in parts:
-        raise SampleError("no .txt part with the answer")
-    try:
-        answer = parts["txt"].decode()
-    except UnicodeDecodeError as error:
-        raise SampleError(f"the .txt part is not UTF-8: {error}") from error
+def _seed_turns(parts: Mapping[str, bytes], images: int, fields: FieldMap) -> tuple[Turn, ...]:
+    """One question and one answer, found by the field map."""
+    texts = []
+    for name, options in (("question", fields.context), ("answer", fields.answers)):
+        try:
+            value = look_up(parts, options)
+        except LookupError as error:
+            raise SampleError(f"missing {name}: no {error}; there are {sorted(parts)}") from error
+        except (ValueError, RecursionError) as error:
+            raise SampleError(f"unreadable {name}: {error}") from error
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if not isinstance(value, str):
+            raise SampleError(f"not a text: the {name} is {_short(value)}")
+        texts.append(value)
+    question, answer = texts
     if PLACEHOLDER not in question:
         question = f"{PLACEHOLDER}\n" * images + question
     return (Turn("user", question), Turn("assistant", answer))
 
 
-def _lone_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 40 else text[:37] + "..."

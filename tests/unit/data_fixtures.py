@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import random
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -145,3 +146,13 @@ def make_energon(root: Path, samples: int, per_tar: int) -> Path:
         "field_map:\n  image: jpg\n  context: json[question]\n  answers: txt\n"
     )
     return root
+
+
+def fake_context(entry: Path, **inputs: Path) -> Any:
+    """A `Context` without store and lease."""
+    from llava_steps.core.run import Context
+    from llava_steps.core.store import Input
+
+    log = logging.getLogger("test")
+    found = {name: Input(path, "digest") for name, path in inputs.items()}
+    return Context(entry, found, log, entry / ".work")

@@ -16,7 +16,8 @@ from PIL import Image
 
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.conversation import ConversationEncoder, load_processor
-from llava_steps.data.images import ImageTransform, decode
+from llava_steps.data.decode import decode
+from llava_steps.data.images import ImageTransform
 from llava_steps.data.samples import Sample, SampleError, Turn, from_parts
 from llava_steps.data.template import message_parts
 

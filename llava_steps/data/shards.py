@@ -1,0 +1,175 @@
+"""Samples to tar shards: deterministic, parallel, in one pass over the images.
+
+Worker k turns the records [k * N, (k + 1) * N) into one file of tar members and reports where each
+sample lies in it. As long as nothing was refused such a file is shard k and only gets its name;
+from the first refused sample on, shards are put together from ranges of these files
+(shardplan.py), so that shard k always holds the accepted samples [k * N, (k + 1) * N) and the
+number of workers leaves no trace. A sample's key is the number of its record in the source: it
+leads back to the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core import fsio
+from llava_steps.data import pool, rawllava, sources, tars
+from llava_steps.data.metadata import SHARDS
+from llava_steps.data.samples import SampleError, to_parts
+from llava_steps.data.shardplan import Part, Plan, Refused, Shard, Written
+
+QUARANTINE = "quarantine.jsonl"
+KEY_DIGITS = 9
+_COPY = 1 << 22
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What workers need to know; see `TarShards` for the meaning."""
+
+    source: Path
+    entry: Path
+    samples_per_shard: int
+    max_pixels: int
+
+
+def write_shards(
+    settings: Settings,
+    workers: int,
+    quarantine_limit: float,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Write all shards, `quarantine.jsonl` and `shards.json` into `settings.entry`.
+
+    Returns:
+        Metrics: samples_in, samples_written, samples_quarantined, quarantine_reasons, shards and
+        bytes.
+
+    Raises:
+        InputError: no usable sample, or a larger share of refused ones than `quarantine_limit`.
+    """
+    entry = settings.entry
+    _clean(entry)
+    plan = Plan(settings.samples_per_shard)
+    lines = []
+    chunks = sources.chunks(settings.source, settings.samples_per_shard)
+    for part in pool.ordered(partial(make_part, settings), chunks, workers):
+        for refused in plan.add(part):
+            row = {
+                "file": settings.source.name, "index": refused.index, "id": refused.id,
+                "reason": refused.message,
+            }  # fmt: skip
+            lines.append(json.dumps(row, sort_keys=True) + "\n")
+        advance(part.records)
+    fsio.write_bytes(entry / QUARANTINE, "".join(lines).encode())
+    plan.check(quarantine_limit, settings.source, entry / QUARANTINE)
+    rows = []
+    shards = list(plan.shards())
+    finished = pool.ordered(partial(finish_shard, entry), shards, workers)
+    for shard, row in zip(shards, finished, strict=True):
+        rows.append(row)
+        for path in shard.last_of:
+            path.unlink(missing_ok=True)
+    fsio.remove_temporaries(entry)
+    fsio.write_json(entry / SHARDS, {"shards": rows})
+    return {
+        "samples_in": plan.records,
+        "samples_written": plan.written,
+        "samples_quarantined": plan.refused,
+        "quarantine_reasons": dict(sorted(plan.reasons.items())),
+        "shards": len(rows),
+        "bytes": sum(row["size"] for row in rows),
+    }
+
+
+def make_part(settings: Settings, chunk: sources.Chunk) -> Part:
+    """Write the usable records of `chunk` to a part file, a whole tar; runs in a worker."""
+    path = settings.entry / f"{fsio.TEMPORARY}part-{chunk.start:0{KEY_DIGITS}d}"
+    samples, refused, size = [], [], 0
+    with open(path, "wb") as file:
+        digest = hashlib.sha256()
+
+        def write(data: bytes) -> int:
+            digest.update(data)
+            return file.write(data)
+
+        for index, record in enumerate(chunk.records, chunk.start):
+            name = ""
+            try:
+                value = sources.parse(record)
+                name = _name(value)
+                sample = rawllava.to_sample(
+                    value, index, settings.source.parent, settings.max_pixels
+                )
+                parts = to_parts(sample)
+            except SampleError as error:
+                refused.append(Refused(index, name, str(error)))
+                continue
+            for part, data in parts:
+                size += write(tars.member(f"{index:0{KEY_DIGITS}d}.{part}", data))
+            samples.append(Written(index, sample.id, size))
+        write(tars.ending(size))
+        file.flush()
+        os.fsync(file.fileno())
+    return Part(path, len(chunk.records), tuple(samples), tuple(refused), digest.hexdigest())
+
+
+def finish_shard(entry: Path, shard: Shard) -> dict[str, Any]:
+    """Give a shard its final name; its row of `shards.json`; runs in a worker."""
+    final = entry / f"{shard.number:06d}.tar"
+    if shard.sha256 is not None:
+        os.replace(shard.ranges[0].path, final)
+        sha256 = shard.sha256
+    else:
+        temporary = entry / f"{fsio.TEMPORARY}{final.name}"
+        sha256 = _assemble(shard, temporary)
+        os.replace(temporary, final)
+    fsio.fsync_path(entry)
+    return {
+        "name": final.name,
+        "samples": shard.samples,
+        "size": final.stat().st_size,
+        "sha256": sha256,
+    }
+
+
+def _assemble(shard: Shard, target: Path) -> str:
+    """Copy the shard's ranges to `target` and close the archive; hex sha256."""
+    digest, size = hashlib.sha256(), 0
+    with open(target, "wb") as out:
+        for piece in shard.ranges:
+            with open(piece.path, "rb") as file:
+                file.seek(piece.start)
+                left = piece.end - piece.start
+                while left:
+                    data = file.read(min(left, _COPY))
+                    if not data:
+                        raise OSError(f"{piece.path} is shorter than when it was written")
+                    digest.update(data)
+                    size += out.write(data)
+                    left -= len(data)
+        end = tars.ending(size)
+        digest.update(end)
+        out.write(end)
+        out.flush()
+        os.fsync(out.fileno())
+    return digest.hexdigest()
+
+
+def _name(value: Any) -> str:
+    """The record's id for the quarantine list, whatever it is."""
+    return str(value.get("id", ""))[:200] if isinstance(value, dict) else ""
+
+
+def _clean(entry: Path) -> None:
+    """Remove what a killed attempt left; nothing of it is used again."""
+    fsio.remove_temporaries(entry)
+    for path in (*entry.glob("[0-9]*.tar"), entry / SHARDS, entry / QUARANTINE):
+        path.unlink(missing_ok=True)
