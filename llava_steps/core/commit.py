@@ -58,23 +58,21 @@ def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
     """
     try:
         marker = json.loads((path / MARKER).read_bytes())
-        files: dict[str, dict[str, Any]] = marker["files"]
+        files = {n: (int(f["size"]), str(f["sha256"])) for n, f in marker["files"].items()}
         info: dict[str, Any] = marker["info"]
     except FileNotFoundError:
         raise InputError(f"{path} is not a committed checkpoint: it has no {MARKER}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path / MARKER} is damaged: {error!r}") from None
     present = {p.relative_to(path).as_posix() for p in fsio.files_below(path, skip=[MARKER])}
     for name in sorted(present ^ files.keys()):
         state = "is missing" if name in files else "does not belong to the checkpoint"
         raise IntegrityError(f"{path / name} {state} (compared with {MARKER})")
-    for name, expected in files.items():
+    for name, (expected, digest) in files.items():
         size = (path / name).stat().st_size
-        if size != expected["size"]:
-            raise IntegrityError(
-                f"{path / name} has {size} bytes, {MARKER} says {expected['size']}"
-            )
-        if digests and fsio.sha256_file(path / name) != expected["sha256"]:
+        if size != expected:
+            raise IntegrityError(f"{path / name} has {size} bytes, {MARKER} says {expected}")
+        if digests and fsio.sha256_file(path / name) != digest:
             raise IntegrityError(f"{path / name} has another sha256 than {MARKER} says")
     return info
 
@@ -100,3 +98,14 @@ def latest_commit(root: Path) -> Path:
             "give the directory of a finished conversion or training step"
         )
     return found[-1][1]
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` committed directories of `root`, and unfinished ones."""
+    for _, path in committed(root)[:-keep]:
+        # Without its marker the directory is no checkpoint any more, however far the rest gets.
+        (path / MARKER).unlink()
+    for path in root.iterdir():
+        if _ITERATION.match(path.name) and not (path / MARKER).exists():
+            fsio.remove(path)
+    fsio.remove_temporaries(root)

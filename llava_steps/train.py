@@ -1,0 +1,61 @@
+"""python -m llava_steps.train --stage 2 --tp 2 --megatron-load-dir results/demo/stage1_checkpoint
+--tokenizer-load-dir results/demo/hf_model --data-path results/demo/energon_dataset
+--save-dir results/demo/stage2_checkpoint
+
+Trains one stage: 1 for the projector, 2 for projector and language model. An interrupted training
+goes on from its last checkpoint when it is started again with the same settings. SIGTERM saves
+and ends with exit code 75. Progress: metrics.jsonl in the store entry, linked as `work` in
+--save-dir while it runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llava_steps.core import commit
+from llava_steps.core.config import Stage
+from llava_steps.core.run import Context, Step, main
+
+if TYPE_CHECKING:
+    # Runs in the workers; named here so that its code counts for this step's code version.
+    from llava_steps.training import worker as worker
+
+
+def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
+    """Start the workers, wait for them, keep the final checkpoint and summarise the metrics."""
+    from llava_steps.training.job import Job
+    from llava_steps.training.launch import launch
+
+    job = Job(
+        stage=cfg,
+        entry=ctx.entry,
+        work=ctx.work,
+        checkpoint=ctx.inputs["megatron_load_dir"].path.resolve(),
+        hf_dir=ctx.inputs["tokenizer_load_dir"].path.resolve(),
+        dataset=ctx.inputs["data_path"].path.resolve(),
+        fingerprint=ctx.fingerprint,
+    )
+    launch(job)
+    commit.prune(ctx.entry, 1)
+    rows = [json.loads(line) for line in (ctx.entry / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "steps": len(rows),
+        "samples": len(rows) * cfg.global_batch_size,
+        "tokens": sum(row["tokens"] for row in rows),
+        "first_loss": rows[0]["loss"],
+        "last_loss": rows[-1]["loss"],
+    }
+
+
+STEP = Step(
+    name=lambda cfg: f"stage{cfg.stage}_checkpoint",
+    config=Stage,
+    run=run,
+    doc=__doc__,
+    volatile=("metrics.jsonl", "samples/*"),
+)
+
+if __name__ == "__main__":
+    main(STEP)

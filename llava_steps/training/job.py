@@ -1,0 +1,68 @@
+"""What the launcher tells its workers: one JSON file, no pickle, no command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llava_steps.core import fsio
+from llava_steps.core.config import Stage
+
+FILE = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training step: its settings and where everything lies."""
+
+    stage: Stage
+    entry: Path
+    """Store entry: checkpoints and metrics go here."""
+    work: Path
+    """Bookkeeping: rendezvous, failure report, tracker files."""
+    checkpoint: Path
+    """Megatron checkpoint directory to start from."""
+    hf_dir: Path
+    """HF directory with config, tokenizer and processor."""
+    dataset: Path
+    """Energon dataset."""
+    fingerprint: str
+
+    def write(self) -> Path:
+        """Write the job for the workers; returns the file."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
+        path = self.work / FILE
+        fsio.write_json(path, values | {"stage": self.stage.model_dump()})
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """The job that `write` wrote."""
+        values = json.loads(path.read_bytes())
+        stage = Stage.model_validate(values.pop("stage"))
+        fingerprint = values.pop("fingerprint")
+        return cls(stage=stage, fingerprint=fingerprint, **{k: Path(v) for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a worker ended: written by the first that fails, read by the launcher."""
+
+    rank: int
+    exit_code: int
+    message: str
+
+    FILE = "failure.json"
+
+    def write(self, work: Path) -> None:
+        """Keep the first report of an attempt; later ones are consequences."""
+        path = work / self.FILE
+        if not path.exists():
+            fsio.write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, work: Path) -> Failure | None:
+        """The report of this attempt, or None."""
+        path = work / cls.FILE
+        return cls(**json.loads(path.read_bytes())) if path.exists() else None

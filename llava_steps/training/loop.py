@@ -1,0 +1,273 @@
+"""The training loop: `train` is the story, everything else here is one of its sentences."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from llava_steps.core import commit
+from llava_steps.core.config import Stage
+from llava_steps.core.errors import DivergedError, StoppedError
+from llava_steps.core.geometry import Geometry
+from llava_steps.core.log import Progress
+from llava_steps.data.batch import MicroBatch
+from llava_steps.data.loader import TrainLoader
+from llava_steps.model.checkpoint import load_weights
+from llava_steps.model.llava import Llava, build_llava
+from llava_steps.model.options import ModelOptions
+from llava_steps.training import parallel, state
+from llava_steps.training.job import Job
+from llava_steps.training.metrics import METRICS, Lines, Tracker
+from llava_steps.training.optimizer import Optimizer, wrap
+from llava_steps.training.schedule import learning_rate
+
+
+def train(job: Job, log: logging.Logger) -> None:
+    """Train one stage to its end, from its last checkpoint if there is one.
+
+    Raises DivergedError when loss or gradient is not finite (nothing was updated with it) and
+    StoppedError after a signal, with everything saved.
+    """
+    stage = job.stage
+    stop = StopRequest()
+    model = build(job)
+    wrapped = wrap(model)
+    optimizer = Optimizer(stage, wrapped)
+    step, loader = restore_or_start(job, model, optimizer, log)
+    reports = Reports(job, step, log)
+    batches = iter(loader)
+    saved = step
+    with reports:
+        while step < stage.train_steps and not stop.agreed:
+            began = time.monotonic()
+            batch = next(batches)
+            waited = time.monotonic() - began
+            sums = forward_backward(stage, wrapped, optimizer, batch, stop)
+            norm = optimizer.gradient_norm()
+            loss = sums.loss / sums.supervised
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise DivergedError(
+                    f"step {step}: loss {loss}, gradient norm {norm}; weights are those of step "
+                    f"{step}, samples {[i for m in batch for i in m.sample_ids]}"
+                )
+            lr = learning_rate(stage, step)
+            optimizer.step(lr, norm)
+            reports.step(step, loss, lr, norm, sums, batch, waited, time.monotonic() - began)
+            step += 1
+            if step % stage.save_interval == 0 or step == stage.train_steps or stop.agreed:
+                reports.sync()
+                path = state.save(
+                    job.entry, step, stage, model, optimizer, loader.state(), stage.keep_checkpoints
+                )
+                saved = step
+                log.info("saved %s", path.name)
+    if step < stage.train_steps:
+        raise StoppedError(f"stopped by a signal after step {step}, saved at {saved}; run me again")
+
+
+def build(job: Job) -> Llava:
+    """This rank's part of the model, with uninitialised weights, frozen as the stage says."""
+    stage = job.stage
+    geometry = Geometry.from_hf(json.loads((job.hf_dir / "config.json").read_bytes()))
+    options = ModelOptions(
+        precision=stage.precision,
+        tp=stage.tensor_model_parallel,
+        pp=stage.pipeline_model_parallel,
+        sequence_parallel=stage.sequence_parallel,
+        freeze_vision=stage.freeze_vision,
+        freeze_projector=stage.freeze_projector,
+        freeze_lm=stage.freeze_lm,
+        pre_process=parallel.is_first_stage(),
+        post_process=parallel.is_last_stage(),
+    )
+    return build_llava(geometry, options)
+
+
+def restore_or_start(
+    job: Job, model: Llava, optimizer: Optimizer, log: logging.Logger
+) -> tuple[int, TrainLoader]:
+    """Load the newest checkpoint, or the weights to start from; open the loader there."""
+    found = state.find(job.entry)
+    if found is None:
+        load_weights(model, commit.latest_commit(job.checkpoint) / state.WEIGHTS)
+        optimizer.reload_weights()
+        log.info("starting from %s", job.checkpoint)
+        return 0, open_loader(job, 0)
+    step, kept = state.load(found, job.stage, model, optimizer)
+    loader = open_loader(job, kept["consumed_samples"])
+    loader.check_state(kept)
+    log.info("resuming after step %d from %s", step, found.name)
+    return step, loader
+
+
+def open_loader(job: Job, consumed: int) -> TrainLoader:
+    """This rank's loader, `consumed` samples into the stream."""
+    stage = job.stage
+    return TrainLoader(
+        job.dataset,
+        "train",
+        job.hf_dir,
+        stage.seq_length,
+        stage.global_batch_size,
+        stage.micro_batch_size,
+        ps.get_data_parallel_rank(),
+        ps.get_data_parallel_world_size(),
+        stage.seed,
+        stage.num_workers,
+        consumed,
+        need_pixels=parallel.is_first_stage(),
+        pad_to_multiple=stage.tensor_model_parallel if stage.sequence_parallel else 1,
+        equal_lengths=stage.pipeline_model_parallel > 1,
+    )
+
+
+class Sums:
+    """Sums over the global batch, the same on every rank."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.loss, self.supervised, self.tokens, stop = values.tolist()
+        self.stop = stop > 0
+
+
+def forward_backward(
+    stage: Stage, wrapped: Any, optimizer: Optimizer, batch: list[MicroBatch], stop: StopRequest
+) -> Sums:
+    """Gradients of the token mean over the global batch, left in the gradient buffers."""
+    wrapped.zero_grad_buffer()
+    optimizer.zero_grad()
+    wrapped.config.finalize_model_grads_func = finalize_model_grads
+    wrapped.config.no_sync_func = wrapped.no_sync
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batch),
+        model=[wrapped],
+        num_microbatches=len(batch),
+        seq_length=batch[0].tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    loss = torch.stack(losses).double().sum() if losses else torch.zeros(())
+    counted = parallel.is_last_stage()
+    supervised, tokens = (sum(m.num_supervised for m in batch), sum(m.num_tokens for m in batch))
+    own = [float(loss), float(supervised), float(tokens), float(stop.requested)]
+    values = torch.tensor(own, dtype=torch.float64, device=parallel.device()) * counted
+    sums = Sums(parallel.agree(values))
+    stop.agreed = sums.stop
+    return sums
+
+
+def forward_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
+    """One microbatch through this stage, in the form that Megatron's schedules ask for."""
+    batch = next(batches)
+    place = parallel.device()
+    pixels = batch.pixel_values
+    output = wrapped(
+        batch.tokens.to(place),
+        batch.position_ids.to(place),
+        batch.cu_seqlens.to(place),
+        batch.max_seqlen,
+        None if pixels is None else pixels.to(place),
+        batch.labels.to(place),
+    )
+
+    def loss_sum(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = losses.sum()
+        count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+        return total, count, total.detach()
+
+    return output, loss_sum
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask for a stop at the next step boundary; all ranks stop at the same."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.agreed = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+
+
+class Reports:
+    """Metrics, sample ids, tracker and progress of a training; a context manager."""
+
+    def __init__(self, job: Job, start: int, log: logging.Logger) -> None:
+        stage = job.stage
+        self._interval = stage.log_interval
+        self._lead = dist.get_rank() == 0
+        self._samples = self._metrics = self._tracker = self._progress = None
+        if parallel.is_model_lead():
+            name = f"dp_{ps.get_data_parallel_rank():04d}.jsonl"
+            self._samples = Lines(job.entry / "samples" / name, start)
+        if self._lead:
+            self._metrics = Lines(job.entry / METRICS, start)
+            self._tracker = Tracker(stage, job.work, job.fingerprint, log)
+            self._progress = Progress(log, f"stage {stage.stage}", stage.train_steps, start)
+
+    def __enter__(self) -> Reports:
+        if self._progress:
+            self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._progress:
+            self._progress.__exit__(*error)
+        for part in (self._samples, self._metrics, self._tracker):
+            if part:
+                part.close()
+
+    def sync(self) -> None:
+        """Have all lines on stable storage before a checkpoint says that their steps are done."""
+        for lines in (self._samples, self._metrics):
+            if lines:
+                lines.sync()
+
+    def step(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        norm: float,
+        sums: Sums,
+        batch: list[MicroBatch],
+        waited: float,
+        seconds: float,
+    ) -> None:
+        """Report one finished optimizer step, counted from 0."""
+        if self._samples:
+            self._samples.write({"step": step, "ids": [m.sample_ids for m in batch]})
+        if not (self._metrics and self._tracker and self._progress):
+            return
+        row = {
+            "step": step,
+            "loss": loss,
+            "loss_hex": loss.hex(),
+            "lr": lr,
+            "grad_norm": norm,
+            "supervised_tokens": int(sums.supervised),
+            "tokens": int(sums.tokens),
+            "tokens_per_s": round(sums.tokens / seconds, 1),
+            "data_wait_s": round(waited, 4),
+            "step_s": round(seconds, 4),
+        }
+        self._metrics.write(row)
+        self._tracker.write(row)
+        note = ""
+        if (step + 1) % self._interval == 0:
+            note = f"loss {loss:.4f}, lr {lr:.2e}, {sums.tokens / seconds:.0f} tokens/s"
+        self._progress.advance(1, note)

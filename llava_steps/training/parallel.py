@@ -1,0 +1,122 @@
+"""Process groups, seeds and the questions "who am I" of a training process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from llava_steps.core.config import Stage
+from llava_steps.core.errors import ConfigError
+from llava_steps.model import cpu_shim
+
+cpu_shim.install()
+
+from megatron.core import parallel_state as ps  # noqa: E402  (needs the shim first)
+from megatron.core import tensor_parallel  # noqa: E402
+
+TIMEOUT = timedelta(minutes=10)
+"""Of a collective: a rank that waits longer for the others gives up."""
+
+
+@contextlib.contextmanager
+def processes(stage: Stage) -> Iterator[None]:
+    """Join the process group of the job and set up its parallel layout, seeds and determinism.
+
+    Reads RANK, LOCAL_RANK, WORLD_SIZE and LLAVA_STEPS_RENDEZVOUS from the environment.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = choose_backend(stage.backend)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store = dist.FileStore(os.environ["LLAVA_STEPS_RENDEZVOUS"], world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        ps.initialize_model_parallel(
+            stage.tensor_model_parallel,
+            stage.pipeline_model_parallel,
+            create_gloo_process_groups=False,
+        )
+        seed_all(stage.seed)
+        if stage.deterministic:
+            make_deterministic()
+        yield
+    finally:
+        # Only after success: a rank that failed must not wait for the others here.
+        if not _failing():
+            ps.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _failing() -> bool:
+    import sys
+
+    return sys.exc_info()[0] is not None
+
+
+def choose_backend(wanted: str) -> str:
+    """`auto` is nccl with GPUs and gloo without; nccl without GPUs is refused."""
+    if wanted == "nccl" and not torch.cuda.is_available():
+        raise ConfigError("--backend nccl needs a GPU and none is visible; use auto or gloo")
+    if wanted != "auto":
+        return wanted
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy, torch and Megatron's tensor-parallel generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Refuse kernels whose result differs from run to run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def is_first_stage() -> bool:
+    """Whether this rank holds the embeddings, the tower and the projector."""
+    return bool(ps.is_pipeline_first_stage())
+
+
+def is_last_stage() -> bool:
+    """Whether this rank holds the head and computes the loss."""
+    return bool(ps.is_pipeline_last_stage())
+
+
+def is_model_lead() -> bool:
+    """Whether this is the one rank of its data-parallel replica that writes for it."""
+    return ps.get_tensor_model_parallel_rank() == 0 and is_first_stage()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def agree(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over the data-parallel replicas, the same on every rank.
+
+    `values` count on the last pipeline stage only; others pass zeros of the same shape.
+    """
+    dist.all_reduce(values, group=ps.get_data_parallel_group())
+    dist.broadcast(
+        values,
+        src=ps.get_pipeline_model_parallel_last_rank(),
+        group=ps.get_pipeline_model_parallel_group(),
+    )
+    return values

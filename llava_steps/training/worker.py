@@ -1,0 +1,64 @@
+"""python -m llava_steps.training.worker JOB: one process of a training step.
+
+Started by `launch`. Ends with the exit code of the error it met, after leaving a report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from llava_steps.core.errors import StepError
+from llava_steps.core.log import logger
+from llava_steps.training.job import Failure, Job
+
+PR_SET_PDEATHSIG = 1
+
+
+def follow_launcher() -> None:
+    """Have the kernel kill this process when its launcher dies, whatever kills the launcher.
+
+    An orphan would train on beside the attempt that takes over its store entry.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != int(os.environ["LLAVA_STEPS_LAUNCHER"]):
+        sys.exit("the launcher is gone already")
+
+
+def main() -> int:
+    """Run one rank of the job in argv[1]; returns the exit code."""
+    follow_launcher()
+    job = Job.read(Path(sys.argv[1]))
+    rank = int(os.environ["RANK"])
+    log = logger(f"train[{rank}]", job.work / "logs" / f"rank-{rank:04d}.log")
+    if rank:
+        log.setLevel(logging.WARNING)
+    try:
+        from llava_steps.training import loop, parallel
+
+        with parallel.processes(job.stage):
+            loop.train(job, log)
+    except StepError as error:
+        Failure(rank, error.exit_code, str(error)).write(job.work)
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        log.error("%s", traceback.format_exc())
+        Failure(rank, 1, f"{type(error).__name__}: {error}").write(job.work)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    # Threads of a broken collective may never end: leave without waiting for them.
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

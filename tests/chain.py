@@ -1,0 +1,126 @@
+"""The chain's first steps at a tiny size, made once for all tests of a session that train.
+
+Everything goes through the steps' command lines, as a user would by hand. Parallel test workers
+share one store: whoever comes first computes, the others wait and find.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "--pretrain-vision-steps=0",
+    "--pretrain-text-steps=0",
+    "--text-layers=2",
+    "--vision-layers=2",
+)
+
+
+def environment() -> dict[str, str]:
+    """The caller's environment with this checkout importable and the hub out of reach."""
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def run_step(
+    module: str, *flags: str, cwd: Path, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """`python -m llava_steps.MODULE FLAGS...`; its log is the failure message of the test."""
+    line = [sys.executable, "-m", f"llava_steps.{module}", *flags]
+    result = subprocess.run(
+        line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    if check:
+        assert result.returncode == 0, f"{' '.join(line)}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A directory with results/ and store/ in which the steps up to the conversion are done."""
+
+    root: Path
+
+    @property
+    def raw(self) -> Path:
+        return self.root / "results/demo_assets/raw"
+
+    @property
+    def hf(self) -> Path:
+        return self.root / "results/hf_model"
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "results/energon_dataset"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "results/megatron_checkpoint"
+
+    def train(self, name: str, *flags: str, check: bool = True) -> Path:
+        """Train a stage with these flags into results/NAME; returns that directory."""
+        run_step("train", *self.train_flags(name), *flags, cwd=self.root, check=check)
+        return self.root / "results" / name
+
+    def train_flags(self, name: str) -> Sequence[str]:
+        return (
+            "--megatron-load-dir=results/megatron_checkpoint",
+            "--tokenizer-load-dir=results/hf_model",
+            "--data-path=results/energon_dataset",
+            f"--save-dir=results/{name}",
+            "--precision=fp32",
+            "--num-workers=0",
+            "--seq-length=256",
+        )
+
+
+def make(root: Path) -> Chain:
+    """Run the steps up to the Megatron checkpoint, or find them done."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = root / "done"
+        if not done.exists():
+            out = "--save-dir=results"
+            run_step("demo_assets", *SMALL, f"{out}/demo_assets", cwd=root)
+            run_step(
+                "shard_tars", "--source=results/demo_assets/raw/train.json",
+                "--samples-per-shard=300", f"{out}/tar_shards", cwd=root,
+            )  # fmt: skip
+            run_step(
+                "prepare_energon", "--tar-dir=results/tar_shards", f"{out}/energon_dataset", cwd=root
+            )
+            run_step(
+                "build_hf", "--vision-tower=results/demo_assets/vision_tower",
+                "--text-model=results/demo_assets/text_model", f"{out}/hf_model", cwd=root,
+            )  # fmt: skip
+            run_step(
+                "hf_to_megatron", "--hf-dir=results/hf_model", f"{out}/megatron_checkpoint", cwd=root
+            )
+            done.touch()
+    return Chain(root)
+
+
+def metrics(directory: Path) -> list[dict]:
+    """The steps that a training reported."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def sample_ids(directory: Path) -> list[list[str]]:
+    """Ids of each global batch, in the order of the sample stream, whatever the DP size."""
+    files = sorted((directory / "samples").glob("dp_*.jsonl"))
+    rows = [[json.loads(line) for line in f.read_text().splitlines()] for f in files]
+    steps = []
+    for parts in zip(*rows, strict=True):
+        assert len({p["step"] for p in parts}) == 1
+        micro = [ids for group in zip(*(p["ids"] for p in parts), strict=True) for ids in group]
+        steps.append([i for ids in micro for i in ids])
+    return steps

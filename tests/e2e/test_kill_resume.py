@@ -1,0 +1,141 @@
+"""SIGKILL of everything at a random moment of stage 2, then the same command again.
+
+The resumed training must be the uninterrupted one, bit for bit: losses (as hex floats), sample ids
+and final weights. LLAVA_STEPS_KILLS sets how often; the moments come from LLAVA_STEPS_KILL_SEED.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.chain import ROOT, environment, metrics, sample_ids
+
+KILLS = int(os.environ.get("LLAVA_STEPS_KILLS", "10"))
+SEED = int(os.environ.get("LLAVA_STEPS_KILL_SEED", "20240607"))
+STEPS = 40
+OVERLAY = {
+    "demo_assets": {
+        "pretrain_vision_steps": 0, "pretrain_text_steps": 0, "text_layers": 2, "vision_layers": 2,
+    },
+    "stage1": {"train_steps": 2, "warmup_steps": 0, "save_interval": 1000},
+    "stage2": {"train_steps": STEPS, "warmup_steps": 4, "save_interval": 7},
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A checkout's workflow in a directory of its own."""
+
+    root: Path
+
+    def command(self) -> list[str]:
+        line = ["-m", "snakemake", "--cores", "2", "--configfile", "overlay.yaml", "--quiet", "rules"]
+        return [sys.executable, *line, "stage2_checkpoint"]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start snakemake as the leader of a process group of its own."""
+        log = (self.root / "log.txt").open("ab")
+        return subprocess.Popen(
+            self.command(), cwd=self.root, env=environment(), stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        process = self.start()
+        assert process.wait(timeout=600) == 0, (self.root / "log.txt").read_text()[-5000:]
+
+    @property
+    def out(self) -> Path:
+        return self.root / "results/demo/stage2_checkpoint"
+
+    def entries(self) -> list[Path]:
+        return list((self.root / "store/stage2_checkpoint").glob("*"))
+
+    def forget_stage2(self) -> None:
+        """As before stage 2: no store entry, no result."""
+        shutil.rmtree(self.root / "store/stage2_checkpoint")
+        shutil.rmtree(self.out)
+
+    def value(self) -> tuple[list[str], list[list[str]], dict[str, bytes]]:
+        """(losses, sample ids, payload bytes of the final checkpoint)"""
+        files = {
+            path.relative_to(self.out).as_posix(): path.read_bytes()
+            for path in sorted(self.out.glob("iter_*/**/*"))
+            if path.is_file()
+        }
+        assert any(name.endswith(".distcp") for name in files)
+        return [row["loss_hex"] for row in metrics(self.out)], sample_ids(self.out), files
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("kill")
+    for name in ("workflow", "config"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
+    return Run(root)
+
+
+def kill_everything(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def worker_ids(root: Path) -> list[int]:
+    """Training workers below `root` that are still alive."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (path / "cmdline").read_bytes()
+            dead = (path / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if b"llava_steps.training.worker" in line and bytes(root) in line and not dead:
+            found.append(int(path.name))
+    return found
+
+
+def wait_for_orphans(root: Path) -> None:
+    """The group is dead at once; whoever had left it must follow within two seconds."""
+    end = time.monotonic() + 2
+    while orphans := worker_ids(root):
+        assert time.monotonic() < end, f"workers {orphans} outlived their launcher"
+        time.sleep(0.02)
+
+
+def test_killed_training_is_the_uninterrupted_one(run: Run) -> None:
+    began = time.monotonic()
+    run.finish()
+    expected = run.value()
+    assert len(expected[0]) == STEPS
+    # Moments are spread over what stage 2 takes alone: start-up, training, saves and sealing.
+    run.forget_stage2()
+    began = time.monotonic()
+    run.finish()
+    alone = time.monotonic() - began
+    assert run.value() == expected, "two uninterrupted runs already differ"
+    chooser = random.Random(SEED)
+    resumed = 0
+    for number in range(KILLS):
+        run.forget_stage2()
+        process = run.start()
+        time.sleep(chooser.uniform(0.15, 1.0) * alone)
+        kill_everything(process)
+        wait_for_orphans(run.root)
+        had = bool(list(run.out.glob("work/iter_*/commit.json")))
+        resumed += had
+        run.finish()
+        assert run.value() == expected, f"kill {number} changed the result"
+        print(f"kill {number}: {'resumed from a checkpoint' if had else 'no checkpoint yet'}")
+    assert KILLS < 5 or resumed, "no kill hit a training that had saved something"

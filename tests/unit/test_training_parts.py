@@ -1,0 +1,197 @@
+"""Parts of the training engine that need no process group: schedule, metrics file, job, launcher."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from llava_steps.core.config import Stage
+from llava_steps.core.errors import ConfigError, DivergedError, StepError, StoppedError
+from llava_steps.training import launch as launching
+from llava_steps.training.job import Job
+from llava_steps.training.metrics import Lines
+from llava_steps.training.schedule import learning_rate
+
+
+def stage(**values: object) -> Stage:
+    return Stage.model_validate({"train_steps": 100, "lr": 1.0, **values})
+
+
+def test_cosine_with_warmup() -> None:
+    s = stage(warmup_steps=10, min_lr=0.1)
+    rates = [learning_rate(s, i) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    middle = 0.1 + 0.9 * (1 + math.cos(math.pi * 45 / 89)) / 2
+    assert rates[55] == pytest.approx(middle)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+@pytest.mark.parametrize(("kind", "end"), [("linear", 0.0), ("constant", 1.0), ("cosine", 0.0)])
+def test_ends(kind: str, end: float) -> None:
+    assert learning_rate(stage(lr_schedule=kind), 0) == 1.0
+    assert learning_rate(stage(lr_schedule=kind), 99) == pytest.approx(end)
+    assert learning_rate(stage(lr_schedule=kind, train_steps=1), 0) == 1.0
+
+
+def test_lines_forget_steps_that_are_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    lines = Lines(path, 0)
+    for step in range(10):
+        lines.write({"step": step})
+    lines.close()
+    with path.open("ab") as file:
+        file.write(b'{"step": 10, "lo')
+    again = Lines(path, 6)
+    again.write({"step": 6, "again": True})
+    again.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(7)) and rows[-1]["again"]
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"gpus": 3, "tensor_model_parallel": 2}, "does not divide"),
+        ({"gpus": 2, "global_batch_size": 3}, "micro_batch_size x data parallel"),
+        ({"sequence_parallel": True}, "tensor_model_parallel > 1"),
+        ({"warmup_steps": 100}, "below train_steps"),
+        ({"min_lr": 2.0}, "above lr"),
+        ({"freeze_projector": True, "freeze_lm": True}, "nothing to train"),
+        ({"lr": "2e-5"}, "number"),
+        ({"lrr": 1.0}, "Extra inputs"),
+    ],
+)
+def test_contradictions_are_refused(values: dict[str, object], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        stage(**values)
+
+
+def job(tmp_path: Path, gpus: int = 2, **values: object) -> Job:
+    (tmp_path / "logs").mkdir()
+    settings = stage(gpus=gpus, global_batch_size=gpus, **values)
+    return Job(settings, tmp_path, tmp_path, tmp_path, tmp_path, tmp_path, "f")
+
+
+def test_job_file_round_trip(tmp_path: Path) -> None:
+    made = job(tmp_path, lr=3.7e-5, name='"; rm -rf / #')
+    assert Job.read(made.write()) == made
+
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from llava_steps.training.job import Failure, Job
+from llava_steps.training.worker import follow_launcher
+follow_launcher()
+job, rank = Job.read(Path(sys.argv[-1])), int(os.environ["RANK"])
+(job.work / f"pid{rank}").write_text(str(os.getpid()))
+"""
+
+
+def as_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
+    """Have the launcher start `body` instead of the real worker."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER + body)
+    real = subprocess.Popen
+
+    def popen(line: list[str], **kwargs: object) -> subprocess.Popen[bytes]:
+        return real([sys.executable, str(script), line[-1]], **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(launching.subprocess, "Popen", popen)
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(root))
+
+
+def test_first_failure_decides_and_the_others_are_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    body = """
+if rank == 1:
+    Failure(1, 6, "loss nan at step 3").write(job.work)
+    sys.exit(6)
+time.sleep(600)
+"""
+    as_worker(monkeypatch, tmp_path, body)
+    monkeypatch.setattr(launching, "GRACE", 0.5)
+    with pytest.raises(DivergedError, match="rank 1: loss nan at step 3"):
+        launching.launch(job(tmp_path))
+    assert not alive(int((tmp_path / "pid0").read_text()))
+
+
+def test_a_killed_worker_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    as_worker(monkeypatch, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(StepError, match="SIGKILL"):
+        launching.launch(job(tmp_path))
+
+
+def test_success_and_several_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    as_worker(monkeypatch, tmp_path, "")
+    launching.launch(job(tmp_path))
+    more = Job(stage(nodes=2, global_batch_size=2), *[tmp_path] * 5, "f")
+    with pytest.raises(ConfigError, match="several nodes"):
+        launching.launch(more)
+
+
+def test_a_stop_signal_reaches_the_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    body = """
+def stop(*_):
+    Failure(rank, 75, "stopped").write(job.work)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+(job.work / f"ready{rank}").touch()
+time.sleep(600)
+"""
+    as_worker(monkeypatch, tmp_path, body)
+
+    def send() -> None:
+        while not all((tmp_path / f"ready{r}").exists() for r in (0, 1)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(StoppedError):
+        launching.launch(job(tmp_path))
+    thread.join()
+
+
+def test_workers_die_with_a_killed_launcher(tmp_path: Path) -> None:
+    made = job(tmp_path)
+    made.write()
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER + "\ntime.sleep(600)\n")
+    launcher = (
+        "import os, subprocess, sys\n"
+        "os.environ['LLAVA_STEPS_LAUNCHER'] = str(os.getpid())\n"
+        "os.environ['RANK'] = '0'\n"
+        f"subprocess.run([sys.executable, {str(script)!r}, {str(made.work / 'job.json')!r}])\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", launcher], env=environment)
+    while not (tmp_path / "pid0").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 2
+    while alive(int((tmp_path / "pid0").read_text())):
+        assert time.monotonic() < end, "the worker outlived its launcher"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
