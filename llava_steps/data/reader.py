@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -134,7 +135,10 @@ def _open(root: Path, shards: list[str], counts: dict[str, int]) -> Any:
 
     @lru_cache(maxsize=4096)
     def offsets(path: str) -> npt.NDArray[np.uint64]:
-        return np.memmap(f"{path}.idx", dtype=np.uint64, mode="r")
+        table = np.memmap(f"{path}.idx", dtype=np.uint64, mode="r")
+        if (table[1:] <= table[:-1]).any() or table[-1] > os.stat(path).st_size:
+            raise ValueError(f"the offsets in {path}.idx do not rise within the tar")
+        return table
 
     class Reader(ShardInfosITarReader):  # type: ignore[misc, unused-ignore]
         """energon's own offset cache opens the .idx file anew at each random access."""

@@ -1,0 +1,153 @@
+"""The samples of a tar: where they are and whether they are what energon will take them for.
+
+energon groups neighbouring members by the name up to the first dot. What it passes over in silence
+is an error here: a dot in a key (samples collapse), a key that comes twice in a row (samples
+merge), the same part twice, members of no sample, and, with `deep`, parts that are missing or
+cannot be read.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_steps.core import fsio
+from llava_steps.core.errors import InputError
+from llava_steps.data import tars
+from llava_steps.data.decode import check_image
+from llava_steps.data.fields import FieldMap
+from llava_steps.data.samples import SampleError, from_parts
+
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
+_IGNORED = re.compile(r"__[^/]*__/")
+"""Members that energon never looks at."""
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A sample in a tar."""
+
+    key: str
+    start: int
+    size: int
+    """Bytes from its first header to the next sample's first header."""
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """A part of a sample."""
+
+    sample: int
+    """Number of the sample in the tar."""
+    name: str
+    data: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """All there is to know of a tar for energon's index files."""
+
+    name: str
+    size: int
+    sha256: str
+    samples: tuple[SampleRow, ...]
+    parts: tuple[PartRow, ...]
+
+    def offsets(self) -> bytes:
+        """Content of the .tar.idx file: native uint64 offsets of the samples and of the end."""
+        last = self.samples[-1]
+        return array("Q", [*(s.start for s in self.samples), last.start + last.size]).tobytes()
+
+
+def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
+    """Walk through `root/name`; runs in a worker.
+
+    Args:
+        root: directory of the tars.
+        fields: where the samples keep image, question and answer.
+        deep: read every sample and look at its images too; without it only names and structure.
+        name: path of the tar relative to `root`.
+
+    Raises:
+        InputError: anything that energon would not read as it is meant.
+    """
+    path = root / name
+    samples: list[SampleRow] = []
+    parts: list[PartRow] = []
+    closed: set[str] = set()
+    bad: list[str] = []
+    seen: set[str] = set()
+    key, end = "", 0
+    for member in tars.members(path):
+        base, part = _split_name(path, member.name, fields)
+        if base != key:
+            if base in closed:
+                raise InputError(f"{path}: the parts of sample {base!r} do not stand together")
+            samples.append(SampleRow(base, member.start, 0))
+            closed.add(base)
+            key, seen = base, set()
+        if part in seen:
+            raise InputError(
+                f"{path}: {member.name!r} is there twice in a row; samples would merge"
+            )
+        seen.add(part)
+        parts.append(PartRow(len(samples) - 1, part, member.data, member.size))
+        end = member.end
+    if not samples:
+        raise InputError(f"{path} holds no samples")
+    borders = [*(sample.start for sample in samples), end]
+    rows = tuple(
+        SampleRow(sample.key, sample.start, borders[n + 1] - sample.start)
+        for n, sample in enumerate(samples)
+    )
+    if deep:
+        bad = _look(path, fields, rows, parts)
+    if bad:
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise InputError(f"{path}: unusable samples: {'; '.join(bad[:_SHOWN])}{more}")
+    return TarIndex(name, path.stat().st_size, fsio.sha256_file(path), rows, tuple(parts))
+
+
+def _split_name(path: Path, name: str, fields: FieldMap) -> tuple[str, str]:
+    """Key and part of a member's name, as energon splits them, or InputError."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise InputError(f"{path}: member {name!r} points outside the archive")
+    match = _NAME.fullmatch(name)
+    if match is None or _IGNORED.match(name):
+        raise InputError(
+            f"{path}: member {name!r} belongs to no sample; names must be KEY.PART, without dots "
+            "in the key, such as 000001.jpg"
+        )
+    number, dot, kind = match[2].rpartition(".")
+    further_image = number.isdecimal() and kind in fields.image_parts
+    if dot and not further_image:
+        raise InputError(
+            f"{path}: the key of member {name!r} has a dot; everything behind the first dot counts "
+            "as the part's name, so that samples collapse: write keys without dots"
+        )
+    return match[1], match[2]
+
+
+def _look(
+    path: Path, fields: FieldMap, samples: tuple[SampleRow, ...], parts: list[PartRow]
+) -> list[str]:
+    """What is wrong with the contents of the samples, one line for each bad one."""
+    bad, place = [], 0
+    with open(path, "rb") as file:
+        for number, sample in enumerate(samples):
+            content = {}
+            while place < len(parts) and parts[place].sample == number:
+                part = parts[place]
+                file.seek(part.data)
+                content[part.name] = file.read(part.size)
+                place += 1
+            try:
+                for image in from_parts(sample.key, content, fields).images:
+                    check_image(image)
+            except SampleError as error:
+                bad.append(f"{sample.key}: {error}")
+    return bad
