@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from megatron.core.utils import unwrap_model
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from llava_steps.core.errors import IntegrityError
 from llava_steps.core.geometry import Geometry
@@ -48,15 +51,33 @@ def _models(chunks: Chunks) -> list[Llava]:
 
 
 def save_weights(chunks: Chunks, weights: str | Path) -> None:
-    """Save the weights into the directory `weights`, created if need be (parents must exist)."""
+    """Save the weights into the directory `weights`, which must not hold a checkpoint.
+
+    megatron-core's format, written in this process: its own writer forks, which costs more than
+    the writing here, and puts a random id into the metadata. Equal weights give equal bytes.
+    IntegrityError unless the ranks' parts cover this model's tensors exactly once.
+    """
     (model,) = _models(chunks)
-    path = Path(weights)
-    if dist.get_rank() == 0:
-        path.mkdir(exist_ok=True)
-    dist.barrier()
     state = model.sharded_state_dict(metadata=sharding_metadata())
-    dist_checkpointing.save(state, str(path), ("torch_dist", 1))
-    dist.barrier()
+    apply_factories(state)
+    values: dict[tuple[str, Shape], Tensor] = {}
+    parts: list[dcp.Chunk] = []
+    for shard in nested_values(state):
+        if is_main_replica(shard.replica_id):
+            offsets = tuple(shard.global_offset)
+            shape = (*(1,) * shard.prepend_axis_num, *shard.local_shape)
+            whole = tuple(shard.global_shape)
+            values[shard.key, offsets] = shard.data.detach()
+            parts.append(dcp.Chunk(shard.key, whole, offsets, shape, shard.dtype))
+    try:
+        dcp.write(
+            Path(weights), parts, lambda part: values[part.name, part.offsets], collective=True
+        )
+    except CheckpointException as error:
+        raise IntegrityError(f"{weights}: {error}") from error
+    check_shapes(
+        megatron_shapes(model.geometry), dcp.Reader(weights).shapes(), str(weights), "this model"
+    )
 
 
 def load_weights(chunks: Chunks, weights: str | Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -113,18 +114,32 @@ class _PlainWriter(FileSystemWriter):
         return StorageMeta()
 
 
-def write(directory: Path, chunks: list[Chunk], resolve: Callable[[Chunk], Tensor]) -> None:
+def write(
+    directory: Path,
+    chunks: list[Chunk],
+    resolve: Callable[[Chunk], Tensor],
+    collective: bool = False,
+) -> None:
     """Write a torch_dist checkpoint of `chunks` into `directory`, which must not hold one.
 
-    `resolve(chunk)` is called once per chunk, in their order, and returns a CPU tensor of the
-    chunk's dtype and number of values. Equal input gives equal bytes.
+    `resolve(chunk)` is called once per chunk, in their order, and returns a tensor of the chunk's
+    dtype and number of values. With `collective` every rank of the world brings chunks of its own,
+    which together must cover each tensor exactly once. Equal input gives equal bytes.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    first = not collective or dist.get_rank() == 0
+    if first:
+        directory.mkdir(parents=True, exist_ok=True)
+    if collective:
+        dist.barrier()
     writer = _PlainWriter(directory, single_file_per_rank=True, overwrite=False)
-    save({}, storage_writer=writer, planner=_StreamPlanner(chunks, resolve), no_dist=True)
-    torch.save({}, directory / "common.pt")
-    # Last: this file is what makes the directory a checkpoint for megatron-core.
-    (directory / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
+    planner = _StreamPlanner(chunks, resolve)
+    save({}, storage_writer=writer, planner=planner, no_dist=not collective)
+    if first:
+        torch.save({}, directory / "common.pt")
+        # Last: this file is what makes the directory a checkpoint for megatron-core.
+        (directory / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
+    if collective:
+        dist.barrier()
 
 
 class _OneTensor(LoadPlanner):
