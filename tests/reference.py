@@ -112,7 +112,8 @@ def train(
             loss = torch.nn.functional.cross_entropy(
                 logits[:-1], labels[1:], ignore_index=-100, reduction="sum"
             )
-            (loss / count).backward()
+            if loss.requires_grad:  # a text-only sample says nothing about the projector
+                (loss / count).backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         for group in optimizer.param_groups:

@@ -6,6 +6,7 @@ Collective: every rank of the world calls these with its own chunks.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from llava_steps.model.llava import Llava
 from llava_steps.model.mapping import Shape, check_shapes, entries, stored_shapes
 from llava_steps.model.vision import tower_shapes
 
+DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
+"""What torch raises for damaged files, outside of its own CheckpointException."""
 Chunks = torch.nn.Module | Sequence[torch.nn.Module]
 
 
@@ -53,12 +56,23 @@ def _models(chunks: Chunks) -> list[Llava]:
 def save_weights(chunks: Chunks, weights: str | Path) -> None:
     """Save the weights into the directory `weights`, which must not hold a checkpoint.
 
-    megatron-core's format, written in this process: its own writer forks, which costs more than
-    the writing here, and puts a random id into the metadata. Equal weights give equal bytes.
-    IntegrityError unless the ranks' parts cover this model's tensors exactly once.
+    Equal weights give equal bytes. IntegrityError unless the ranks' parts cover this model's
+    tensors exactly once.
     """
     (model,) = _models(chunks)
-    state = model.sharded_state_dict(metadata=sharding_metadata())
+    save_sharded(model.sharded_state_dict(metadata=sharding_metadata()), weights)
+    check_shapes(
+        megatron_shapes(model.geometry), dcp.Reader(weights).shapes(), str(weights), "this model"
+    )
+
+
+def save_sharded(state: dict[Any, Any], directory: str | Path) -> None:
+    """Save the sharded tensors of all ranks' `state` into `directory`, which must not hold any.
+
+    megatron-core's format, written in this process: its own writer forks, which costs more than
+    the writing here, leaves a process behind and puts a random id into the metadata.
+    IntegrityError unless the ranks' parts cover each tensor exactly once.
+    """
     apply_factories(state)
     values: dict[tuple[str, Shape], Tensor] = {}
     parts: list[dcp.Chunk] = []
@@ -71,13 +85,10 @@ def save_weights(chunks: Chunks, weights: str | Path) -> None:
             parts.append(dcp.Chunk(shard.key, whole, offsets, shape, shard.dtype))
     try:
         dcp.write(
-            Path(weights), parts, lambda part: values[part.name, part.offsets], collective=True
+            Path(directory), parts, lambda part: values[part.name, part.offsets], collective=True
         )
     except CheckpointException as error:
-        raise IntegrityError(f"{weights}: {error}") from error
-    check_shapes(
-        megatron_shapes(model.geometry), dcp.Reader(weights).shapes(), str(weights), "this model"
-    )
+        raise IntegrityError(f"{directory}: {error}") from error
 
 
 def load_weights(chunks: Chunks, weights: str | Path) -> None:
@@ -97,7 +108,7 @@ def load_weights(chunks: Chunks, weights: str | Path) -> None:
     state = model.sharded_state_dict(metadata=sharding_metadata())
     try:
         loaded = dist_checkpointing.load(state, str(weights))
-    except CheckpointingException as error:
+    except (*DAMAGE, CheckpointingException, CheckpointException) as error:
         raise IntegrityError(f"{weights}: {error}") from error
     result = model.load_state_dict(loaded, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]

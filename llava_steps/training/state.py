@@ -13,20 +13,20 @@ A checkpoint without its commit does not exist; a damaged one is an IntegrityErr
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from llava_steps.core import commit, fsio
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import InputError, IntegrityError
-from llava_steps.model.checkpoint import load_weights, save_weights
+from llava_steps.model.checkpoint import load_weights, save_sharded, save_weights
 from llava_steps.model.llava import Llava
 from llava_steps.training.optimizer import Optimizer
 
@@ -55,11 +55,10 @@ def save(
     dist.barrier()
     save_weights(model, temporary / WEIGHTS)
     sharded = optimizer.sharded_state(model.sharded_state_dict(), loading=False)
-    dist_checkpointing.save({"optimizer": sharded}, str(temporary / OPTIMIZER))
-    save_file(_rng_state(), temporary / RNG / _rank_file())
+    save_sharded(sharded, temporary / OPTIMIZER)
+    fsio.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
     dist.barrier()
     if dist.get_rank() == 0:
-        without_identity(temporary / OPTIMIZER)
         state = {"step": step, "loader": loader, "layout": layout(stage)}
         fsio.write_json(temporary / STATE, state)
         commit.commit_dir(temporary, final, {"step": step})
@@ -102,9 +101,9 @@ def load(
             f"{path} was saved with {state['layout']}, this training runs with {layout(stage)}"
         )
     load_weights(model, path / WEIGHTS)
-    wanted = {"optimizer": optimizer.sharded_state(model.sharded_state_dict(), loading=True)}
+    wanted = optimizer.sharded_state(model.sharded_state_dict(), loading=True)
     loaded = dist_checkpointing.load(wanted, str(path / OPTIMIZER))
-    optimizer.load_sharded_state(loaded["optimizer"], state["step"])
+    optimizer.load_sharded_state(loaded, state["step"])
     _restore_rng(load_file(path / RNG / _rank_file()))
     return state["step"], state["loader"]
 
@@ -116,17 +115,6 @@ def layout(stage: Stage) -> dict[str, int]:
         "pipeline_model_parallel": stage.pipeline_model_parallel,
         "data_parallel": stage.data_parallel,
     }
-
-
-def without_identity(directory: Path) -> None:
-    """Take the random id and the path out of a torch_dist `.metadata` that was just written.
-
-    torch stores them for its own caching; without them equal states are equal bytes.
-    """
-    path = directory / ".metadata"
-    metadata = pickle.loads(path.read_bytes())  # noqa: S301 (written by this process just now)
-    metadata.storage_meta = None
-    fsio.write_bytes(path, pickle.dumps(metadata))
 
 
 def _rank_file() -> str:
