@@ -22,6 +22,7 @@ class Tiny:
     vision: dict[str, Any]
     top: dict[str, Any]
     freeze_vision: bool = True
+    siglip: bool = False
 
 
 def _tiny(
@@ -29,9 +30,10 @@ def _tiny(
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
     freeze_vision: bool = True,
+    siglip: bool = False,
     **top: Any,
 ) -> Tiny:
-    return Tiny(name, text or {}, vision or {}, top, freeze_vision)
+    return Tiny(name, text or {}, vision or {}, top, freeze_vision, siglip)
 
 
 LLAMA3 = {
@@ -69,13 +71,21 @@ TINY: dict[str, Tiny] = {
             freeze_vision=False,
             projector_hidden_act="gelu_pytorch_tanh",
         ),
+        # As many key as query heads, and a tower without class token.
+        _tiny(
+            "siglip-mha",
+            text={"num_key_value_heads": 4},
+            siglip=True,
+            vision_feature_select_strategy="full",
+            multimodal_projector_bias=False,
+        ),
     )
 }
 
 
 def config_of(tiny: Tiny) -> Any:
     """The LlavaConfig of a tiny model."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipVisionConfig
 
     text = {
         "vocab_size": VOCAB,
@@ -101,18 +111,17 @@ def config_of(tiny: Tiny) -> Any:
         **tiny.vision,
     }
     top = {"image_token_index": IMAGE, **tiny.top}
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), **top
-    )
+    tower = (SiglipVisionConfig if tiny.siglip else CLIPVisionConfig)(**vision)
+    return LlavaConfig(vision_config=tower, text_config=LlamaConfig(**text), **top)
 
 
-def hf_model(tiny: Tiny, dtype: torch.dtype = torch.float32) -> Any:
+def hf_model(tiny: Tiny, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """The model with every parameter random (biases and norms too, so that a mix-up shows)."""
     from transformers import LlavaForConditionalGeneration
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config_of(tiny)).eval()
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -126,9 +135,10 @@ def save_hf(
     directory: Path,
     dtype: torch.dtype = torch.float32,
     shard: str = "5GB",
+    seed: int = 0,
 ) -> Any:
     """Save a tiny model as an HF directory; returns the model."""
-    model = hf_model(tiny, dtype)
+    model = hf_model(tiny, dtype, seed)
     model.save_pretrained(directory, max_shard_size=shard)
     return model
 

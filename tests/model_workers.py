@@ -47,7 +47,8 @@ class Job:
     layout: Layout
     freeze_vision: bool
     batches: tuple[Batch, ...]
-    out: Path | None = None
+    out: Path
+    freeze_lm: bool = False
 
 
 def build(job: Job) -> Any:
@@ -62,6 +63,7 @@ def build(job: Job) -> Any:
             pp=layout.pp,
             sequence_parallel=layout.sequence_parallel,
             freeze_vision=job.freeze_vision,
+            freeze_lm=job.freeze_lm,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             recompute=layout.recompute,  # type: ignore[arg-type]
@@ -72,8 +74,15 @@ def build(job: Job) -> Any:
 
 
 def run_schedule(model: Any, batches: tuple[Batch, ...], with_labels: bool) -> list[Tensor]:
-    """megatron-core's own schedule; with labels a backward pass too. Last stage: its outputs."""
+    """megatron-core's own schedule; with labels a backward pass too. Last stage: its outputs.
 
+    One call for each length of the rows, because the stages agree on one.
+    """
+    length = batches[0].tokens.shape[1]
+    other = tuple(batch for batch in batches if batch.tokens.shape[1] != length)
+    if other:
+        same = batches[: len(batches) - len(other)]
+        return run_schedule(model, same, with_labels) + run_schedule(model, other, with_labels)
     outputs: list[Tensor] = []
 
     def loss(out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -120,23 +129,35 @@ def reduce_gradients(model: Any, layout: Layout) -> None:
 def layouts(rank: int, jobs: list[Job]) -> list[dict[str, Any]]:
     """For each job: logits, losses, names without a gradient; saves weights and gradients."""
 
-    results = []
-    for job in jobs:
-        with model_parallel(job.layout.tp, job.layout.pp):
-            model = build(job)
-            logits = run_schedule(model, job.batches, with_labels=False)
-            if job.out is not None:
-                save_weights(model, job.out / "weights")
-            losses = run_schedule(model, job.batches, with_labels=True)
-            reduce_gradients(model, job.layout)
-            silent = [
-                name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
-            ]
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    zero = torch.zeros_like(parameter)
-                    parameter.data = zero if parameter.grad is None else parameter.grad
-            if job.out is not None:
-                save_weights(model, job.out / "grads")
-            results.append({"logits": logits, "losses": losses, "silent": silent})
-    return results
+    results = {}
+    for sizes in sorted({(job.layout.tp, job.layout.pp) for job in jobs}):
+        with model_parallel(*sizes):
+            for place, job in enumerate(jobs):
+                if (job.layout.tp, job.layout.pp) == sizes:
+                    results[place] = one(job)
+    return [results[place] for place in range(len(jobs))]
+
+
+def one(job: Job) -> dict[str, Any]:
+    """One job within its process groups."""
+    model = build(job)
+    logits = run_schedule(model, job.batches, with_labels=False)
+    save_weights(model, job.out / "weights")
+    losses = run_schedule(model, job.batches, with_labels=True)
+    reduce_gradients(model, job.layout)
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            zero = torch.zeros_like(parameter)
+            parameter.data = zero if parameter.grad is None else parameter.grad
+    save_weights(model, job.out / "grads")
+    return {"logits": logits, "losses": losses, "silent": silent}
+
+
+def save_only(rank: int, job: Job) -> None:
+    """Load and save, twice; the second from the first."""
+    with model_parallel(job.layout.tp, job.layout.pp):
+        model = build(job)
+        save_weights(model, job.out / "first")
+        load_weights(model, job.out / "first")
+        save_weights(model, job.out / "second")

@@ -4,12 +4,13 @@
 to it; `Reader` gives back one tensor, or one layer of a stacked tensor, at a time, whatever layout
 the checkpoint was saved from. Memory stays at a few tensors.
 
-`.metadata` is a pickle, as torch defines it: read only checkpoints that you trust.
+A checkpoint of unknown origin cannot run code here: see dcp_metadata.py.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -32,14 +37,18 @@ from torch.distributed.checkpoint.planner import (
     LoadPlanner,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.model.dcp_metadata import read_metadata
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -108,10 +117,38 @@ def _write_item(chunk: Chunk) -> WriteItem:
 
 
 class _PlainWriter(FileSystemWriter):
-    """A writer whose metadata depends on the content alone, not on the path or a random id."""
+    """Writes one file per rank that has chunks, and lets each tensor go once it is written.
+
+    The metadata depends on the content alone, not on the path or a random id.
+    """
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        if plan.items:
+            name = f"{plan.storage_data.prefix}0.distcp"
+            with (Path(self.path) / name).open("wb") as stream:
+                for item in plan.items:
+                    start = stream.tell()
+                    value = planner.resolve_data(item)
+                    assert isinstance(value, Tensor)
+                    torch.save(_alone(value), stream)
+                    del value
+                    size = stream.tell() - start
+                    results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
+                stream.flush()
+                os.fsync(stream.fileno())
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def _alone(value: Tensor) -> Tensor:
+    """The tensor on CPU with no more storage than its own: torch.save writes whole storages."""
+    value = value.detach().cpu()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def write(
@@ -184,42 +221,54 @@ class Reader:
             raise InputError(
                 f"{self.directory} is no Megatron checkpoint: metadata.json is missing"
             )
+        # Damaged bytes make json, pickle and torch raise whatever comes first.
         try:
-            form = json.loads((self.directory / "metadata.json").read_text(encoding="utf-8"))
-            if form.get("sharded_backend") != FORMAT["sharded_backend"]:
-                raise InputError(
-                    f"{self.directory}: format {form.get('sharded_backend')!r} is not supported; "
-                    f"supported: {FORMAT['sharded_backend']!r}"
-                )
+            form = json.loads((self.directory / "metadata.json").read_bytes())
+            backend = form["sharded_backend"]
+        except Exception as error:
+            raise IntegrityError(
+                f"{self.directory / 'metadata.json'} cannot be read: {error!r}"
+            ) from error
+        if backend != FORMAT["sharded_backend"]:
+            raise InputError(
+                f"{self.directory}: format {backend!r} is not supported; "
+                f"supported: {FORMAT['sharded_backend']!r}"
+            )
+        try:
+            metadata = read_metadata(self.directory / ".metadata")
             self._reader = FileSystemReader(self.directory)
-            metadata = self._reader.read_metadata()
-        except (OSError, ValueError, EOFError, AttributeError) as error:
-            raise IntegrityError(f"{self.directory}: .metadata cannot be read: {error}") from error
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self.tensors: dict[str, TensorStorageMetadata] = {
-            name: stored
-            for name, stored in metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+            self.tensors: dict[str, TensorStorageMetadata] = {
+                name: stored
+                for name, stored in metadata.state_dict_metadata.items()
+                if isinstance(stored, TensorStorageMetadata)
+            }
+            self._shapes = {
+                name: tuple(int(size) for size in stored.size)
+                for name, stored in self.tensors.items()
+            }
+        except Exception as error:
+            raise IntegrityError(
+                f"{self.directory / '.metadata'} cannot be read: {error!r}"
+            ) from error
 
     def shapes(self) -> dict[str, Shape]:
         """Name -> whole shape of every stored tensor."""
-        return {name: tuple(stored.size) for name, stored in self.tensors.items()}
+        return dict(self._shapes)
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
         """A whole tensor, or layer `layer` of a stacked one. IntegrityError if it has holes."""
-        stored = self.tensors[name]
-        whole = tuple(stored.size)
+        stored, whole = self.tensors[name], self._shapes[name]
         offsets = (0,) * len(whole) if layer is None else (layer, *(0,) * (len(whole) - 1))
         shape = whole if layer is None else (1, *whole[1:])
-        target = torch.empty(shape, dtype=stored.properties.dtype)
-        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
-        items = create_read_items_for_chunk_list(name, stored, [wanted])
-        planner = _OneTensor(target)
         try:
+            target = torch.empty(shape, dtype=stored.properties.dtype)
+            wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+            items = create_read_items_for_chunk_list(name, stored, [wanted])
+            planner = _OneTensor(target)
             self._reader.read_data(LoadPlan(list(items)), planner)
-        except (OSError, RuntimeError, AssertionError, KeyError, ValueError, EOFError) as error:
-            raise IntegrityError(f"{self.directory}: {name!r} cannot be read: {error}") from error
+        except Exception as error:  # see __init__
+            raise IntegrityError(f"{self.directory}: {name!r} cannot be read: {error!r}") from error
         if planner.values != target.numel():
             raise IntegrityError(
                 f"{self.directory}: {planner.values} of {target.numel()} values of {name!r} found"

@@ -20,7 +20,6 @@ class ModelOptions:
     """Layout and compute options of one model chunk.
 
     `pre_process` / `post_process`: this rank is the first / last pipeline stage.
-    `variable_seq_lengths`: rows of different T in one pipeline run.
     `recompute`: activations that are computed again in the backward pass.
     """
 
@@ -33,7 +32,6 @@ class ModelOptions:
     freeze_lm: bool = False
     pre_process: bool = True
     post_process: bool = True
-    variable_seq_lengths: bool = False
     recompute: Literal["none", "core_attn", "full"] = "none"
 
     @property
@@ -109,7 +107,6 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
         tensor_model_parallel_size=options.tp,
         pipeline_model_parallel_size=options.pp,
         sequence_parallel=options.sequence_parallel,
-        variable_seq_lengths=options.variable_seq_lengths,
         # Weights always come from a checkpoint; megatron-core would draw them all first.
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),

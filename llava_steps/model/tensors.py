@@ -7,6 +7,7 @@ touched as resident, and a conversion must not grow with the model. Nothing is p
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -62,19 +63,12 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Slot]]:
         raise InputError(f"{path} is missing") from error
     except (struct.error, UnicodeDecodeError, json.JSONDecodeError, OverflowError) as error:
         raise IntegrityError(f"{path} is not a whole safetensors file: {error}") from error
-    entries.pop("__metadata__", None)
     base, end, slots = 8 + length, 0, {}
-    for name, info in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = info["data_offsets"]
-        if info["dtype"] not in DTYPES:
-            raise InputError(
-                f"{path}: {name!r} has dtype {info['dtype']}; supported: {', '.join(DTYPES)}"
-            )
-        dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
-        count = 1
-        for size in shape:
-            count *= size
-        if start != end or stop - start != count * dtype.itemsize:
+    for name, kind, shape, start, stop in _header_rows(path, entries):
+        if kind not in DTYPES:
+            raise InputError(f"{path}: {name!r} has dtype {kind}; supported: {', '.join(DTYPES)}")
+        dtype = DTYPES[kind]
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
             raise IntegrityError(f"{path}: the bytes of {name!r} do not fit its shape and place")
         end = stop
         slots[name] = Slot(path, dtype, shape, base + start, stop - start)
@@ -84,6 +78,25 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Slot]]:
             "copy it again"
         )
     return length_field + text, slots
+
+
+def _header_rows(path: Path, entries: Any) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, dtype, shape, start and stop of each tensor, in the order of their bytes."""
+    rows = []
+    name = ""
+    try:
+        for name, info in entries.items():
+            if name != "__metadata__":
+                start, stop = info["data_offsets"]
+                shape = tuple(int(size) for size in info["shape"])
+                if start < 0 or min(shape, default=0) < 0:
+                    raise ValueError("negative sizes")
+                rows.append((name, str(info["dtype"]), shape, int(start), int(stop)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{path}: the header's entry {name!r} is damaged: {error!r}"
+        ) from error
+    return sorted(rows, key=lambda row: row[3:])
 
 
 class TensorDirectory:
@@ -109,9 +122,13 @@ class TensorDirectory:
         path = self.directory / INDEX
         self.index = path.read_bytes()
         try:
-            wanted: dict[str, str] = json.loads(self.index)["weight_map"]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            wanted = {str(k): str(v) for k, v in json.loads(self.index)["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{path} is damaged: {error!r}") from error
+        for file in wanted.values():
+            # The export writes files of these names: they must not lead out of its directory.
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise IntegrityError(f"{path}: {file!r} is not the name of a shard beside it")
         for file in sorted(set(wanted.values())):
             self.headers[file], slots = read_header(self.directory / file)
             for name, slot in slots.items():

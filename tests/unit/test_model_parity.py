@@ -7,6 +7,7 @@ checkpoint, so the mapping table and the resharding are under test with it.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +33,39 @@ LAYOUTS = (
     Layout(tp=2, pp=2),
     Layout(tp=2, sequence_parallel=True),
     Layout(tp=2, pp=2, sequence_parallel=True),
+)
+RECOMPUTE = (
     Layout(tp=2, sequence_parallel=True, recompute="full"),
     Layout(pp=2, recompute="core_attn"),
 )
-CASES = [(model, layout) for model in TINY for layout in LAYOUTS]
+STAGE1 = (Layout(tp=2, sequence_parallel=True), Layout(pp=2))
+
+
+class Case(NamedTuple):
+    """A model of TINY, a layout, and whether the language model is frozen (stage 1)."""
+
+    model: str
+    layout: Layout
+    freeze_lm: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.layout}" + "-stage1" * self.freeze_lm
+
+
+CASES = (
+    *(
+        Case(m, layout)
+        for m in ("untied-default", "tied-full", "biases-uneven")
+        for layout in LAYOUTS
+    ),
+    *(Case("untied-default", layout) for layout in RECOMPUTE),
+    *(Case("tied-full", layout, freeze_lm=True) for layout in STAGE1),
+    *(Case("siglip-mha", layout) for layout in (LAYOUTS[0], LAYOUTS[-1])),
+)
 LOGITS = 1e-4
+GRADIENTS = 1e-4
 LENGTH = 48
-"""Tokens of every packed row: all four samples fit into one, with padding."""
+"""Tokens of the padded rows: all four samples fit into one."""
 
 
 class Run(NamedTuple):
@@ -52,10 +79,9 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], Run]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Run]:
     root = tmp_path_factory.mktemp("parity")
-    jobs: dict[tuple[str, Layout], Job] = {}
-    expected: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     for name, tiny in TINY.items():
         hf_dir, weights = root / name / "hf", root / name / "weights"
         hf = save_hf(tiny, hf_dir)
@@ -63,35 +89,43 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], R
         with TensorDirectory(hf_dir) as tensors:
             hf_to_dcp(geometry, tensors, weights)
         rows = samples(geometry.tokens_per_image)
-        # A packed row; the same samples in rows of their own; a row of text only.
-        batches = tuple(
-            pack_samples(rows, chosen, LENGTH) for chosen in ((0, 1, 2, 3), (2,), (1,), (0,))
+        # A packed row; the same samples in rows of their own, text only among them; no padding.
+        alone = len(rows[2].tokens) + len(rows[2].tokens) % 2
+        batches = (
+            *(pack_samples(rows, chosen, LENGTH) for chosen in ((0, 1, 2, 3), (2,), (1,), (0,))),
+            pack_samples(rows, (2,), alone),
         )
         logits, losses = reference(hf, rows)
         sum(losses[i].sum() for batch in batches for i in batch.samples).backward()
-        expected[name] = (hf, [value.detach() for value in logits], losses)
-        for layout in LAYOUTS:
-            out = root / name / str(layout)
-            out.mkdir()
-            jobs[name, layout] = Job(hf_dir, weights, layout, tiny.freeze_vision, batches, out)
-    ranks = spawn("tests.model_workers:layouts", 4, root, list(jobs.values()))
+        models[name] = (hf, batches, [value.detach() for value in logits], losses)
+    jobs = []
+    for case in CASES:
+        out = root / str(case)
+        out.mkdir()
+        folder, freeze_vision = root / case.model, TINY[case.model].freeze_vision or case.freeze_lm
+        jobs.append(
+            Job(folder / "hf", folder / "weights", case.layout, freeze_vision,
+                models[case.model][1], out, case.freeze_lm)
+        )  # fmt: skip
+    ranks = spawn("tests.model_workers:layouts", 4, root, jobs, timeout=300)
     found = {}
-    for index, (key, job) in enumerate(jobs.items()):
+    for place, (case, job) in enumerate(zip(CASES, jobs, strict=True)):
         # Rank 3 is on the last pipeline stage and the last tensor-parallel rank of every layout.
-        outputs = {**ranks[3][index], "silent": [n for r in ranks for n in r[index]["silent"]]}
-        found[key] = Run(job, outputs, *expected[key[0]])
+        outputs = {**ranks[3][place], "silent": [n for r in ranks for n in r[place]["silent"]]}
+        hf, _, logits, losses = models[case.model]
+        found[case] = Run(job, outputs, hf, logits, losses)
     return found
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def run(request: pytest.FixtureRequest, runs: dict[tuple[str, Layout], Run]) -> Run:
+@pytest.fixture(params=CASES, ids=str)
+def run(request: pytest.FixtureRequest, runs: dict[Case, Run]) -> Run:
     return runs[request.param]
 
 
 def test_logits_packed_and_alone(run: Run) -> None:
     worst = 0.0
     for batch, logits in zip(run.job.batches, run.outputs["logits"], strict=True):
-        assert logits.shape == (LENGTH, VOCAB)
+        assert logits.shape == (batch.tokens.shape[1], VOCAB)
         assert logits.dtype == torch.float32
         start = 0
         for index in batch.samples:
@@ -112,6 +146,7 @@ def test_losses_of_the_supervised_positions(run: Run) -> None:
 
 def test_gradients(run: Run) -> None:
     """Every gradient, read back through the checkpoint and the mapping table."""
+    worst = 0.0
     assert run.outputs["silent"] == []
     geometry = Geometry.load(run.job.hf)
     reader = dcp.Reader(run.job.out / "grads")
@@ -121,21 +156,49 @@ def test_gradients(run: Run) -> None:
         for name, grad in zip(
             entry.hf, split(reader.read(entry.megatron, entry.layer), geometry), strict=True
         ):
-            frozen = name.startswith("vision_tower.") and run.job.freeze_vision
+            tower = name.startswith("vision_tower.")
+            frozen = run.job.freeze_vision if tower else run.job.freeze_lm
+            if name.startswith("multi_modal_projector."):
+                frozen = False
             if expected[name] is None or frozen:
                 assert not grad.any(), name
                 continue
-            scale = expected[name].abs().max().item()
-            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5 * max(scale, 1))
+            # A key's bias moves all scores of a query alike: its true gradient is zero.
+            scale = max(expected[name].abs().max().item(), 1e-2)
+            difference = (grad - expected[name]).abs().max().item() / scale
+            worst = max(worst, difference)
+            assert difference <= GRADIENTS, name
+    print(f"max gradient difference {worst:.2e} of the parameter's largest")
 
 
 def test_weights_saved_in_this_layout_export_byte_for_byte(run: Run, tmp_path: Path) -> None:
     geometry = Geometry.load(run.job.hf)
     with TensorDirectory(run.job.hf) as template:
         dcp_to_hf(geometry, run.job.out / "weights", template, tmp_path)
-    for file in ("model.safetensors",):
-        ours, theirs = (
-            hashlib.sha256((directory / file).read_bytes()).hexdigest()
-            for directory in (tmp_path, run.job.hf)
-        )
-        assert ours == theirs
+    assert sha256(tmp_path / "model.safetensors") == sha256(run.job.hf / "model.safetensors")
+
+
+def test_equal_weights_are_saved_as_equal_bytes(
+    runs: dict[Case, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run, with another order of hashes, another path, and once more from its own save."""
+    case = Case("tied-full", Layout(tp=2, pp=2, sequence_parallel=True))
+    monkeypatch.setenv("PYTHONHASHSEED", "77")
+    spawn(
+        "tests.model_workers:save_only",
+        4,
+        tmp_path,
+        replace(runs[case].job, out=tmp_path),
+        timeout=120,
+    )
+    expected = digests(runs[case].job.out / "weights")
+    assert ".metadata" in expected and "__3_0.distcp" in expected
+    assert digests(tmp_path / "first") == digests(tmp_path / "second") == expected
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in directory.iterdir()}
