@@ -7,14 +7,39 @@ few seconds, so that several steps writing to one log stay readable.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal."""
+
+
+KNOWN_WARNINGS = (
+    # megatron-core says so at import wherever they are not installed; the local layer spec and
+    # torch's own optimizer are what we ask for.
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    # Defaults and calls inside megatron-core, torch's checkpointing and each other.
+    "full scope is deprecated",
+    "`load_state_dict` is deprecated",
+    "`torch.distributed",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "Please use DTensor instead",
+    # The distributed optimizer looks at views of parameters, whose gradient it keeps itself.
+    "The .grad attribute of a Tensor that is not a leaf",
+)
+"""Beginnings of library warnings that nobody using the steps can act on."""
+
+
+def ignore_known_warnings() -> None:
+    """Keep `KNOWN_WARNINGS` out of the log, and only these."""
+    for text in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=re.escape(text))
 
 
 def logger(name: str, file: Path | None = None) -> logging.Logger:
@@ -40,7 +65,7 @@ class Progress:
 
     def __init__(self, log: logging.Logger, what: str, total: int, done: int = 0) -> None:
         self._log, self._what, self._total, self._done = log, what, total, done
-        self._from = done
+        self._from, self._shown = done, -1
         self._note = ""
         self._bar: Any = None
         self._start = self._last = time.monotonic()
@@ -80,7 +105,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if error is None:
+        if error is None and self._shown < self._done:
             self._line()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -93,7 +118,7 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._shown = time.monotonic(), self._done
         elapsed = self._last - self._start
         rate = (self._done - self._from) / elapsed if elapsed > 0 else 0.0
         left = (self._total - self._done) / rate if rate else 0.0

@@ -27,7 +27,7 @@ from llava_steps.core.config import StepConfig
 from llava_steps.core.digest import Digests
 from llava_steps.core.errors import ConfigError, InputError, StepError
 from llava_steps.core.lease import Lease
-from llava_steps.core.log import Progress, logger
+from llava_steps.core.log import Progress, ignore_known_warnings, logger
 from llava_steps.core.store import Input
 
 C = TypeVar("C", bound=StepConfig)
@@ -82,6 +82,7 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
     module = step.run.__module__
     if module == "__main__":
         module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+    ignore_known_warnings()
     parser = _parser(step, module)
     given = vars(parser.parse_args(list(arguments)))
     log = logger(module.rpartition(".")[2])

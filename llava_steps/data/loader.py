@@ -275,8 +275,13 @@ def _loader(source: _Source, workers: int) -> DataLoader[Any]:
     """Worker processes come from a fork server: the training process holds threads of torch and of
     the process group, and a fork of it may inherit a lock that nobody will ever release.
     """
+    # Without one of its own, opening a DataLoader draws from torch's generator: a resumed training
+    # would have drawn once more than an uninterrupted one.
+    generator = torch.Generator()
     if workers == 0:
-        return DataLoader(source, batch_size=None, sampler=_From(), collate_fn=_same)
+        return DataLoader(
+            source, batch_size=None, sampler=_From(), collate_fn=_same, generator=generator
+        )
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
@@ -291,4 +296,5 @@ def _loader(source: _Source, workers: int) -> DataLoader[Any]:
         prefetch_factor=_AHEAD,
         multiprocessing_context=context,
         worker_init_fn=_worker_init,
+        generator=generator,
     )

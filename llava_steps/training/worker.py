@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from llava_steps.core.errors import StepError
-from llava_steps.core.log import logger
+from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.training.job import Failure, Job
 
 PR_SET_PDEATHSIG = 1
@@ -35,6 +35,7 @@ def follow_launcher() -> None:
 def main() -> int:
     """Run one rank of the job in argv[1]; returns the exit code."""
     follow_launcher()
+    ignore_known_warnings()
     job = Job.read(Path(sys.argv[1]))
     rank = int(os.environ["RANK"])
     log = logger(f"train[{rank}]", job.work / "logs" / f"rank-{rank:04d}.log")

@@ -1,0 +1,134 @@
+"""The training step as its users meet it: stopped, damaged, poisoned, and handed from stage 1 to 2."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.chain import Chain, environment, metrics, run_step, sample_ids
+
+STEPS = 24
+FLAGS = (
+    "--stage=2", "--gpus=2", "--tp=2", f"--train-steps={STEPS}", "--warmup-steps=3", "--lr=1e-3",
+    "--global-batch-size=4", "--micro-batch-size=2", "--save-interval=1000",
+)  # fmt: skip
+
+
+def value(out: Path) -> tuple[list[str], list[list[str]], dict[str, str]]:
+    """(losses, sample ids, digests of the final checkpoint)"""
+    digests = {
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.glob("iter_*/**/*"))
+        if path.is_file()
+    }
+    return [row["loss_hex"] for row in metrics(out)], sample_ids(out), digests
+
+
+def stopped(chain: Chain, name: str, *flags: str) -> Path:
+    """Train until a few steps are done, ask for a stop; returns the unfinished store entry."""
+    line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags(name), *FLAGS, *flags]
+    process = subprocess.Popen(line, cwd=chain.root, env=environment(), stderr=subprocess.PIPE)
+    work = chain.root / "results" / name / "work"
+    end = time.monotonic() + 120
+    while not (work / "metrics.jsonl").exists() or len(metrics(work)) < 4:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 75, log.decode()
+    done = len(metrics(work))
+    assert 4 <= done < STEPS
+    assert (work / f"iter_{done:07d}/commit.json").is_file(), "saved at the step it stopped at"
+    return work.resolve()
+
+
+def test_a_stop_is_saved_and_resumed_bit_for_bit(chain: Chain) -> None:
+    out = chain.train("stop_whole", *FLAGS, "--seed=5")
+    whole = value(out)
+    shutil.rmtree((out / "samples").resolve().parent)
+    stopped(chain, "stop_resumed", "--seed=5")
+    assert value(chain.train("stop_resumed", *FLAGS, "--seed=5")) == whole
+    assert len(whole[0]) == STEPS
+    assert len({i for ids in whole[1] for i in ids}) == STEPS * 4, "no sample twice"
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(chain: Chain) -> None:
+    entry = stopped(chain, "damaged", "--seed=6")
+    victim = sorted(entry.glob("iter_*/weights/*.distcp"))[0]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    line = ("train", *chain.train_flags("damaged"), *FLAGS, "--seed=6")
+    result = run_step(*line, cwd=chain.root, check=False)
+    assert result.returncode == 4 and str(victim.name) in result.stderr, result.stderr
+    assert "move" in result.stderr and "iter_" in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(chain: Chain, tmp_path: Path) -> None:
+    poisoned = tmp_path / "hf"
+    shutil.copytree(chain.hf.resolve(), poisoned)
+    path = poisoned / "model.safetensors"
+    weights = load_file(path)
+    name = next(n for n in weights if "multi_modal_projector.linear_2.bias" in n)
+    weights[name][0] = float("inf")
+    path.unlink()
+    save_file(weights, path, {"format": "pt"})
+    out = tmp_path / "megatron"
+    run_step("hf_to_megatron", f"--hf-dir={poisoned}", f"--save-dir={out}", cwd=chain.root)
+    flags = chain.train_flags("poisoned")[1:]
+    line = ("train", f"--megatron-load-dir={out}", *flags, *FLAGS)
+    result = run_step(*line, cwd=chain.root, check=False)
+    assert result.returncode == 6, result.stderr
+    assert "step 0" in result.stderr and "train-" in result.stderr, "says where and on what"
+    assert not list(chain.root.glob("results/poisoned/work/iter_*")), "nothing was saved"
+
+
+def test_each_stage_moves_only_what_it_trains(chain: Chain, tmp_path: Path) -> None:
+    common = (
+        "--train-steps=3", "--lr=1e-3", "--global-batch-size=8", "--micro-batch-size=4", "--gpus=2",
+        "--weight-decay=0.1",
+    )  # fmt: skip
+    one = chain.train("moves1", "--stage=1", "--freeze-lm", "--tp=2", *common)
+    two = chain.train("moves2", f"--megatron-load-dir={one}", "--stage=2", "--pp=2", *common)
+    state = json.loads(next(two.glob("iter_*/train_state.json")).read_text())
+    assert state["step"] == 3 and state["loader"]["consumed_samples"] == 24, "fresh counters"
+    before = load_file(chain.hf / "model.safetensors")
+    changed = {}
+    for out in (one, two):
+        hf = tmp_path / out.name
+        run_step(
+            "megatron_to_hf", f"--megatron-dir={out}", f"--tokenizer-dir={chain.hf}",
+            f"--save-dir={hf}", cwd=chain.root,
+        )  # fmt: skip
+        after = load_file(hf / "model.safetensors")
+        assert after.keys() == before.keys()
+        changed[out.name] = {n for n in after if not torch.equal(after[n], before[n])}
+        before = after
+    assert all("projector" in n for n in changed["moves1"]) and len(changed["moves1"]) == 4
+    assert changed["moves2"] == {n for n in before if "vision_tower" not in n}
+
+
+@pytest.mark.parametrize("layout", [("--gpus=1",), ("--gpus=2", "--tp=2", "--sequence-parallel")])
+def test_bf16_follows_fp32(chain: Chain, layout: tuple[str, ...]) -> None:
+    common = (
+        "--train-steps=12", "--lr=1e-3", "--global-batch-size=8", "--micro-batch-size=4",
+        "--stage=2", *layout,
+    )  # fmt: skip
+    name = f"bf16_{len(layout)}"
+    exact = [row["loss"] for row in metrics(chain.train(f"{name}_fp32", *common))]
+    rough = [
+        row["loss"] for row in metrics(chain.train(f"{name}_bf16", *common, "--precision=bf16"))
+    ]
+    assert exact[-1] < exact[0]
+    deviations = [abs(a - b) / b for a, b in zip(rough, exact, strict=True)]
+    assert 0 < deviations[0] < 0.02 and sum(deviations) / len(deviations) < 0.04, deviations
