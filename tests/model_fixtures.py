@@ -210,7 +210,8 @@ def reference(model: Any, all_samples: list[Sample]) -> tuple[list[Tensor], list
     """HF's logits [n, vocab] and losses [targets] of each sample, run one by one."""
     logits, losses = [], []
     for sample in all_samples:
-        out = model(input_ids=sample.tokens[None], pixel_values=sample.pixels).logits[0].float()
+        pixels = None if sample.pixels is None else sample.pixels.to(model.dtype)
+        out = model(input_ids=sample.tokens[None], pixel_values=pixels).logits[0].float()
         kept = sample.targets != -100
         logits.append(out)
         losses.append(

@@ -23,7 +23,16 @@ from llava_steps.model.tensors import TensorDirectory
 from llava_steps.model.transforms import TRANSFORMS
 from llava_steps.model.vision import tower_shapes
 from tests.dist_helpers import spawn
-from tests.model_fixtures import TINY, VOCAB, pack_samples, reference, samples, save_hf
+from tests.model_fixtures import (
+    TINY,
+    VOCAB,
+    Sample,
+    hf_model,
+    pack_samples,
+    reference,
+    samples,
+    save_hf,
+)
 from tests.model_workers import Job, Layout
 
 LAYOUTS = (
@@ -62,6 +71,10 @@ CASES = (
     *(Case("tied-full", layout, freeze_lm=True) for layout in STAGE1),
     *(Case("siglip-mha", layout) for layout in (LAYOUTS[0], LAYOUTS[-1])),
 )
+BF16 = (
+    Case("untied-default", Layout(precision="bf16")),
+    Case("tied-full", Layout(tp=2, pp=2, sequence_parallel=True, precision="bf16")),
+)
 LOGITS = 1e-4
 GRADIENTS = 1e-4
 LENGTH = 48
@@ -74,6 +87,7 @@ class Run(NamedTuple):
     job: Job
     outputs: dict[str, Any]
     hf: Any
+    rows: list[Sample]
     logits: list[torch.Tensor]
     losses: list[torch.Tensor]
 
@@ -97,9 +111,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Run]:
         )
         logits, losses = reference(hf, rows)
         sum(losses[i].sum() for batch in batches for i in batch.samples).backward()
-        models[name] = (hf, batches, [value.detach() for value in logits], losses)
+        models[name] = (hf, batches, rows, [value.detach() for value in logits], losses)
     jobs = []
-    for case in CASES:
+    for case in CASES + BF16:
         out = root / str(case)
         out.mkdir()
         folder, freeze_vision = root / case.model, TINY[case.model].freeze_vision or case.freeze_lm
@@ -109,11 +123,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Run]:
         )  # fmt: skip
     ranks = spawn("tests.model_workers:layouts", 4, root, jobs, timeout=300)
     found = {}
-    for place, (case, job) in enumerate(zip(CASES, jobs, strict=True)):
+    for place, (case, job) in enumerate(zip(CASES + BF16, jobs, strict=True)):
         # Rank 3 is on the last pipeline stage and the last tensor-parallel rank of every layout.
         outputs = {**ranks[3][place], "silent": [n for r in ranks for n in r[place]["silent"]]}
-        hf, _, logits, losses = models[case.model]
-        found[case] = Run(job, outputs, hf, logits, losses)
+        hf, _, rows, logits, losses = models[case.model]
+        found[case] = Run(job, outputs, hf, rows, logits, losses)
     return found
 
 
@@ -142,6 +156,20 @@ def test_losses_of_the_supervised_positions(run: Run) -> None:
         expected = torch.cat([run.losses[index] for index in batch.samples]).detach()
         assert losses.dtype == torch.float32
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", BF16, ids=str)
+def test_bf16_is_as_near_to_fp32_as_transformers_is(case: Case, runs: dict[Case, Run]) -> None:
+    run = runs[case]
+    logits, _ = reference(hf_model(TINY[case.model], torch.bfloat16), run.rows)
+    packed = torch.cat([run.logits[i] for i in run.job.batches[0].samples])
+    theirs = (torch.cat(list(logits)) - packed).abs().mean().item()
+    ours = (run.outputs["logits"][0][: len(packed)] - packed).abs().mean().item()
+    print(f"mean |logit difference| to fp32: ours {ours:.2e}, transformers {theirs:.2e}")
+    assert 0 < ours <= 1.25 * theirs
+    assert run.outputs["silent"] == []
+    for losses in run.outputs["losses"]:
+        assert losses.dtype == torch.float32 and losses.isfinite().all()
 
 
 def test_gradients(run: Run) -> None:

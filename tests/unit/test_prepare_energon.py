@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 import pytest
 from data_fixtures import fake_context, jpeg, members, sample_parts, write_tar
 
+from llava_steps import prepare_energon, shard_tars
+from llava_steps.core import store
 from llava_steps.core.config import EnergonDataset, TarShards
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
+from llava_steps.core.run import execute
 from llava_steps.data.reader import SampleReader
 from llava_steps.data.split import split
 from llava_steps.prepare_energon import run
@@ -154,6 +158,46 @@ def test_energon_trains_on_it(tmp_path: Path) -> None:
         for batch in SavableDataLoader(dataset)
     }
     assert read == {(f"What is {n}?", f"It is {n}.", (3, 36, 40)) for n in range(6)}
+
+
+def test_the_two_steps_give_a_sealed_dataset_that_energon_reads_where_it_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line, without a prompt; `results/` shows links into the store."""
+    from megatron.energon import DefaultTaskEncoder, VQASample, WorkerConfig, get_train_dataset
+    from megatron.energon.savable_loader import SavableDataLoader
+
+    monkeypatch.chdir(tmp_path)
+    our_tars(tmp_path / "raw", 5, 2)
+    monkeypatch.setattr(sys, "stdin", None)
+    source = ["--source=raw/train.json", "--samples-per-shard=2", "--save-dir=r/tar_shards"]
+    assert execute(shard_tars.STEP, source) == 0
+    flags = ["--tar-dir=r/tar_shards", "--split=9,1,0", "--save-dir=r/energon_dataset"]
+    assert execute(prepare_energon.STEP, flags) == 0
+    shown = tmp_path / "r/energon_dataset"
+    manifest = store.read_manifest(shown)
+    assert manifest is not None
+    store.check(shown, manifest, digests=True)
+    assert manifest["metrics"]["samples"] == {"train": 5, "val": 0, "test": 0}
+    assert "5 samples" in energon("info", str(shown))
+    assert "What is 0?" in energon("preview", str(shown), "--split-parts", "train")
+    seen: list[VQASample] = []
+
+    class Look(DefaultTaskEncoder):  # type: ignore[misc, type-arg, unused-ignore]
+        def encode_sample(self, sample: VQASample) -> VQASample:
+            seen.append(sample)
+            return sample
+
+    dataset = get_train_dataset(
+        shown, batch_size=1, shuffle_buffer_size=None, max_samples_per_sequence=None,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+        task_encoder=Look(), repeat=False,
+    )  # fmt: skip
+    assert len(list(SavableDataLoader(dataset))) == 5
+    assert {type(sample) for sample in seen} == {VQASample}
+    assert {(s.context, s.answers) for s in seen} == {
+        (f"What is {n}?", f"It is {n}.") for n in range(5)
+    }
 
 
 @pytest.mark.parametrize(
