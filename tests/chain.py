@@ -23,6 +23,29 @@ SMALL = (
     "--vision-layers=2",
 )
 
+STEPS = (
+    ("demo_assets", *SMALL, "--save-dir=results/demo_assets"),
+    (
+        "shard_tars",
+        "--source=results/demo_assets/raw/train.json",
+        "--samples-per-shard=300",
+        "--save-dir=results/tar_shards",
+    ),
+    (
+        "prepare_energon",
+        "--tar-dir=results/tar_shards",
+        "--split=9,1,0",
+        "--save-dir=results/energon_dataset",
+    ),
+    (
+        "build_hf",
+        "--vision-tower=results/demo_assets/vision_tower",
+        "--text-model=results/demo_assets/text_model",
+        "--save-dir=results/hf_model",
+    ),
+    ("hf_to_megatron", "--hf-dir=results/hf_model", "--save-dir=results/megatron_checkpoint"),
+)
+
 
 def environment() -> dict[str, str]:
     """The caller's environment with this checkout importable and the hub out of reach."""
@@ -89,22 +112,8 @@ def make(root: Path) -> Chain:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = root / "done"
         if not done.exists():
-            out = "--save-dir=results"
-            run_step("demo_assets", *SMALL, f"{out}/demo_assets", cwd=root)
-            run_step(
-                "shard_tars", "--source=results/demo_assets/raw/train.json",
-                "--samples-per-shard=300", f"{out}/tar_shards", cwd=root,
-            )  # fmt: skip
-            run_step(
-                "prepare_energon", "--tar-dir=results/tar_shards", f"{out}/energon_dataset", cwd=root
-            )
-            run_step(
-                "build_hf", "--vision-tower=results/demo_assets/vision_tower",
-                "--text-model=results/demo_assets/text_model", f"{out}/hf_model", cwd=root,
-            )  # fmt: skip
-            run_step(
-                "hf_to_megatron", "--hf-dir=results/hf_model", f"{out}/megatron_checkpoint", cwd=root
-            )
+            for module, *flags in STEPS:
+                run_step(module, *flags, cwd=root)
             done.touch()
     return Chain(root)
 

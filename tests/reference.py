@@ -41,15 +41,15 @@ def encode(
     processor: Any, turns: Sequence[dict[str, str]], images: list[Image.Image]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Model inputs of one conversation, and labels that hold the answers and their end only."""
+
     def tokens(messages: Sequence[dict[str, str]], prompt: bool) -> dict[str, torch.Tensor]:
         text = processor.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=prompt
         )
         count = text.count("<image>")
+        seen = images[:count] or None
         return dict(
-            processor(
-                text=text, images=images[:count] or None, return_tensors="pt", add_special_tokens=False
-            )
+            processor(text=text, images=seen, return_tensors="pt", add_special_tokens=False)
         )
 
     inputs = tokens(turns, False)

@@ -35,7 +35,8 @@ def processes(stage: Stage) -> Iterator[None]:
     backend = choose_backend(stage.backend)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store = dist.FileStore(os.environ["LLAVA_STEPS_RENDEZVOUS"], world)
+    path = os.environ["LLAVA_STEPS_RENDEZVOUS"]
+    store = dist.FileStore(path, world)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         ps.initialize_model_parallel(

@@ -40,8 +40,8 @@ class Run:
     root: Path
 
     def command(self) -> list[str]:
-        line = ["-m", "snakemake", "--cores", "2", "--configfile", "overlay.yaml", "--quiet", "rules"]
-        return [sys.executable, *line, "stage2_checkpoint"]
+        line = "-m snakemake --cores 2 --configfile overlay.yaml --quiet rules stage2_checkpoint"
+        return [sys.executable, *line.split()]
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start snakemake as the leader of a process group of its own."""

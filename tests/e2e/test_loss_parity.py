@@ -32,7 +32,8 @@ def expected(chain: Chain) -> dict[int, tuple[list[list[str]], list[float]]]:
     """Per stage: sample ids of the steps, and the losses that the reference has on them."""
     found = {}
     for stage, (flags, trained) in STAGES.items():
-        out = chain.train(f"parity{stage}_dp1", f"--stage={stage}", *COMMON, *flags, *LAYOUTS["dp1"])
+        line = (f"--stage={stage}", *COMMON, *flags, *LAYOUTS["dp1"])
+        out = chain.train(f"parity{stage}_dp1", *line)
         ids = sample_ids(out)
         assert len(ids) == STEPS and all(len(batch) == BATCH for batch in ids)
         losses = reference.train(

@@ -1,4 +1,4 @@
-"""The training step as its users meet it: stopped, damaged, poisoned, and handed from stage 1 to 2."""
+"""The training step as its users meet it: stopped, damaged, poisoned, handed on to stage 2."""
 
 from __future__ import annotations
 
