@@ -26,7 +26,7 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
         store.check(*artefact, digests=True)
     geometry = Geometry.load(source)
     final = ctx.entry / iteration_name(0)
-    temporary = ctx.entry / f".{final.name}.tmp"
+    temporary = ctx.entry / f"{fsio.TEMPORARY}{final.name}"
     for remains in (temporary, final):  # of an attempt that was killed
         fsio.remove(remains)
     with (

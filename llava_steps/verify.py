@@ -3,8 +3,8 @@
     python -m llava_steps.verify                       everything below results/
     python -m llava_steps.verify results/demo store    a run and a whole store
 
-Exit codes: 0 all whole · 3 nothing found · 4 something is damaged. Work in progress is listed, and
-is no damage.
+Exit codes: 0 all whole · 3 nothing found in one of the paths · 4 something is damaged. Work in
+progress is listed, and is no damage; the checkpoints that it has committed are compared too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llava_steps.core import store
-from llava_steps.core.errors import InputError, IntegrityError, StepError
+from llava_steps.core import commit, fsio, store
+from llava_steps.core.errors import InputError, IntegrityError
 
 
 def artefacts(root: Path) -> Iterator[Path]:
@@ -33,11 +33,26 @@ def verify(entry: Path) -> tuple[str, str]:
     """(state, remark) of an artefact; IntegrityError when a file is not what was sealed."""
     manifest = store.read_manifest(entry)
     if manifest is None:
-        return "unfinished", "no manifest yet; run its step again to continue it"
-    store.check(entry, manifest, digests=True)
-    files = manifest["files"]
-    size = sum(file["size"] for file in files)
-    return "whole", f"{len(files)} files, {size:,} bytes, {manifest['step']}"
+        work = entry / "work" if (entry / "work").is_symlink() else entry
+        checkpoints = commit.committed(work)
+        for _, path in checkpoints:
+            commit.read_commit(path)
+        kept = f"; committed so far: {', '.join(p.name for _, p in checkpoints)}" * bool(
+            checkpoints
+        )
+        return "unfinished", f"no manifest yet; run its step again to continue it{kept}"
+    try:
+        store.check(entry, manifest, digests=True)
+        known = {file["path"] for file in manifest["files"]}
+        size = sum(file["size"] for file in manifest["files"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{entry / store.MANIFEST} is damaged: {error!r}") from None
+    except OSError as error:
+        raise IntegrityError(f"{entry} cannot be read: {error}") from None
+    for path in fsio.files_below(entry, skip=[store.WORK, store.MANIFEST]):
+        if path.relative_to(entry).as_posix() not in known:
+            raise IntegrityError(f"{path} was not sealed with the artefact; remove it")
+    return "whole", f"{len(known)} files, {size:,} bytes, {manifest.get('step')}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,24 +70,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="artefacts, or directories that hold some (default: results)",
     )
     found = damaged = 0
+    empty: list[Path] = []
     for root in parser.parse_args(arguments).paths:
+        before = found
         for entry in artefacts(root):
             found += 1
             try:
                 state, remark = verify(entry)
-            except IntegrityError as error:
+            except (IntegrityError, InputError) as error:
                 damaged += 1
                 state, remark = "damaged", str(error)
             print(f"{state:<11} {entry}  {remark}")
+        if found == before:
+            empty.append(root)
     print(f"{found} artefacts, {damaged} damaged")
-    if not found:
-        return InputError.exit_code
-    return IntegrityError.exit_code if damaged else 0
+    for root in empty:
+        print(f"{root} holds no artefact", file=sys.stderr)
+    if damaged:
+        return IntegrityError.exit_code
+    return InputError.exit_code if empty else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except StepError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    sys.exit(main())

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from data_fixtures import fake_context
 from safetensors.torch import load_file, save_file
 
 from llava_steps import hf_to_megatron, megatron_to_hf
 from llava_steps.core import commit, store
+from llava_steps.core.config import HfExport, MegatronCheckpoint
 from llava_steps.core.errors import InputError, IntegrityError, StepError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.run import execute
@@ -130,6 +132,22 @@ def test_the_checkpoint_has_the_same_bytes_each_time() -> None:
     assert execute(hf_to_megatron.STEP, flags) == 0
     found = [digests(f"{name}/iter_0000000/weights") for name in ("one", "two", "three")]
     assert found[0] == found[1] == found[2]
+
+
+def test_the_remains_of_a_killed_attempt_do_no_harm() -> None:
+    save_hf(TINY["untied-default"], Path("hf"), shard="20KB")
+    Path("entry/.tmp-iter_0000000/weights").mkdir(parents=True)
+    Path("entry/.tmp-iter_0000000/weights/.metadata").write_bytes(b"half")
+    for _ in range(2):  # the second finds the committed result of the first
+        context = fake_context(Path("entry"), hf_dir=Path("hf"))
+        hf_to_megatron.run(context, MegatronCheckpoint(hf_dir="hf"))
+    assert [path.name for path in Path("entry").iterdir()] == ["iter_0000000"]
+    Path("out").mkdir()
+    for file in Path("hf").glob("*.safetensors"):
+        Path("out", file.name).write_bytes(b"z" * 2 * file.stat().st_size)
+    context = fake_context(Path("out"), megatron_dir=Path("entry"), tokenizer_dir=Path("hf"))
+    megatron_to_hf.run(context, HfExport(megatron_dir="entry", tokenizer_dir="hf"))
+    assert digests("out") == digests("hf")
 
 
 def edit(change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
