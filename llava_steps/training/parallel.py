@@ -45,6 +45,8 @@ def processes(stage: Stage) -> Iterator[None]:
             create_gloo_process_groups=False,
         )
         seed_all(stage.seed)
+        if stage.precision == "fp32":
+            forbid_tf32()
         if stage.deterministic:
             make_deterministic()
         yield
@@ -76,6 +78,12 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def forbid_tf32() -> None:
+    """fp32 means fp32: torch lets cuDNN's convolutions round their inputs to TF32 by default."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def make_deterministic() -> None:

@@ -36,18 +36,19 @@ def value(out: Path) -> tuple[list[str], list[list[str]], dict[str, str]]:
 
 def stopped(chain: Chain, name: str, *flags: str) -> Path:
     """Train until a few steps are done, ask for a stop; returns the unfinished store entry."""
-    line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags(name), *FLAGS, *flags]
+    line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags(name), *flags]
     process = subprocess.Popen(line, cwd=chain.root, env=environment(), stderr=subprocess.PIPE)
     work = chain.root / "results" / name / "work"
     end = time.monotonic() + 120
     while not (work / "metrics.jsonl").exists() or len(metrics(work)) < 4:
-        assert process.poll() is None and time.monotonic() < end
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(process.communicate()[1].decode())
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 75, log.decode()
     done = len(metrics(work))
-    assert 4 <= done < STEPS
     assert (work / f"iter_{done:07d}/commit.json").is_file(), "saved at the step it stopped at"
     return work.resolve()
 
@@ -56,14 +57,14 @@ def test_a_stop_is_saved_and_resumed_bit_for_bit(chain: Chain) -> None:
     out = chain.train("stop_whole", *FLAGS, "--seed=5")
     whole = value(out)
     shutil.rmtree((out / "samples").resolve().parent)
-    stopped(chain, "stop_resumed", "--seed=5")
+    stopped(chain, "stop_resumed", *FLAGS, "--seed=5")
     assert value(chain.train("stop_resumed", *FLAGS, "--seed=5")) == whole
     assert len(whole[0]) == STEPS
     assert len({i for ids in whole[1] for i in ids}) == STEPS * 4, "no sample twice"
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(chain: Chain) -> None:
-    entry = stopped(chain, "damaged", "--seed=6")
+    entry = stopped(chain, "damaged", *FLAGS, "--seed=6")
     victim = sorted(entry.glob("iter_*/weights/*.distcp"))[0]
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
