@@ -1,0 +1,55 @@
+# `make help` lists what there is. Everything runs in an environment of its own, .venv, so that it
+# works the same inside a virtual or conda environment of yours and leaves that untouched.
+#
+#   make demo PYTHON=python3.12    made from this Python
+#   make demo VENV=$VIRTUAL_ENV    installed into the environment that is active
+#   make demo CORES=4              at most 4 cores
+#   make test PYTEST="-k resume"   options for pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format environment clean
+
+PYTHON ?= python3
+VENV ?= .venv
+CORES ?= all
+PYTEST ?=
+export PYTHON VENV
+# What would make pip or Python look beyond the environment, or Snakemake beyond its own profile.
+unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX SNAKEMAKE_PROFILE
+
+BIN := $(VENV)/bin
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: ## from handwritten digits to a LLaVA that reads them: install, run, evaluate
+	@start=$$(date +%s.%N); .ci/environment; \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m snakemake --cores $(CORES); \
+	$(BIN)/python -m llava_steps.summary --started $$start
+
+test: ## the whole test suite
+	@.ci/environment test
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: ## style, types, import layers, workflow format
+	@.ci/environment test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+	$(BIN)/snakefmt --check workflow
+
+format: ## put code into the style that `make check` wants
+	@.ci/environment test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt workflow
+
+environment: ## only make .venv, with the test tools
+	@.ci/environment test
+
+clean: ## remove .venv and caches; results/ and store/ are yours and stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './store/*' -prune -exec rm -rf {} +
