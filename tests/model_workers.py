@@ -155,9 +155,14 @@ def one(job: Job) -> dict[str, Any]:
 
 
 def save_only(rank: int, job: Job) -> None:
-    """Load and save, twice; the second from the first."""
+    """Load and save, twice; the second from the first, as DDP keeps it: views of one buffer."""
     with model_parallel(job.layout.tp, job.layout.pp):
         model = build(job)
         save_weights(model, job.out / "first")
         load_weights(model, job.out / "first")
+        parameters = list(model.parameters())
+        sizes = [parameter.numel() for parameter in parameters]
+        parts = torch.cat([parameter.data.flatten() for parameter in parameters]).split(sizes)
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.data = part.view_as(parameter)
         save_weights(model, job.out / "second")
