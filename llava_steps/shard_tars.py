@@ -39,21 +39,10 @@ def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
     return metrics
 
 
-def source_files(path: Path) -> tuple[Path, Iterable[Path]]:
-    """Root and files that the source's content consists of: the file itself and its images."""
-    from llava_steps.data import rawllava, sources
-    from llava_steps.data.samples import SampleError
+def _source_files(path: Path) -> tuple[Path, Iterable[Path]]:
+    from llava_steps.data.rawllava import content_files
 
-    root = path.parent
-    files = {path}
-    for name in sources.referenced_images(path):
-        try:
-            image = rawllava.inside(root, name)
-            if image.is_file():
-                files.add(image)
-        except (SampleError, OSError):
-            continue  # sharding refuses the sample whatever the file's content is
-    return root, sorted(files)
+    return content_files(path)
 
 
 STEP = Step(
@@ -61,7 +50,7 @@ STEP = Step(
     config=TarShards,
     run=run,
     doc=__doc__,
-    parts={"source": source_files},
+    parts={"source": _source_files},
 )
 
 if __name__ == "__main__":

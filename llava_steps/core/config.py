@@ -102,8 +102,8 @@ class HfModel(StepConfig):
     )
     projector_hidden_act: Literal["gelu"] = value("gelu", "activation between the projector layers")
     vocab_size_padding: Count = value(
-        0,
-        "pad the embedding rows to a multiple of this; 0 pads nothing",
+        128,
+        "embedding rows are padded to a multiple of this, if they are not one; 0 pads nothing",
         flag="--vocab-size-padding",
     )
     dtype: Literal["fp32", "bf16", "source"] = value("source", "dtype of the saved weights")

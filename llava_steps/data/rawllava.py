@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_steps.data.decode import check_jpeg
 from llava_steps.data.samples import Sample, SampleError, check_text, check_turns, parse_turns
+from llava_steps.data.sources import referenced_images
 
 _BYTES_PER_PIXEL = 4
 """A file with more bytes than this per allowed pixel is not read at all."""
@@ -46,6 +47,20 @@ def to_sample(value: Any, index: int, root: Path, max_pixels: int) -> Sample:
     known = {"id", "image", "conversations"}
     extra = {key: value[key] for key in value if key not in known}
     return Sample(str(name), turns, tuple(images), extra)
+
+
+def content_files(path: Path) -> tuple[Path, list[Path]]:
+    """Root and files that a source file's content consists of: the file itself and its images."""
+    root = path.parent
+    files = {path}
+    for name in referenced_images(path):
+        try:
+            image = inside(root, name)
+            if image.is_file():
+                files.add(image)
+        except (SampleError, OSError):
+            continue  # whoever reads the sample refuses it whatever that file's content is
+    return root, sorted(files)
 
 
 def inside(root: Path, name: Any) -> Path:

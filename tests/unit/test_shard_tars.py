@@ -19,7 +19,8 @@ from llava_steps.core.errors import InputError
 from llava_steps.data import shards
 from llava_steps.data.decode import check_jpeg, decode
 from llava_steps.data.samples import SampleError
-from llava_steps.shard_tars import run, source_files
+from llava_steps.data.rawllava import content_files
+from llava_steps.shard_tars import run
 
 
 def human(text: str) -> dict[str, str]:
@@ -339,7 +340,7 @@ def test_the_files_of_a_source_are_its_content(tmp_path: Path) -> None:
     records = make_source(tmp_path, 4)
     records.append({"id": "x", "image": "../secret.jpg"})
     source = write(tmp_path, records)
-    root, files = source_files(source)
+    root, files = content_files(source)
     names = {path.relative_to(root).as_posix() for path in files}
     expected = {f"images/{p.name}" for p in (tmp_path / "images").iterdir()}
     assert names == expected | {"train.json"}

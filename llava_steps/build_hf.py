@@ -1,0 +1,72 @@
+"""Join a vision tower and a language model into one Hugging Face LLaVA directory.
+
+    python -m llava_steps.build_hf --vision-tower openai/clip-vit-large-patch14-336 \\
+        --text-model path/to/llama --save-dir results/x/hf_model
+
+Both are local directories or hub ids. All their weights are kept; the projector is new, and so are
+the rows of tokens that the tokenizer did not have (`<image>`, and `<pad>` if it has none), which
+begin as the mean of the others. The result loads with plain transformers
+(LlavaForConditionalGeneration, AutoProcessor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core import fsio
+from llava_steps.core.config import HfModel
+from llava_steps.core.errors import InputError
+from llava_steps.core.run import Context, Step, main
+
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
+    """Build the model in `ctx.entry`; metrics say what was added."""
+    from llava_steps.model.build import build
+
+    for remains in ctx.entry.iterdir():  # of an attempt that was killed
+        if remains != ctx.work:
+            fsio.remove(remains)
+    tower, text = ctx.inputs["vision_tower"].path, ctx.inputs["text_model"].path
+    built = build(tower, text, ctx.entry, cfg)
+    ctx.log.info(
+        "%d parameters, vocabulary %d (%d new rows), %d tokens an image",
+        built.parameters,
+        built.vocab,
+        built.new_rows,
+        built.tokens_per_image,
+    )
+    return asdict(built) | {"added_tokens": list(built.added_tokens)}
+
+
+def local(text: str) -> Path:
+    """A directory as it is; a hub id as its snapshot, downloaded unless it is there already."""
+    if Path(text).exists():
+        return Path(text)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=list(FILES)))
+    except HFValidationError:
+        raise InputError(f"{text} is neither a directory nor a hub id") from None
+    except Exception as error:
+        raise InputError(
+            f"{text} is no directory here and could not be fetched from the hub: {error}"
+        ) from error
+
+
+STEP = Step(
+    name="hf_model",
+    config=HfModel,
+    run=run,
+    doc=__doc__,
+    resolve={"vision_tower": local, "text_model": local},
+)
+
+if __name__ == "__main__":
+    main(STEP)

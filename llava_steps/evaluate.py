@@ -1,0 +1,63 @@
+"""Ask Hugging Face LLaVA models the questions of a held-out file and count right answers.
+
+    python -m llava_steps.evaluate --data held/heldout.json --before results/x/hf_model \\
+        --after-stage2 results/x/hf_export --save-dir results/x/evaluation
+
+Models are loaded and run by plain transformers (AutoProcessor, LlavaForConditionalGeneration),
+as their users will. An answer counts when it equals the reference, white space at its ends aside.
+Writes results.json, table.md and samples.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core import fsio
+from llava_steps.core.config import Evaluation
+from llava_steps.core.errors import ConfigError
+from llava_steps.core.run import Context, Step, main
+
+MODELS = ("before", "after_stage1", "after_stage2")
+
+
+def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
+    """Evaluate each given model; metrics hold the accuracy of every question kind."""
+    from llava_steps.evaluation import ask, score
+
+    models = [name for name in MODELS if name in ctx.inputs]
+    if not models:
+        raise ConfigError("nothing to evaluate: give --before, --after-stage1 or --after-stage2")
+    questions = ask.read_questions(ctx.inputs["data"].path)
+    results: dict[str, Any] = {}
+    samples: dict[str, Any] = {}
+    for name in models:
+        model = ask.Model(ctx.inputs[name].path)
+        with ctx.progress(f"asking {name}", len(questions)) as bar:
+            answers = model.answers(questions, cfg.batch_size, cfg.max_new_tokens, bar.advance)
+        results[name] = score.by_kind(questions, answers)
+        samples[name] = score.some(questions, answers, cfg.samples_shown)
+    fsio.write_json(ctx.entry / "results.json", results)
+    fsio.write_json(ctx.entry / "samples.json", samples)
+    fsio.write_bytes(ctx.entry / "table.md", score.table(results).encode())
+    return {"questions": len(questions), "results": results}
+
+
+def _data_files(path: Path) -> tuple[Path, Iterable[Path]]:
+    from llava_steps.data.rawllava import content_files
+
+    return content_files(path)
+
+
+STEP = Step(
+    name="evaluation",
+    config=Evaluation,
+    run=run,
+    doc=__doc__,
+    optional=frozenset(MODELS),
+    parts={"data": _data_files},
+)
+
+if __name__ == "__main__":
+    main(STEP)

@@ -1,0 +1,1 @@
+"""Questions to Hugging Face models and the score of their answers."""

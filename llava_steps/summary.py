@@ -1,0 +1,93 @@
+"""Print what a run came to: the evaluation table, where the model lies, how to ask it.
+
+    python -m llava_steps.summary [--configfile mine.yaml] [--started UNIX_SECONDS]
+
+The last line is JSON with the accuracy on `what_digit`, the mean of both languages, before training
+and after each stage. `wall_s` counts from --started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core import load
+from llava_steps.core.errors import InputError, StepError
+
+CONFIG = Path("config/config.yaml")
+KIND = "what_digit"
+MODELS = {
+    "accuracy_before": "before",
+    "accuracy_stage1": "after_stage1",
+    "accuracy_stage2": "after_stage2",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the summary; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_steps.summary",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--configfile", type=Path, action="append", default=[], help="overlay")
+    parser.add_argument("--started", type=float, default=None, help="when the run began")
+    given = parser.parse_args(arguments)
+    try:
+        print(summary(load.load([CONFIG, *given.configfile]), given.started))
+    except StepError as error:
+        print(f"summary: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def summary(config: Any, started: float | None) -> str:
+    """The text; InputError when the run has not been evaluated."""
+    run = Path(config.results, config.run)
+    evaluation, export = run / "evaluation", run / "hf_export"
+    try:
+        results = json.loads((evaluation / "results.json").read_bytes())
+        table = (evaluation / "table.md").read_text()
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{error.filename} is missing: run `snakemake --cores all` first"
+        ) from None
+    answer: dict[str, Any] = {
+        key: accuracy(results[model]) for key, model in MODELS.items() if model in results
+    }
+    answer["hf_export"] = str(export)
+    if started is not None:
+        answer["wall_s"] = round(time.time() - started, 1)
+    lines = [
+        f"Held-out questions answered right ({evaluation / 'results.json'}):",
+        "",
+        table,
+        f"The model: {export} (LlavaForConditionalGeneration, AutoProcessor)",
+        f'Ask it:    {sys.executable} -m llava_steps.chat {export} IMAGE "What digit is this?"',
+    ]
+    images = run / "demo_assets/raw/images"
+    if images.is_dir():
+        example = heldout_image(run)
+        lines[-1] = lines[-1].replace("IMAGE", str(example))
+    return "\n".join([*lines, "", json.dumps(answer)])
+
+
+def accuracy(result: dict[str, Any]) -> float | None:
+    """Mean over the languages of the accuracy on `what_digit`; None where nobody asked that."""
+    shares = [v["accuracy"] for group, v in result.items() if group.split("/")[0] == KIND]
+    return round(sum(shares) / len(shares), 4) if shares else None
+
+
+def heldout_image(run: Path) -> Path:
+    """An image that training never saw."""
+    raw = run / "demo_assets/raw"
+    samples = json.loads((raw / "heldout.json").read_bytes())
+    return raw / str(next(s["image"] for s in samples if isinstance(s.get("image"), str)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
