@@ -9,7 +9,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format environment clean
+.PHONY: help demo test check format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -46,6 +46,10 @@ format: ## put code into the style that `make check` wants
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt workflow
+
+describe: ## renew config.schema.json and the tables of config/README.md from core/config.py
+	@.ci/environment
+	$(BIN)/python -m llava_steps.core.describe
 
 environment: ## only make .venv, with the test tools
 	@.ci/environment test

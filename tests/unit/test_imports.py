@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "model": {"core", "model"},
     "training": {"core", "data", "model", "training"},
     "demo": {"core", "demo"},
+    "evaluation": {"core", "data", "evaluation"},
 }
-STEPS = {"core", "data", "model", "training", "demo"}
+STEPS = set(MAY_IMPORT)
 """What a module directly in llava_steps/ may import: everything but another such module."""
 HEAVY = {"torch", "megatron", "transformers", "wandb", "sklearn", "snakemake"}
 MEGATRON_OR_ENERGON = re.compile(r"^(model|training|data)/")

@@ -6,11 +6,14 @@ what Snakemake and the store decide is what they decide for the real steps, in s
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,19 @@ RULES = [
 ]
 
 
+@functools.cache
+def zygote() -> subprocess.Popen[str]:
+    """The process that makes the calls of this test session (see zygote.py)."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(server.kill)
+    return server
+
+
 @dataclass
 class Project:
     """A copy of the project in which snakemake runs."""
@@ -92,17 +108,29 @@ class Project:
 
     def snakemake(self, *arguments: str, code: int = 0) -> str:
         """stdout and stderr of a call that ends with `code`."""
-        result = subprocess.run(
+        with tempfile.NamedTemporaryFile("r") as file:
+            request = {
+                "arguments": arguments, "cwd": str(self.root), "env": self.env, "output": file.name,
+            }  # fmt: skip
+            server = zygote()
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            ended = int(server.stdout.readline())
+            output = file.read()
+        assert ended == code, output
+        return output
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """A call in a process group of its own, to be killed; the output is thrown away."""
+        return subprocess.Popen(
             [sys.executable, "-m", "snakemake", *arguments],
             cwd=self.root,
             env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=120,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
-        output = result.stdout + result.stderr
-        assert result.returncode == code, output
-        return output
 
     @property
     def env(self) -> dict[str, str]:

@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from llava_steps.core.pipeline import UPSTREAM
 from tests.workflow.project import MODULES, ROOT, RULES, Project
-
-BEFORE_STAGE_2 = ["demo_assets", "energon_dataset", "hf_model", "megatron_checkpoint"]
 
 
 def test_all_is_the_default_and_needs_every_rule(fresh: Project) -> None:
@@ -22,24 +22,31 @@ def test_all_is_the_default_and_needs_every_rule(fresh: Project) -> None:
     assert not (fresh.root / "store").exists()
 
 
-def test_every_rule_name_is_a_target(fresh: Project) -> None:
-    assert fresh.planned(*RULES) == sorted(RULES)
+def needed(rule: str) -> set[str]:
+    """`rule` and every rule before it."""
+    before = {*UPSTREAM[rule].values()}
+    if rule in ("tar_shards", "hf_model", "evaluation"):
+        before.add("demo_assets")  # the shipped configuration's `demo:` paths
+    return {rule}.union(*(needed(name) for name in before))
 
 
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [
-        ("energon_dataset", ["demo_assets", "energon_dataset", "tar_shards"]),
-        (
-            "stage2_checkpoint",
-            [*BEFORE_STAGE_2, "stage1_checkpoint", "stage2_checkpoint", "tar_shards"],
-        ),
-    ],
-)
-def test_a_target_needs_what_it_reads_and_nothing_else(
-    fresh: Project, target: str, expected: list[str]
-) -> None:
-    assert fresh.planned(target) == expected
+def test_every_rule_name_is_a_target_that_needs_what_it_reads(fresh: Project) -> None:
+    assert needed("stage2_checkpoint") == {
+        "demo_assets", "tar_shards", "energon_dataset", "hf_model", "megatron_checkpoint",
+        "stage1_checkpoint", "stage2_checkpoint",
+    }  # fmt: skip
+    for rule in RULES:
+        assert fresh.planned(rule) == sorted(needed(rule))
+    assert fresh.planned("all") == sorted(RULES)
+
+
+def test_the_default_profile_is_found_and_holds_what_holds_everywhere(fresh: Project) -> None:
+    assert "profile workflow/profiles/default" in fresh.snakemake("-n", "--cores", "1")
+    profile = yaml.safe_load((ROOT / "workflow/profiles/default/config.yaml").read_text())
+    # It beats every --profile key by key.
+    assert not profile.keys() & {"executor", "cores", "jobs", "default-resources", "retries"}
+    # Running again after a SIGKILL asks for no option; see test_rerun.py.
+    assert profile["nolock"] is True and profile["rerun-incomplete"] is True
 
 
 def test_order_of_the_chain(fresh: Project) -> None:

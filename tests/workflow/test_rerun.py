@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -101,14 +99,7 @@ def test_killed_in_the_middle_then_run_again(fresh: Project) -> None:
     """SIGKILL to snakemake and its steps; the same command continues, without any option."""
     hold = fresh.root / "hold-stage1_checkpoint"
     hold.touch()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "snakemake", "--cores", "2"],
-        cwd=fresh.root,
-        env=fresh.env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = fresh.start("--cores", "2")
     try:
         wait_for(lambda: "stage1_checkpoint" in steps(fresh))
     finally:
@@ -124,6 +115,19 @@ def test_killed_in_the_middle_then_run_again(fresh: Project) -> None:
     assert not set(done) & set(steps(fresh))
     assert fresh.manifest("stage1_checkpoint")["attempts"] == 2
     assert "Nothing to be done" in fresh.snakemake("--cores", "2")
+
+
+def test_a_second_run_beside_the_first_is_refused_and_does_no_harm(fresh: Project) -> None:
+    hold = fresh.root / "hold-tar_shards"
+    hold.touch()
+    first = fresh.start("energon_dataset", "--cores", "2")
+    wait_for(lambda: "tar_shards" in steps(fresh))
+    text = fresh.snakemake("energon_dataset", "--cores", "2", code=1)
+    assert "is being written by process" in text
+    hold.unlink()
+    assert first.wait(60) == 0
+    assert steps(fresh) == ["demo_assets", "tar_shards", "energon_dataset"]
+    assert "Nothing to be done" in fresh.snakemake("energon_dataset", "--cores", "2")
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:
