@@ -20,7 +20,7 @@ from llava_steps.core.config import HfModel
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.core.geometry import TEXT_FAMILIES, Geometry
 
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"  # noqa: S105
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOWERS = {
     # model_type -> (class of the tower in transformers, positions beside the patches)

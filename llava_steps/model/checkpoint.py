@@ -83,12 +83,7 @@ def save_sharded(state: dict[Any, Any], directory: str | Path) -> None:
             whole = tuple(shard.global_shape)
             values[shard.key, offsets] = shard.data.detach()
             parts.append(dcp.Chunk(shard.key, whole, offsets, shape, shard.dtype))
-    try:
-        dcp.write(
-            Path(directory), parts, lambda part: values[part.name, part.offsets], collective=True
-        )
-    except CheckpointException as error:
-        raise IntegrityError(f"{directory}: {error}") from error
+    dcp.write(Path(directory), parts, lambda part: values[part.name, part.offsets], collective=True)
 
 
 def load_weights(chunks: Chunks, weights: str | Path) -> None:

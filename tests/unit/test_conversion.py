@@ -25,7 +25,7 @@ from llava_steps.core.geometry import Geometry
 from llava_steps.core.run import execute
 from llava_steps.model import dcp
 from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
-from llava_steps.model.tensors import INDEX, TensorDirectory
+from llava_steps.model.tensors import INDEX, LikeWriter, TensorDirectory
 from tests.model_fixtures import TINY, save_hf
 
 SINGLE = "model.safetensors"
@@ -221,7 +221,9 @@ def test_a_shard_that_is_gone_or_in_the_wrong_place(capsys: pytest.CaptureFixtur
     save_hf(TINY["untied-default"], Path("hf"), shard="20KB")
     index = json.loads(Path("hf", INDEX).read_bytes())
     shards = sorted(set(index["weight_map"].values()))
-    moved = next(name for name, file in index["weight_map"].items() if file == shards[0])
+    # Another tensor stays in the shard, so that the shard itself is still looked at.
+    moved = next(n for n, f in index["weight_map"].items() if f == shards[-1])
+    assert list(index["weight_map"].values()).count(shards[-1]) > 1
     for wrong in (shards[1], "../model.safetensors", "/tmp/x.safetensors", "config.json"):
         damaged = {**index, "weight_map": {**index["weight_map"], moved: wrong}}
         Path("hf", INDEX).write_text(json.dumps(damaged))
@@ -346,6 +348,50 @@ def test_a_foreign_checkpoint_cannot_run_code() -> None:
         with pytest.raises(IntegrityError, match=r"\.metadata cannot be read"):
             dcp.Reader("weights")
     assert not Path("ran").exists()
+
+
+def test_what_goes_wrong_while_writing_arrives_as_it_is(place: Path) -> None:
+    """torch wraps it in an exception that is no Exception."""
+    chunks = [
+        dcp.Chunk("a", (2, 3), (0, 0), (1, 3), torch.float32),
+        dcp.Chunk("a", (2, 3), (1, 0), (1, 3), torch.float32),
+    ]
+
+    def resolve(error: BaseException) -> Callable[[dcp.Chunk], torch.Tensor]:
+        def fail(chunk: dcp.Chunk) -> torch.Tensor:
+            raise error
+
+        return fail
+
+    for error in (IntegrityError("x ended inside 'a'"), OSError(28, "No space left on device")):
+        with pytest.raises(type(error)) as caught:
+            dcp.write(place / type(error).__name__, chunks, resolve(error))
+        assert caught.value is error
+    with pytest.raises(IntegrityError, match="planned"):
+        dcp.write(place / "dtype", chunks, lambda chunk: torch.zeros(1, 3, dtype=torch.float64))
+    for wrong in (chunks[:1], [chunks[0], dcp.Chunk("a", (2, 3), (0, 1), (2, 2), torch.float32)]):
+        with pytest.raises(IntegrityError):
+            dcp.write(place / str(len(wrong)), wrong, lambda chunk: torch.zeros(chunk.shape))
+    assert not list(place.glob("*/metadata.json"))
+
+
+def test_the_export_takes_each_tensor_once_and_in_its_shape(place: Path) -> None:
+    save_hf(TINY["untied-default"], Path("hf"))
+    name = "language_model.model.norm.weight"
+    with TensorDirectory("hf") as template:
+        Path("out").mkdir()
+        for values, message in (
+            ([(name, torch.ones(47))], r"has shape \[47\]"),
+            ([(name, torch.ones(48))] * 2, "was written already"),
+            ([("more", torch.ones(48))], "has no place"),
+            ([(name, torch.ones(48))], "was never written"),
+        ):
+            with (
+                pytest.raises(IntegrityError, match=message),
+                LikeWriter(template, Path("out")) as put,
+            ):
+                for key, value in values:
+                    put(key, value)
 
 
 def test_memory_stays_at_a_few_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

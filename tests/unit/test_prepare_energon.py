@@ -408,8 +408,8 @@ def test_an_index_that_disagrees_with_its_tar_is_an_input_error(tmp_path: Path) 
     for wrong in (data[:-8], data[8:] + data[:8], bytes(len(data))):
         index.write_bytes(wrong)
         reader = SampleReader(tmp_path / "ds", "train")
-        with pytest.raises(InputError, match="cannot be read"):
-            for number in range(3):
+        for number in range(3):
+            with pytest.raises(InputError, match="cannot be read"):
                 reader.raw(number)
 
 
