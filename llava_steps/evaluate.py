@@ -12,14 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_steps.core import fsio
 from llava_steps.core.config import Evaluation
-from llava_steps.core.errors import ConfigError
+from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.run import Context, Step, main
 
+if TYPE_CHECKING:
+    from llava_steps.evaluation.ask import Question
+
 MODELS = ("before", "after_stage1", "after_stage2")
+MAX_PIXELS = 25_000_000
 
 
 def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
@@ -29,7 +33,7 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
     models = [name for name in MODELS if name in ctx.inputs]
     if not models:
         raise ConfigError("nothing to evaluate: give --before, --after-stage1 or --after-stage2")
-    questions = ask.read_questions(ctx.inputs["data"].path)
+    questions = read_questions(ctx.inputs["data"].path)
     results: dict[str, Any] = {}
     samples: dict[str, Any] = {}
     for name in models:
@@ -42,6 +46,33 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
     fsio.write_json(ctx.entry / "samples.json", samples)
     fsio.write_bytes(ctx.entry / "table.md", score.table(results).encode())
     return {"questions": len(questions), "results": results}
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The last question of every conversation in a LLaVA JSON or JSONL file.
+
+    Raises:
+        InputError: the file, or any of its samples, cannot be used: leaving out what is difficult
+            would change what an accuracy means.
+    """
+    from llava_steps.data import rawllava, samples, sources
+    from llava_steps.evaluation.ask import Question
+
+    found = []
+    for chunk in sources.chunks(path, 1000):
+        for index, record in enumerate(chunk.records, chunk.start):
+            try:
+                sample = rawllava.to_sample(sources.parse(record), index, path.parent, MAX_PIXELS)
+            except samples.SampleError as error:
+                raise InputError(f"{path}, record {index}: {error}") from error
+            turns = tuple({"role": t.role, "content": t.content} for t in sample.turns)
+            names = [sample.extra.get(key) for key in ("kind", "lang")]
+            group = "/".join(str(name) for name in names if name) or "questions"
+            reference = turns[-1]["content"]
+            found.append(Question(sample.id, group, turns[:-1], sample.images, reference))
+    if not found:
+        raise InputError(f"{path} holds no questions")
+    return found
 
 
 def _data_files(path: Path) -> tuple[Path, Iterable[Path]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import load
+from llava_steps.core.config import Config
 from llava_steps.core.errors import InputError, StepError
 
 CONFIG = Path("config/config.yaml")
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def summary(config: Any, started: float | None) -> str:
+def summary(config: Config, started: float | None) -> str:
     """The text; InputError when the run has not been evaluated."""
     run = Path(config.results, config.run)
     evaluation, export = run / "evaluation", run / "hf_export"

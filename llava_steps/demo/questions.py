@@ -97,7 +97,7 @@ def answer(kind: str, lang: str, digits: Sequence[int]) -> str:
 def turns(
     kinds: Sequence[str], lang: str, digits: Sequence[int], rng: np.random.Generator
 ) -> list[dict[str, str]]:
-    """A conversation of one turn pair per kind; the first question carries one <image> per digit."""
+    """One question and answer per kind; the first question carries one <image> per digit."""
     out: list[dict[str, str]] = []
     for kind in kinds:
         wordings = QUESTIONS[kind, lang]

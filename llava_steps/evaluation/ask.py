@@ -1,4 +1,4 @@
-"""Questions of a LLaVA file, answered by a Hugging Face directory with plain transformers."""
+"""Questions, answered by a Hugging Face directory with plain transformers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava_steps.core.errors import InputError
-from llava_steps.data import rawllava, sources
-from llava_steps.data.samples import SampleError
+from llava_steps.core.errors import ConfigError, InputError
 
-MAX_PIXELS = 25_000_000
 PLACEHOLDER = "<image>"
+"""Where an image stands in a turn's text, whatever the model's own image token is."""
+PROBE = "probe-question"
 
 
 @dataclass(frozen=True)
@@ -32,67 +31,63 @@ class Question:
     reference: str
 
 
-def read_questions(path: Path) -> list[Question]:
-    """All questions of a LLaVA JSON or JSONL file.
-
-    Raises:
-        InputError: the file, or any of its samples, cannot be used: leaving out what is difficult
-            would change what an accuracy means.
-    """
-    found = []
-    for chunk in sources.chunks(path, 1000):
-        for index, record in enumerate(chunk.records, chunk.start):
-            try:
-                sample = rawllava.to_sample(sources.parse(record), index, path.parent, MAX_PIXELS)
-            except SampleError as error:
-                raise InputError(f"{path}, record {index}: {error}") from error
-            turns = tuple({"role": t.role, "content": t.content} for t in sample.turns)
-            names = [sample.extra.get(key) for key in ("kind", "lang")]
-            group = "/".join(str(name) for name in names if name) or "questions"
-            reference = turns[-1]["content"]
-            found.append(Question(sample.id, group, turns[:-1], sample.images, reference))
-    if not found:
-        raise InputError(f"{path} holds no questions")
-    return found
-
-
 class Model:
     """A Hugging Face LLaVA directory, on the GPU if there is one."""
 
     def __init__(self, directory: Path) -> None:
+        """Load processor and model, both from disk only.
+
+        Raises:
+            InputError: the directory is not a whole LLaVA model with its processor.
+            ConfigError: its chat template has no place for an image.
+        """
         from transformers import AutoProcessor, LlavaForConditionalGeneration
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._processor = AutoProcessor.from_pretrained(
-            directory, backend="pil", local_files_only=True
-        )
+        try:
+            self._processor = AutoProcessor.from_pretrained(
+                directory, backend="pil", local_files_only=True
+            )
+            model, report = LlavaForConditionalGeneration.from_pretrained(
+                directory, local_files_only=True, dtype="auto", output_loading_info=True
+            )
+        except Exception as error:
+            raise InputError(f"{directory} is no whole LLaVA model: {error}") from error
+        wrong = {k: sorted(report[k]) for k in ("missing_keys", "mismatched_keys") if report[k]}
+        if wrong:
+            raise InputError(f"{directory}: weights that transformers would make up: {wrong}")
         self._processor.tokenizer.padding_side = "left"
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            directory, local_files_only=True, dtype="auto", output_loading_info=True
-        )
-        if report["missing_keys"] or report["mismatched_keys"]:
-            raise InputError(f"{directory}: weights are missing: {report['missing_keys']}")
+        self._as_parts = takes_parts(self._processor, directory)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
 
     def prompt(self, turns: Sequence[dict[str, str]]) -> str:
-        """The chat template's text up to where the answer begins."""
-        image = self._processor.image_token
-        said = [turn | {"content": turn["content"].replace(PLACEHOLDER, image)} for turn in turns]
+        """The chat template's text up to where the answer begins; one image token per image."""
+        said = [{"role": turn["role"], "content": self._content(turn)} for turn in turns]
         text: str = self._processor.apply_chat_template(
             said, tokenize=False, add_generation_prompt=True
         )
         return text
 
+    def _content(self, turn: dict[str, str]) -> str | list[dict[str, str]]:
+        text = turn["content"]
+        if self._as_parts:
+            return content_parts(text)
+        return text.replace(PLACEHOLDER, self._processor.image_token)
+
     def inputs(self, questions: Sequence[Question]) -> Any:
-        """Model inputs of a batch, padded on the left."""
+        """Model inputs of a batch: input_ids, attention_mask int64 [n, longest], padded on the
+        left, and pixel_values float32 [images, 3, height, width] unless there are no images."""
         images = [load(data) for question in questions for data in question.images]
+        prompts = [self.prompt(question.turns) for question in questions]
+        bos = self._processor.tokenizer.bos_token
         return self._processor(
-            text=[self.prompt(question.turns) for question in questions],
+            text=prompts,
             images=images or None,
             padding=True,
-            add_special_tokens=False,
+            # As processor.apply_chat_template does: not a second <s> after the template's own.
+            add_special_tokens=not (bos and prompts[0].startswith(bos)),
             return_tensors="pt",
         )
 
@@ -120,6 +115,44 @@ class Model:
                 found[i] = text
             advance(len(chosen))
         return found
+
+
+def takes_parts(processor: Any, directory: Path) -> bool:
+    """Whether the chat template takes a content as a list of parts (True) or only as text.
+
+    Raises:
+        ConfigError: it writes the image token for neither.
+    """
+    parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
+    forms: dict[bool, Any] = {True: parts, False: f"{processor.image_token}\n{PROBE}"}
+    for as_parts, content in forms.items():
+        try:
+            text: str = processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False
+            )
+        except Exception:  # noqa: S112  a template may fail in any way on the other form
+            continue
+        if text.count(processor.image_token) == 1 and PROBE in text and "'type'" not in text:
+            return as_parts
+    raise ConfigError(
+        f"{directory}: the chat template writes the image token neither for {{'type': 'image'}} "
+        f"parts nor for {processor.image_token!r} in a text; check chat_template.jinja"
+    )
+
+
+def content_parts(content: str) -> list[dict[str, str]]:
+    """A text with placeholders as parts; line breaks around an image are the template's."""
+    pieces = content.split(PLACEHOLDER)
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        if number > 0:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if number < len(pieces) - 1:
+            piece = piece.removesuffix("\n")
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
 
 
 def load(data: bytes) -> Image.Image:
