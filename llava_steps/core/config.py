@@ -62,8 +62,8 @@ class DemoAssets(StepConfig):
     text_heads: PositiveInt = value(4, "attention heads of the language model")
     text_kv_heads: PositiveInt = value(2, "key/value heads of the language model (GQA)")
     vocab_size: PositiveInt = value(512, "upper limit of the tokenizer's vocabulary")
-    pretrain_vision_steps: Count = value(300, "contrastive steps of the tower on training scans")
-    pretrain_text_steps: Count = value(300, "language-modelling steps on the training text")
+    pretrain_vision_steps: Count = value(800, "contrastive steps of the tower on training scans")
+    pretrain_text_steps: Count = value(400, "language-modelling steps on the training text")
 
 
 class TarShards(StepConfig):
