@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from llava_steps.core.errors import ConfigError, InputError
 PLACEHOLDER = "<image>"
 """Where an image stands in a turn's text, whatever the model's own image token is."""
 PROBE = "probe-question"
+TINY = 10_000_000
+"""Parameters below which a second CPU thread costs more than it gives, above all on busy cores."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,10 @@ class Model:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             inputs = self.inputs([questions[i] for i in chosen]).to(self._device, self._model.dtype)
-            tokens = self._model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
-            )
+            with _threads_for(self._model):
+                tokens = self._model.generate(
+                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+                )
             texts = self._processor.batch_decode(
                 tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
@@ -115,6 +119,16 @@ class Model:
                 found[i] = text
             advance(len(chosen))
         return found
+
+
+@contextlib.contextmanager
+def _threads_for(model: Any) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if model.num_parameters() < TINY else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def takes_parts(processor: Any, directory: Path) -> bool:
