@@ -1,0 +1,118 @@
+"""The pages tell the truth where a machine can check it: links, modules, options, tables.
+
+Their Snakemake commands are tried in tests/workflow/test_readme.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_steps.core import cli, errors
+from llava_steps.core.config import Config, HfExport, HfModel, MegatronCheckpoint, Stage
+from llava_steps.core.pipeline import MODULES, UPSTREAM
+from tests.chain import run_step
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("config/*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def names(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            assert (page.parent / path).exists() and not anchor, f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_modules_and_make_targets_that_are_named_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for module in set(re.findall(r"python -m (llava_steps[\w.]*)", text)):
+        assert importlib.util.find_spec(module), f"{page}: {module}"
+    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M))
+    for named in re.findall(r"(?:`|^)make ([a-z]+)", text, flags=re.M):
+        assert named in targets, f"{page}: make {named}"
+
+
+def test_the_first_screen_shows_the_seven_boxes_and_the_command() -> None:
+    screen = "\n".join(README.splitlines()[:40])
+    for number, box in enumerate(
+        ("tar shards", "energon dataset", "HF model", "Megatron checkpoint", "stage 1 training",
+         "stage 2 training", "HF export"), 1,
+    ):  # fmt: skip
+        assert re.search(rf"│ *{number} +{box} *│", screen), box
+    assert "\nmake demo\n" in screen and "─▶ evaluation" in screen
+
+
+def test_the_table_of_boxes_is_the_pipeline() -> None:
+    rows = re.findall(r"^\| *\d? *\| `(\w+)` \| `python -m ([\w.]+)", README, flags=re.M)
+    shown = {rule: module for rule, module in MODULES.items() if rule not in
+             ("demo_assets", "stage1_export")}  # fmt: skip
+    assert dict(rows) == shown and set(MODULES) == set(UPSTREAM)
+
+
+def test_the_raw_sample_of_the_readme_can_be_sharded(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (text,) = re.findall(r"^```json\n(.*?)^```", README, flags=re.M | re.S)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/cat.jpg")
+    (tmp_path / "train.json").write_text(text)
+    result = run_step("shard_tars", "--source=train.json", "--save-dir=out", cwd=tmp_path)
+    assert (tmp_path / "out/000000.tar").is_file() and "1 samples: 1 written" in result.stderr
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.M)}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert told == {0} | {k.exit_code for k in kinds if k is not errors.StepError}
+
+
+def test_options_of_the_former_scripts_lead_to_flags_and_keys_that_exist() -> None:
+    page = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    flags = {
+        spelled
+        for model in (Stage, HfModel, MegatronCheckpoint, HfExport)
+        for name, field in model.model_fields.items()
+        for spelled in (cli.flag_name(name, field), "--" + name.replace("_", "-"))
+    } | {"--save-dir"}
+    sections = {k: f.annotation for k, f in Config.model_fields.items()}
+    for row in page.partition("## Training")[2].splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if len(cells) != 3 or not cells[0].startswith("`--"):
+            continue
+        for flag in re.findall(r"`(--[\w-]+)`", cells[1]):
+            assert flag in flags, row
+        for key in re.findall(r"`([a-z]\w+)`", cells[2].partition(":")[0]):
+            known = key in Stage.model_fields or key in Config.model_fields
+            assert known or key in ("gloo", "nccl"), row
+        for section, key in re.findall(r"`(\w+)\.(\w+)`", row):
+            assert key in getattr(sections[section], "model_fields", {}), row
+
+
+def test_shipped_configurations_name_the_schema() -> None:
+    for path in (ROOT / "config").glob("*.yaml"):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert (path.parent / first.partition("$schema=")[2]).resolve().is_file()
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+def test_nothing_of_a_machine_is_written_down() -> None:
+    """No paths of a home, no hosts, in what decides what is installed."""
+    for name in ("constraints.txt", "pyproject.toml", "Makefile", ".ci/environment", ".ci/run"):
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+            assert not re.search(r"https?://|file:|/home/|/root/|/opt/|index-url|find-links", line)
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    for line in pins:
+        assert line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+", line), line

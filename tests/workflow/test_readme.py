@@ -1,0 +1,53 @@
+"""The Snakemake commands, the overlay and the template that the pages show do what they say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from llava_steps.core.load import load
+from llava_steps.core.pipeline import UPSTREAM, chain
+from tests.workflow.project import ROOT, Project
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(text: str) -> list[str]:
+    """Lines of fenced blocks that are commands, without their comments."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S)
+    blocks = [block for language, block in fenced if not language]
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.split(" ")[0] in ("snakemake", "python", "make")]
+
+
+def test_dry_runs_of_the_readme_plan(fresh: Project) -> None:
+    """Every snakemake line; those that would run something with `-n`."""
+    fresh.overlay("stage2:\n  lr: 5.0e-4\n", "mine.yaml")
+    lines = [line for line in commands(README) if line.startswith("snakemake")]
+    assert len(lines) >= 8
+    for line in dict.fromkeys(lines):
+        arguments = shlex.split(line)[1:]
+        text = fresh.snakemake(*arguments, *(() if "-n" in arguments else ("-n",)))
+        assert "rule stage2_checkpoint:" in text, line
+
+
+def test_the_overlay_of_the_readme_changes_what_it_says(finished: Project) -> None:
+    (overlay,) = re.findall(r"^```yaml\n(# mine.yaml\n.*?)^```", README, flags=re.M | re.S)
+    fresh = finished.overlay(overlay, "mine.yaml")
+    assert finished.planned("--configfile", fresh) == [
+        "evaluation",
+        "hf_export",
+        "stage2_checkpoint",
+    ]
+
+
+def test_the_template_is_a_whole_configuration(fresh: Project) -> None:
+    shipped, template = ROOT / "config/config.yaml", ROOT / "config/template.yaml"
+    config = load([shipped, template])
+    assert config == load([template]) and config.demo_assets is None
+    assert set(chain(config)) == set(UPSTREAM) - {"demo_assets"}
+    for path in (config.tar_shards.source, config.evaluation.data):
+        (fresh.root / path).parent.mkdir(exist_ok=True)
+        (fresh.root / path).write_text("[]")
+    planned = fresh.planned("--configfile", "config/template.yaml")
+    assert planned == sorted(set(UPSTREAM) - {"demo_assets"})
