@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from llava_steps.core.errors import IntegrityError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model.checkpoint import load_weights, save_weights
 from llava_steps.model.llava import build_llava
@@ -154,8 +156,11 @@ def one(job: Job) -> dict[str, Any]:
     return {"logits": logits, "losses": losses, "silent": silent}
 
 
-def save_only(rank: int, job: Job) -> None:
-    """Load and save, twice; the second from the first, as DDP keeps it: views of one buffer."""
+def save_only(rank: int, job: Job) -> str:
+    """Load and save, twice; the second from the first, as DDP keeps it: views of one buffer.
+
+    Then what loading says when the file of the last rank is cut off.
+    """
     with model_parallel(job.layout.tp, job.layout.pp):
         model = build(job)
         save_weights(model, job.out / "first")
@@ -166,3 +171,13 @@ def save_only(rank: int, job: Job) -> None:
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.data = part.view_as(parameter)
         save_weights(model, job.out / "second")
+        damaged = job.out / "damaged"
+        save_weights(model, damaged)
+        if rank == 0:
+            os.truncate(damaged / "__3_0.distcp", 1000)
+        dist.barrier()
+        try:
+            load_weights(model, damaged)
+        except IntegrityError as error:
+            return str(error)
+        return "loaded"

@@ -209,10 +209,13 @@ def test_weights_saved_in_this_layout_export_byte_for_byte(run: Run, tmp_path: P
 def test_equal_weights_are_saved_as_equal_bytes(
     runs: dict[Case, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run, with another order of hashes, another path, and once more from its own save."""
+    """Another run, with another order of hashes, another path, and once more from its own save.
+
+    A checkpoint that is cut off is refused by every rank.
+    """
     case = Case("tied-full", Layout(tp=2, pp=2, sequence_parallel=True))
     monkeypatch.setenv("PYTHONHASHSEED", "77")
-    spawn(
+    said = spawn(
         "tests.model_workers:save_only",
         4,
         tmp_path,
@@ -220,6 +223,7 @@ def test_equal_weights_are_saved_as_equal_bytes(
         timeout=120,
     )
     expected = digests(runs[case].job.out / "weights")
+    assert all(text.startswith(str(tmp_path / "damaged")) for text in said)
     assert ".metadata" in expected and "__3_0.distcp" in expected
     assert digests(tmp_path / "first") == digests(tmp_path / "second") == expected
 
