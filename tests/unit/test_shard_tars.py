@@ -18,8 +18,8 @@ from llava_steps.core.config import TarShards
 from llava_steps.core.errors import InputError
 from llava_steps.data import shards
 from llava_steps.data.decode import check_jpeg, decode
-from llava_steps.data.samples import SampleError
 from llava_steps.data.rawllava import content_files
+from llava_steps.data.samples import SampleError
 from llava_steps.shard_tars import run
 
 
