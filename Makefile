@@ -4,6 +4,7 @@
 #   make demo PYTHON=python3.12    made from this Python
 #   make demo VENV=$VIRTUAL_ENV    installed into the environment that is active
 #   make demo CORES=4              at most 4 cores
+#   make test JOBS=8               tests side by side (a test may start 4 processes)
 #   make test PYTEST="-k resume"   options for pytest
 
 SHELL := /bin/bash
@@ -14,6 +15,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 CORES ?= all
+JOBS ?= 2
 PYTEST ?=
 export PYTHON VENV
 # What would make pip or Python look beyond the environment, or Snakemake beyond its own profile.
@@ -31,7 +33,7 @@ demo: ## from handwritten digits to a LLaVA that reads them: install, run, evalu
 
 test: ## the whole test suite
 	@.ci/environment test
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
 
 check: ## style, types, import layers, workflow format
 	@.ci/environment test
