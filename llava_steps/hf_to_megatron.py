@@ -14,16 +14,13 @@ from llava_steps.core.run import Context, Step, main
 
 def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     """Write `iter_0000000/weights/` and commit it."""
-    from llava_steps.core import fsio, store
+    from llava_steps.core import fsio
     from llava_steps.core.commit import commit_dir, iteration_name
     from llava_steps.core.geometry import Geometry
     from llava_steps.model.convert import count_entries, hf_to_dcp
     from llava_steps.model.tensors import TensorDirectory
 
     source = ctx.inputs["hf_dir"].path
-    if (artefact := store.artefact_of(source)) is not None:
-        # Every byte: values that changed on disk would come out as a model that is silently worse.
-        store.check(*artefact, digests=True)
     geometry = Geometry.load(source)
     final = ctx.entry / iteration_name(0)
     temporary = ctx.entry / f"{fsio.TEMPORARY}{final.name}"

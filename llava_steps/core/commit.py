@@ -102,7 +102,8 @@ def latest_commit(root: Path) -> Path:
 
 def prune(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` committed directories of `root`, and unfinished ones."""
-    for _, path in committed(root)[:-keep]:
+    found = committed(root)
+    for _, path in found[: max(0, len(found) - keep)]:
         # Without its marker the directory is no checkpoint any more, however far the rest gets.
         (path / MARKER).unlink()
     for path in root.iterdir():

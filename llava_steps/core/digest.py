@@ -21,14 +21,8 @@ class Digests:
 
     def __init__(self, store: Path) -> None:
         self._path = store / CACHE
-        self._known: dict[str, str] = {}
+        self._known = self._read()
         self._new = False
-        if self._path.is_file():
-            try:
-                self._known = json.loads(self._path.read_bytes())
-            except ValueError:
-                # Only a cache: whatever is in it can be computed again.
-                self._known = {}
 
     def file(self, path: Path) -> str:
         """Hex sha256 of one file."""
@@ -53,7 +47,16 @@ class Digests:
         raise InputError(f"input {path} does not exist")
 
     def save(self) -> None:
-        """Write the cache when it learnt something."""
+        """Write the cache when it learnt something, keeping what others wrote meanwhile."""
         if self._new:
+            self._known = self._read() | self._known
             fsio.write_json(self._path, self._known)
             self._new = False
+
+    def _read(self) -> dict[str, str]:
+        try:
+            found = json.loads(self._path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            # Only a cache: whatever is in it can be computed again.
+            return {}
+        return found if isinstance(found, dict) else {}

@@ -118,7 +118,8 @@ def _evaluate(
     out: Path = given["save_dir"]
     root: Path = given["store"]
     root.mkdir(parents=True, exist_ok=True)
-    inputs = _inputs(step, config, root)
+    known = Digests(root)
+    inputs = _inputs(step, config, known)
     name = step.name if isinstance(step.name, str) else step.name(config)
     slice_ = {
         key: getattr(config, key)
@@ -138,7 +139,8 @@ def _evaluate(
         # Asked again under the lease: its last holder may just have finished this very value.
         manifest = store.read_manifest(entry)
         if manifest is not None:
-            store.check(entry, manifest)
+            store.check(entry, manifest, known.file)
+            known.save()
             store.publish(entry, out)
             log.info("%s %s is there already; nothing to compute", name, print_)
             return
@@ -172,7 +174,8 @@ def _evaluate(
             "attempts": attempt,
             "wall_s": round(time.monotonic() - start, 3),
         }
-        store.seal(entry, description, step.volatile)
+        store.seal(entry, description, step.volatile, known.file)
+        known.save()
         store.publish(entry, out)
         log.info("%s is done: %s", name, out)
 
@@ -188,9 +191,8 @@ def _take_aside(entry: Path, out: Path, force: bool) -> None:
     request.unlink(missing_ok=True)
 
 
-def _inputs(step: Step[C], config: C, root: Path) -> dict[str, Input]:
+def _inputs(step: Step[C], config: C, digests: Digests) -> dict[str, Input]:
     found: dict[str, Input] = {}
-    digests = Digests(root)
     for key, info in step.config.model_fields.items():
         if cli.role(info) != "source":
             continue
@@ -205,7 +207,7 @@ def _inputs(step: Step[C], config: C, root: Path) -> dict[str, Input]:
         artefact = store.artefact_of(path)
         if artefact is not None:
             directory, manifest = artefact
-            store.check(directory, manifest)
+            store.check(directory, manifest, digests.file)
             inside = path.relative_to(directory).as_posix()
             digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
             found[key] = Input(path, digest, manifest)

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,16 +86,23 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if (
         not isinstance(manifest, dict)
         or manifest.get("format") != FORMAT
-        or "content" not in manifest
+        or not isinstance(manifest.get("content"), str)
+        or not isinstance(manifest.get("files"), list)
+        or not all({"path", "size", "sha256"} <= file.keys() for file in manifest["files"])
     ):
         raise IntegrityError(f"{path} is not a manifest of format {FORMAT} of llava-steps")
     return manifest
 
 
-def check(directory: Path, manifest: Mapping[str, Any], digests: bool = False) -> None:
-    """Compare the files of an entry with its manifest: presence and size, sha256 with `digests`.
+def check(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    sha256: Callable[[Path], str] = fsio.sha256_file,
+) -> None:
+    """Compare the files of an entry with its manifest: presence, size and sha256.
 
-    Raises IntegrityError that names the first file that differs and says what to do.
+    With `Digests.file` as `sha256` a file is only read when it may have changed since the last
+    time. Raises IntegrityError that names the first file that differs and says what to do.
     """
     advice = "restore it, or make it again with --force"
     if content_digest(manifest["files"]) != manifest["content"]:
@@ -110,12 +117,15 @@ def check(directory: Path, manifest: Mapping[str, Any], digests: bool = False) -
             raise IntegrityError(
                 f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {file['size']}; {advice}"
             )
-        if digests and fsio.sha256_file(path) != file["sha256"]:
+        if sha256(path) != file["sha256"]:
             raise IntegrityError(f"{path} has another sha256 than {MANIFEST} says; {advice}")
 
 
 def seal(
-    entry: Path, description: Mapping[str, Any], volatile: Iterable[str] = ()
+    entry: Path,
+    description: Mapping[str, Any],
+    volatile: Iterable[str] = (),
+    sha256: Callable[[Path], str] = fsio.sha256_file,
 ) -> dict[str, Any]:
     """Write the manifest of a finished entry, after its payload is on stable storage.
 
@@ -128,7 +138,7 @@ def seal(
         row: dict[str, Any] = {
             "path": name,
             "size": path.stat().st_size,
-            "sha256": fsio.sha256_file(path),
+            "sha256": sha256(path),
         }
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             row["volatile"] = True

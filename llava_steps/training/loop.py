@@ -101,7 +101,7 @@ def restore_or_start(
     """Load the newest checkpoint, or the weights to start from; open the loader there."""
     found = state.find(job.entry)
     if found is None:
-        load_weights(model, commit.latest_commit(job.checkpoint) / state.WEIGHTS)
+        load_weights(model, state.verified(commit.latest_commit(job.checkpoint)) / state.WEIGHTS)
         optimizer.reload_weights()
         log.info("starting from %s", job.checkpoint)
         return 0, open_loader(job, 0)

@@ -70,25 +70,35 @@ def save(
 def find(root: Path) -> Path | None:
     """The newest committed checkpoint of an unfinished training, verified; None to start anew.
 
-    A collective call: rank 0 looks and verifies, the others are told.
+    A collective call.
     """
-    answer: list[str | None] = [None]
-    problem: list[IntegrityError | None] = [None]
+    found: list[Path | None] = [commit.committed(root)[-1][1] if commit.committed(root) else None]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        return None
+    try:
+        return verified(found[0])
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{error}; to go on from an older checkpoint, move {found[0]} away"
+        ) from None
+
+
+def verified(path: Path) -> Path:
+    """`path`, after all bytes of this committed checkpoint were compared with its marker.
+
+    A collective call: rank 0 reads, every rank raises the same IntegrityError.
+    """
+    problem: list[str | None] = [None]
     if dist.get_rank() == 0:
-        found = commit.committed(root)
         try:
-            if found:
-                commit.read_commit(found[-1][1])
-                answer[0] = str(found[-1][1])
+            commit.read_commit(path)
         except IntegrityError as error:
-            problem[0] = IntegrityError(
-                f"{error}; to go on from an older checkpoint, move {found[-1][1]} away"
-            )
+            problem[0] = str(error)
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
-        raise problem[0]
-    dist.broadcast_object_list(answer, src=0)
-    return Path(answer[0]) if answer[0] else None
+        raise IntegrityError(problem[0])
+    return path
 
 
 def load(

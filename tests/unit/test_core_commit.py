@@ -15,7 +15,7 @@ def make(root: Path, step: int) -> Path:
     temporary = root / f"{fsio.TEMPORARY}x"
     (temporary / "weights").mkdir(parents=True)
     (temporary / "weights/a.bin").write_bytes(bytes(range(200)))
-    (temporary / "state.json").write_text('{"step": %d}' % step)
+    (temporary / "state.json").write_text(f'{{"step": {step}}}')
     final = root / commit.iteration_name(step)
     commit.commit_dir(temporary, final, {"step": step})
     return final

@@ -1,4 +1,4 @@
-"""A step's life: computed once, cached, resumed, refused, forced, and never trusted when damaged."""
+"""A step's life: computed once, cached, resumed, refused, forced, not trusted when damaged."""
 
 from __future__ import annotations
 
@@ -105,15 +105,16 @@ def test_force_computes_again_and_keeps_the_old_value(place: Path) -> None:
     assert calls(place) == 3, "a request is honoured once"
 
 
-def test_damaged_entry_is_an_error_not_a_rebuild(place: Path) -> None:
+@pytest.mark.parametrize("text", ["hell", "hellO", "hello "])
+def test_damaged_entry_is_an_error_not_a_rebuild(place: Path, text: str) -> None:
     assert call().returncode == 0
-    (place / "out/out.txt").resolve().write_text("hell")
+    (place / "out/out.txt").resolve().write_text(text)
     result = call()
     assert result.returncode == 4
     assert "out.txt" in result.stderr and calls(place) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1, "content": ""}'])
 def test_damaged_manifest_is_an_error(place: Path, text: str) -> None:
     assert call().returncode == 0
     (entry,) = (place / "store/copy").iterdir()

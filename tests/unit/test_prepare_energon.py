@@ -177,7 +177,7 @@ def test_the_two_steps_give_a_sealed_dataset_that_energon_reads_where_it_is_show
     shown = tmp_path / "r/energon_dataset"
     manifest = store.read_manifest(shown)
     assert manifest is not None
-    store.check(shown, manifest, digests=True)
+    store.check(shown, manifest)
     assert manifest["metrics"]["samples"] == {"train": 5, "val": 0, "test": 0}
     assert "5 samples" in energon("info", str(shown))
     assert "What is 0?" in energon("preview", str(shown), "--split-parts", "train")
