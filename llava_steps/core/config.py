@@ -157,7 +157,7 @@ class Stage(StepConfig):
     layer_spec: Literal["local"] = value("local", "layer implementation")
     deterministic: bool = value(True, "refuse kernels that give other bits in a second run")
 
-    num_workers: Count = value(2, "loader worker processes per rank")
+    num_workers: Count = quiet(2, "loader worker processes per rank")
     save_interval: PositiveInt = quiet(1000, "steps between checkpoints")
     keep_checkpoints: PositiveInt = quiet(2, "newest checkpoints that are kept")
     log_interval: PositiveInt = quiet(1, "steps between progress lines")
