@@ -48,6 +48,9 @@ class Model:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        if not (directory / "config.json").is_file():
+            # transformers would go on with the sizes of LLaVA-1.5, 7 billion random weights.
+            raise InputError(f"{directory} is no whole LLaVA model: config.json is missing")
         try:
             self._processor = AutoProcessor.from_pretrained(
                 directory, backend="pil", local_files_only=True
