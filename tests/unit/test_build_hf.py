@@ -149,6 +149,17 @@ def test_the_directory_is_complete(built: Path, tokenizer: Any) -> None:
     assert generation["bos_token_id"] == tokenizer.bos_token_id
 
 
+def test_the_generation_config_is_the_language_models(
+    tmp_path: Path, tower: Path, text: Path
+) -> None:
+    other = copy(text, tmp_path / "text")
+    set_key(other / "generation_config.json", eos_token_id=[1, 5], repetition_penalty=1.25)
+    out, _ = build(tmp_path / "out", tower, other)
+    found = json.loads((out / "generation_config.json").read_text())
+    assert found["eos_token_id"] == [1, 5] and found["repetition_penalty"] == 1.25
+    assert found["pad_token_id"] == Geometry.load(out).pad_token_id
+
+
 def test_the_mapping_table_knows_every_weight(built: Path) -> None:
     found = {canonical(name): tuple(value.shape) for name, value in weights(built).items()}
     geometry = Geometry.load(built)
