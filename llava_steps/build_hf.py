@@ -33,6 +33,12 @@ def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
             fsio.remove(remains)
     tower, text = ctx.inputs["vision_tower"].path, ctx.inputs["text_model"].path
     built = build(tower, text, ctx.entry, cfg)
+    if not built.class_tokens and cfg.vision_feature_select_strategy == "default":
+        ctx.log.warning(
+            "%s has no class token: the select strategy 'default' drops the first patch of every "
+            "image; 'full' keeps it",
+            tower,
+        )
     ctx.log.info(
         "%d parameters, vocabulary %d (%d new rows), %d tokens an image",
         built.parameters,

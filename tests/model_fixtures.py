@@ -23,6 +23,7 @@ class Tiny:
     top: dict[str, Any]
     freeze_vision: bool = True
     siglip: bool = False
+    family: str = "llama"
 
 
 def _tiny(
@@ -31,9 +32,10 @@ def _tiny(
     vision: dict[str, Any] | None = None,
     freeze_vision: bool = True,
     siglip: bool = False,
+    family: str = "llama",
     **top: Any,
 ) -> Tiny:
-    return Tiny(name, text or {}, vision or {}, top, freeze_vision, siglip)
+    return Tiny(name, text or {}, vision or {}, top, freeze_vision, siglip, family)
 
 
 LLAMA3 = {
@@ -79,13 +81,16 @@ TINY: dict[str, Tiny] = {
             vision_feature_select_strategy="full",
             multimodal_projector_bias=False,
         ),
+        _tiny("mistral", text={"head_dim": 8, "sliding_window": 128}, family="mistral"),
+        _tiny("qwen2-tied", text={"tie_word_embeddings": True}, family="qwen2"),
+        _tiny("qwen3", text={"head_dim": 16, "attention_bias": True}, family="qwen3"),
     )
 }
 
 
 def config_of(tiny: Tiny) -> Any:
     """The LlavaConfig of a tiny model."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipVisionConfig
+    from transformers import CONFIG_MAPPING, CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
     text = {
         "vocab_size": VOCAB,
@@ -112,7 +117,10 @@ def config_of(tiny: Tiny) -> Any:
     }
     top = {"image_token_index": IMAGE, **tiny.top}
     tower = (SiglipVisionConfig if tiny.siglip else CLIPVisionConfig)(**vision)
-    return LlavaConfig(vision_config=tower, text_config=LlamaConfig(**text), **top)
+    language = CONFIG_MAPPING[tiny.family](**text)
+    # Where transformers looks for it differs by version; a tied model says it in both places.
+    top.setdefault("tie_word_embeddings", language.tie_word_embeddings)
+    return LlavaConfig(vision_config=tower, text_config=language, **top)
 
 
 def hf_model(tiny: Tiny, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

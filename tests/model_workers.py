@@ -119,8 +119,10 @@ def reduce_gradients(model: Any, layout: Layout) -> None:
     """What megatron-core's finalize_model_grads does where there is no DDP wrapper."""
 
     group = parallel_state.get_tensor_model_parallel_group()
-    for parameter in model.parameters():
-        if getattr(parameter, "sequence_parallel", False) and parameter.grad is not None:
+    for name, parameter in model.named_parameters():
+        heads = "q_layernorm" in name or "k_layernorm" in name  # each rank has its own heads
+        whole = not (heads or getattr(parameter, "sequence_parallel", False))
+        if not whole and parameter.grad is not None:
             dist.all_reduce(parameter.grad, group=group)
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
     if layout.pp > 1 and model.share_embeddings_and_output_weights and ends:

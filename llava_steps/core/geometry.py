@@ -4,9 +4,7 @@
 mapping table, the encoder and the planner all ask the `Geometry`. What is not supported is refused
 by name, with the list of what is; nothing structural is guessed or silently ignored.
 
-A text family is one row of `TEXT_FAMILIES`: where its biases stand in config.json, what it adds to
-a Llama block, which settings it must not use, and the defaults transformers fills in for keys that
-an older config.json leaves out (a test compares them with the installed transformers).
+The families themselves are rows of tables in families.py.
 """
 
 from __future__ import annotations
@@ -18,66 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava_steps.core.errors import InputError
+from llava_steps.core.families import TEXT_FAMILIES, VISION_FAMILIES, refuse_window
 
 T = TypeVar("T")
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SELECT_STRATEGIES = ("default", "full")
-
-
-@dataclass(frozen=True)
-class TextFamily:
-    """What sets one text architecture apart. Bias fields: a constant, or the config key to read."""
-
-    qkv_bias: bool | str
-    output_bias: bool | str
-    mlp_bias: bool | str
-    defaults: Mapping[str, Any]
-    qk_norm: bool = False
-    must_be_off: tuple[str, ...] = ()
-
-
-LLAMA_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-
-TEXT_FAMILIES: dict[str, TextFamily] = {
-    "llama": TextFamily(
-        qkv_bias="attention_bias",
-        output_bias="attention_bias",
-        mlp_bias="mlp_bias",
-        defaults=LLAMA_DEFAULTS,
-        must_be_off=("sliding_window",),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class VisionFamily:
-    """A vision tower: positions beside the patches, and transformers' defaults."""
-
-    class_tokens: int
-    defaults: Mapping[str, Any]
-
-
-VISION_FAMILIES: dict[str, VisionFamily] = {
-    "clip_vision_model": VisionFamily(
-        1, {"hidden_size": 768, "num_hidden_layers": 12, "image_size": 224, "patch_size": 32}
-    ),
-    "siglip_vision_model": VisionFamily(
-        0, {"hidden_size": 768, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16}
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -163,6 +107,7 @@ class Geometry:
         for key in row.must_be_off:
             if filled.get(key):
                 raise InputError(f"text_config.{key}={filled[key]!r} is not supported; unset it")
+        refuse_window(family, row, filled)
         if filled["hidden_act"] != "silu":
             raise InputError(
                 f"text_config.hidden_act {filled['hidden_act']!r} is not supported; "

@@ -26,7 +26,11 @@ TOWERS = {
     # model_type -> (class of the tower in transformers, positions beside the patches)
     "clip": ("CLIPVisionModel", 1),
     "clip_vision_model": ("CLIPVisionModel", 1),
+    "siglip": ("SiglipVisionModel", 0),
+    "siglip_vision_model": ("SiglipVisionModel", 0),
 }
+"""Of a full clip or siglip model the vision part is taken. SigLIP2 checkpoints of fixed resolution
+call themselves siglip; those of variable resolution (NaFlex, siglip2) do not fit LLaVA."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Built:
     vocab: int
     image_token_id: int
     tokens_per_image: int
+    class_tokens: int
     added_tokens: tuple[str, ...]
     new_rows: int
     dtype: str
@@ -96,6 +101,7 @@ def build(tower_dir: Path, text_dir: Path, out: Path, cfg: HfModel) -> Built:
         vocab=rows,
         image_token_id=image_id,
         tokens_per_image=geometry.tokens_per_image,
+        class_tokens=class_tokens,
         added_tokens=added,
         new_rows=len(set(fresh)),
         dtype=str(dtype).removeprefix("torch."),

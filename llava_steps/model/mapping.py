@@ -57,6 +57,18 @@ ROWS: tuple[Row, ...] = (
         when="qkv_bias",
     ),
     Row(
+        _M + "self_attention.q_layernorm.weight",
+        (_L + "self_attn.q_norm.weight",),
+        ("head",),
+        when="qk_norm",
+    ),
+    Row(
+        _M + "self_attention.k_layernorm.weight",
+        (_L + "self_attn.k_norm.weight",),
+        ("head",),
+        when="qk_norm",
+    ),
+    Row(
         _M + "self_attention.linear_proj.weight",
         (_L + "self_attn.o_proj.weight",),
         ("hidden q",),
@@ -137,6 +149,7 @@ def _sizes(g: Geometry) -> dict[str, int]:
         "hidden": g.hidden,
         "vocab": g.vocab,
         "ffn": g.ffn,
+        "head": g.head_dim,
         "q": g.heads * g.head_dim,
         "kv": g.kv_heads * g.head_dim,
         "vision": g.vision_hidden,

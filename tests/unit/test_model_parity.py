@@ -70,6 +70,8 @@ CASES = (
     *(Case("untied-default", layout) for layout in RECOMPUTE),
     *(Case("tied-full", layout, freeze_lm=True) for layout in STAGE1),
     *(Case("siglip-mha", layout) for layout in (LAYOUTS[0], LAYOUTS[-1])),
+    *(Case("qwen3", layout) for layout in (LAYOUTS[0], LAYOUTS[1], LAYOUTS[-1])),
+    *(Case(m, LAYOUTS[3]) for m in ("mistral", "qwen2-tied")),
 )
 BF16 = (
     Case("untied-default", Layout(precision="bf16")),
