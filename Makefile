@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX SNAKEMAKE_PROFILE
 BIN := $(VENV)/bin
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: ## from handwritten digits to a LLaVA that reads them: install, run, evaluate
 	@start=$$(date +%s.%N); .ci/environment; \
@@ -42,6 +42,20 @@ check: ## style, types, import layers, workflow format
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 	$(BIN)/snakefmt --check workflow
+
+matrix: ## vision towers x language models x layouts against transformers
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.matrix
+
+mutants: ## break each row of the mapping table in turn: a check must fail
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.mutants
+
+LAYERS ?= 32
+ROOM ?= .
+bench-convert: ## convert a 7B model both ways (needs 45 GB in ROOM; LAYERS=8 is a quarter)
+	@.ci/environment test
+	@$(BIN)/python -m tests.benchmarks.convert --layers $(LAYERS) --directory $(ROOM)
 
 format: ## put code into the style that `make check` wants
 	@.ci/environment test

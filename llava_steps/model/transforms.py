@@ -1,6 +1,8 @@
 """Pure tensor functions between Hugging Face weights and megatron-core's fused ones.
 
-Each transform is exact in both directions: it only moves values, never computes with them.
+Each transform is exact in both directions: it only moves values, never computes with them. Each
+takes its number of parts and no other (ValueError): a row of the mapping table with the wrong
+transform must not pass.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ def fuse_qkv(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:
 
     megatron-core orders the rows by query group: the q heads of a group, its k, its v.
     """
-    groups, rest = geometry.kv_heads, parts[0].shape[1:]
-    grouped = [part.reshape(groups, -1, *rest) for part in parts]
+    query, key, value = parts
+    groups, rest = geometry.kv_heads, query.shape[1:]
+    grouped = [part.reshape(groups, -1, *rest) for part in (query, key, value)]
     return torch.cat(grouped, dim=1).reshape(-1, *rest)
 
 
@@ -51,12 +54,14 @@ def split_qkv(fused: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
 
 def fuse_gate_up(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:
     """gate [ffn, ...], up [ffn, ...] -> [2 ffn, ...], gate first."""
-    return torch.cat(list(parts))
+    gate, up = parts
+    return torch.cat((gate, up))
 
 
 def split_gate_up(fused: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
     """The inverse of fuse_gate_up."""
-    return torch.split(fused, geometry.ffn)
+    gate, up = torch.split(fused, geometry.ffn)
+    return gate, up
 
 
 TRANSFORMS: dict[str, Transform] = {
