@@ -39,8 +39,8 @@ def test_modules_and_make_targets_that_are_named_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for module in set(re.findall(r"python -m (llava_steps[\w.]*)", text)):
         assert importlib.util.find_spec(module), f"{page}: {module}"
-    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M))
-    for named in re.findall(r"(?:`|^)make ([a-z]+)", text, flags=re.M):
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M))
+    for named in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.M):
         assert named in targets, f"{page}: make {named}"
 
 

@@ -57,6 +57,24 @@ def make_tower(path: Path, side: int = SIDE, seed: int = 1, crop: int | None = N
     return path
 
 
+def make_siglip(path: Path, side: int = SIDE) -> Path:
+    """A full SiglipModel directory, as SigLIP and fixed-resolution SigLIP2 checkpoints are."""
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    vision = {**sizes, "image_size": side, "patch_size": PATCH}
+    model = SiglipModel(SiglipConfig(vision_config=vision, text_config={**sizes, "vocab_size": 50}))
+    randomize(model, 3)
+    model.save_pretrained(path)
+    SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(path)
+    return path
+
+
 def make_tokenizer(template: str | None = None) -> Any:
     """A fast tokenizer of the demo's kind; `template` replaces its chat template."""
     texts = [m["content"] for talk in corpus(80, 0) for m in talk]
@@ -66,9 +84,11 @@ def make_tokenizer(template: str | None = None) -> Any:
     return tokenizer
 
 
-def make_text(path: Path, tokenizer: Any, seed: int = 2, **config: Any) -> Path:
-    """A LlamaForCausalLM directory with GQA and the tokenizer; `config` overrides LlamaConfig."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_text(
+    path: Path, tokenizer: Any, seed: int = 2, family: str = "llama", **config: Any
+) -> Path:
+    """A language model of `family` with GQA and the tokenizer; `config` overrides its config."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     dtype = config.pop("dtype", torch.float32)
     settings = {
@@ -85,7 +105,7 @@ def make_text(path: Path, tokenizer: Any, seed: int = 2, **config: Any) -> Path:
         "tie_word_embeddings": False,
         **config,
     }
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings)).to(dtype)
     randomize(model, seed)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_fixtures import make_text, make_tokenizer, randomize
-from safetensors.torch import load_file
+from hf_fixtures import (
+    PATCH,
+    SIDE,
+    TOKENS,
+    make_siglip,
+    make_text,
+    make_tokenizer,
+    make_tower,
+    randomize,
+)
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
     LlavaForConditionalGeneration,
-    SiglipConfig,
-    SiglipImageProcessorPil,
-    SiglipModel,
 )
 
 from llava_steps.core.config import HfModel
@@ -117,34 +127,6 @@ def test_other_families_are_refused_with_the_list() -> None:
         Geometry.from_hf(config)
 
 
-def make_siglip(path: Path, side: int = 24) -> Path:
-    """A full SiglipModel directory, as SigLIP and fixed-resolution SigLIP2 checkpoints are."""
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    }
-    vision = {**sizes, "image_size": side, "patch_size": 8}
-    model = SiglipModel(SiglipConfig(vision_config=vision, text_config={**sizes, "vocab_size": 50}))
-    randomize(model, 3)
-    model.save_pretrained(path)
-    SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(path)
-    return path
-
-
-def make_family(path: Path, family: str, tokenizer: Any, **settings: Any) -> Path:
-    """A text model of `family` with the tokenizer, every weight random."""
-    make_text(path, tokenizer)  # the tokenizer's files, and the sizes
-    text = AutoModelForCausalLM.from_pretrained(path).config.to_dict()
-    for key in ("model_type", "architectures", "rope_parameters", "attention_bias", "mlp_bias"):
-        text.pop(key)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**text, **settings}))
-    randomize(model, 4)
-    model.save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_vision_part_of_a_full_siglip_with_each_family(
@@ -155,7 +137,7 @@ def test_the_vision_part_of_a_full_siglip_with_each_family(
     if family == "mistral":
         settings["sliding_window"] = None
     tower = make_siglip(tmp_path / "siglip")
-    text = make_family(tmp_path / "text", family, tokenizer, **settings)
+    text = make_text(tmp_path / "text", tokenizer, family=family, **settings)
     cfg = HfModel(
         vision_tower=str(tower), text_model=str(text), vision_feature_select_strategy="full"
     )
@@ -175,6 +157,40 @@ def test_the_vision_part_of_a_full_siglip_with_each_family(
     assert torch.equal(found, expected)
     kind = AutoProcessor.from_pretrained(out, backend="pil").image_processor
     assert type(kind).__name__ == "SiglipImageProcessorPil"
+
+
+def test_the_vision_part_of_a_full_clip_of_an_older_transformers(tmp_path: Path) -> None:
+    """As on the hub: text weights, position ids, and a config.json without what is default."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    config = CLIPConfig(
+        vision_config={**sizes, "image_size": SIDE, "patch_size": PATCH},
+        text_config={**sizes, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1},
+    )
+    model = CLIPModel(config)
+    randomize(model, 3)
+    tower = tmp_path / "clip"
+    model.save_pretrained(tower)
+    make_tower(tmp_path / "other")
+    shutil.copy(tmp_path / "other/preprocessor_config.json", tower)
+    source = load_file(tower / "model.safetensors")
+    assert any(name.startswith("vision_model.encoder.") for name in source)
+    ids = torch.arange(10)[None]
+    save_file({**source, "vision_model.embeddings.position_ids": ids}, tower / "model.safetensors")
+    found = json.loads((tower / "config.json").read_text())
+    vision = {**sizes, "image_size": SIDE, "patch_size": PATCH}
+    (tower / "config.json").write_text(json.dumps({**found, "vision_config": vision}))
+    text = make_text(tmp_path / "text", make_tokenizer())
+    out = tmp_path / "out"
+    built = build(tower, text, out, HfModel(vision_tower=str(tower), text_model=str(text)))
+    assert built.tokens_per_image == TOKENS and built.class_tokens == 1
+    loaded = LlavaForConditionalGeneration.from_pretrained(out).model.vision_tower.state_dict()
+    for name, value in loaded.items():
+        assert torch.equal(value, source["vision_model." + name]), name
 
 
 def test_a_naflex_tower_is_refused_by_name(tmp_path: Path) -> None:

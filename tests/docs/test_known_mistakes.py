@@ -1,0 +1,89 @@
+"""docs/known-mistakes.md: 27 rows with tests that exist; here are those that fit nowhere else."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from llava_steps.model.build import padded
+from llava_steps.training import launch
+from tests import reference
+from tests.chain import Chain, metrics, sample_ids
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/known-mistakes.md"
+
+
+def rows() -> dict[int, str]:
+    """Number -> the last cell of its row."""
+    found = re.findall(r"^\| (\d+) \| .+ \| .+ \| (.+) \|$", PAGE.read_text(), flags=re.M)
+    return {int(number): cell for number, cell in found}
+
+
+def test_there_are_27_rows() -> None:
+    assert list(rows()) == list(range(1, 28))
+
+
+@pytest.mark.parametrize("number", range(1, 28))
+def test_every_mistake_names_tests_that_exist(number: int) -> None:
+    """A name belongs to the file before it; the test is really collected (a `test_` function)."""
+    file, named = None, 0
+    for path, name in re.findall(r"\]\(\.\./([\w/.]+)\)|`(test_\w+)`", rows()[number]):
+        if path:
+            file = ROOT / path
+            continue
+        assert file is not None, f"{name} stands in no file"
+        parts = ast.parse(file.read_text(encoding="utf-8")).body
+        function = next(p for p in parts if isinstance(p, ast.FunctionDef) and p.name == name)
+        skips = [
+            d for d in map(ast.unparse, function.decorator_list) if "skip" in d or "xfail" in d
+        ]
+        assert not skips, f"{name} does not run: {skips}"
+        named += 1
+    assert named
+
+
+@pytest.mark.parametrize(
+    ("rows", "multiple", "expected"),
+    [(256, 128, 256), (257, 128, 384), (255, 128, 256), (300, 0, 300), (99584, 256, 99584)],
+)
+def test_the_vocabulary_is_padded_only_if_needed(rows: int, multiple: int, expected: int) -> None:
+    assert padded(rows, multiple) == expected
+
+
+def test_workers_keep_the_users_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"PATH": "/my/bin", "HF_HOME": "/my/hub", "WANDB_API_KEY": "k", "HF_HUB_OFFLINE": "0"}
+    for name, value in mine.items():
+        monkeypatch.setenv(name, value)
+    environment = launch._environment(2, 1, Path("/tmp/store"))
+    assert {name: environment[name] for name in mine} == mine
+    assert environment["RANK"] == "1" and environment["WORLD_SIZE"] == "2"
+
+
+def test_dependencies_are_pinned() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert len(lines) > 100
+    assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
+    assert "git+" not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_reported_tokens_are_those_of_the_samples(chain: Chain) -> None:
+    """Neither padding nor a fixed length: what the processor makes of the step's samples."""
+    from transformers import AutoProcessor
+
+    out = chain.train(
+        "tokens", "--stage=2", "--gpus=2", "--global-batch-size=4", "--micro-batch-size=2",
+        "--train-steps=2", "--lr=1e-3",
+    )  # fmt: skip
+    processor = AutoProcessor.from_pretrained(chain.hf, backend="pil")
+    samples = reference.read_samples(chain.dataset)
+    for row, ids in zip(metrics(out), sample_ids(out), strict=True):
+        encoded = [reference.encode(processor, *samples[i]) for i in ids]
+        assert row["tokens"] == sum(inputs["input_ids"].numel() for inputs, _ in encoded)
+        supervised = sum(int((labels[1:] != -100).sum()) for _, labels in encoded)
+        assert row["supervised_tokens"] == supervised
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_s"], rel=0.05)
