@@ -8,6 +8,8 @@ data parallel size, so --tp and --pp are only recorded.
 
 from __future__ import annotations
 
+import json
+
 from llava_steps.core.config import MegatronCheckpoint
 from llava_steps.core.run import Context, Step, main
 
@@ -18,6 +20,8 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     from llava_steps.core.commit import commit_dir, iteration_name
     from llava_steps.core.geometry import Geometry
     from llava_steps.model.convert import count_entries, hf_to_dcp
+    from llava_steps.model.dcp import Reader
+    from llava_steps.model.selfcheck import compare_layers
     from llava_steps.model.tensors import TensorDirectory
 
     source = ctx.inputs["hf_dir"].path
@@ -31,9 +35,11 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
         ctx.progress("converting", total=count_entries(geometry)) as bar,
     ):
         certificate = hf_to_dcp(geometry, tensors, temporary / "weights", bar.advance)
+        text = json.loads((source / "config.json").read_bytes())["text_config"]
+        forward = compare_layers(geometry, text, tensors, Reader(temporary / "weights"))
     commit_dir(temporary, final, {"iteration": 0, "tp": cfg.tp, "pp": cfg.pp})
     ctx.log.info("%(hf_tensors)d HF tensors -> %(megatron_tensors)d Megatron tensors", certificate)
-    return {"certificate": certificate, "tp": cfg.tp, "pp": cfg.pp}
+    return {"certificate": certificate, "forward": forward, "tp": cfg.tp, "pp": cfg.pp}
 
 
 STEP = Step(name="megatron_checkpoint", config=MegatronCheckpoint, run=run, doc=__doc__)

@@ -10,6 +10,8 @@ dtypes: what was never trained comes back byte for byte.
 
 from __future__ import annotations
 
+import json
+
 from llava_steps.core.config import HfExport
 from llava_steps.core.run import Context, Step, main
 
@@ -19,6 +21,8 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     from llava_steps.core.commit import latest_commit, read_commit
     from llava_steps.core.geometry import Geometry
     from llava_steps.model.convert import copy_companions, count_entries, dcp_to_hf
+    from llava_steps.model.dcp import Reader
+    from llava_steps.model.selfcheck import compare_layers
     from llava_steps.model.tensors import TensorDirectory
 
     template = ctx.inputs["tokenizer_dir"].path
@@ -33,9 +37,13 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
         copied = copy_companions(tensors, ctx.entry)
         weights = checkpoint / "weights"
         certificate = dcp_to_hf(geometry, weights, tensors, ctx.entry, bar.advance)
+    text = json.loads((template / "config.json").read_bytes())["text_config"]
+    with TensorDirectory(ctx.entry) as written:
+        forward = compare_layers(geometry, text, written, Reader(weights))
     ctx.log.info("%s -> %d tensors", checkpoint.name, certificate["hf_tensors"])
     return {
         "certificate": certificate,
+        "forward": forward,
         "checkpoint": checkpoint.name,
         "copied": copied,
         "tp": cfg.tp,
