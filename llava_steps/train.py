@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_steps.core import commit
 from llava_steps.core.config import Stage
+from llava_steps.core.errors import DivergedError
 from llava_steps.core.run import Context, Step, main
 
 if TYPE_CHECKING:
@@ -39,10 +40,14 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
     )
     launch(job)
     commit.prune(ctx.entry, 1)
-    rows = [json.loads(line) for line in (ctx.entry / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (ctx.entry / "metrics.jsonl").read_text().splitlines()]
+    rows = [line for line in lines if "skipped" not in line]
+    if not rows:
+        raise DivergedError("no step updated the weights: all were skipped; see metrics.jsonl")
     return {
-        "steps": len(rows),
-        "samples": len(rows) * cfg.global_batch_size,
+        "steps": len(lines),
+        "updates": len(rows),
+        "samples": len(lines) * cfg.global_batch_size,
         "tokens": sum(row["tokens"] for row in rows),
         "first_loss": rows[0]["loss"],
         "last_loss": rows[-1]["loss"],

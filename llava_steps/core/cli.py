@@ -75,7 +75,10 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
             choices = get_args(plain)
             spec |= {"choices": choices, "type": type(choices[0])}
         elif get_origin(plain) is list:
-            spec |= {"type": _int_list, "metavar": "N,N,..."}
+            if _plain(get_args(plain)[0]) is int:
+                spec |= {"type": _int_list, "metavar": "N,N,..."}
+            else:
+                spec |= {"type": str, "nargs": "+", "action": "extend", "metavar": "TEXT"}
         elif get_origin(plain) is dict:
             spec |= {"type": _pair, "action": "append", "metavar": "NAME=VALUE"}
         else:
@@ -135,6 +138,8 @@ def flags(config: BaseModel, roles: Collection[str] = ROLES) -> list[str]:
             if not current or any("=" in key for key in current):
                 raise ConfigError(f"{name}: needs at least one name, and names without '='")
             line += [f"{flag}={key}={where}" for key, where in current.items()]
+        elif isinstance(current, list) and any(isinstance(item, str) for item in current):
+            line += [f"{flag}={item}" for item in current]
         elif isinstance(current, list):
             line.append(f"{flag}={','.join(map(str, current))}")
         elif isinstance(current, float):

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pydantic import NonNegativeInt as Count
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+StepRange = Annotated[str, Field(pattern=r"^[1-9]\d*-[1-9]\d*$")]
 Ratio3 = Annotated[list[Count], Field(min_length=3, max_length=3)]
 
 
@@ -144,7 +145,10 @@ class Stage(StepConfig):
 
     lr: float = value(1e-3, "peak learning rate", gt=0)
     min_lr: float = value(0.0, "learning rate that the schedule ends with", ge=0)
-    lr_schedule: Literal["cosine", "linear", "constant"] = value("cosine", "decay after warm-up")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = value(
+        "cosine", "decay after warm-up; wsd: constant, then linear over decay_steps"
+    )
+    decay_steps: Count = value(0, "last steps in which the schedule wsd decays")
     warmup_steps: Count = value(0, "steps of linear warm-up; the first step already learns")
     weight_decay: float = value(
         0.0, "AdamW decay; never on norms, biases and other 1-d weights", ge=0
@@ -154,8 +158,22 @@ class Stage(StepConfig):
     adam_eps: float = value(1e-8, "AdamW epsilon", gt=0)
     clip_grad: float = value(1.0, "global gradient norm limit; 0 switches clipping off", ge=0)
     precision: Literal["bf16", "fp32"] = value("bf16", "compute dtype; masters stay fp32")
+    recompute: Literal["none", "core_attn", "full"] = value(
+        "none", "activations that the backward pass computes again instead of keeping them"
+    )
     layer_spec: Literal["local"] = value("local", "layer implementation")
     deterministic: bool = value(True, "refuse kernels that give other bits in a second run")
+
+    skip_train_iteration_range: list[StepRange] = value(
+        [],
+        "steps to skip, counted from 1 with both ends, as 100-110 300-400: their global batches "
+        "are passed over and the schedule goes on",
+    )
+    max_rejected_steps: Count = value(
+        10,
+        "steps whose loss or gradient is not finite: their update is left out, their samples are "
+        "named; one step more than this ends the training with exit code 6",
+    )
 
     num_workers: Count = quiet(2, "loader worker processes per rank")
     save_interval: PositiveInt = quiet(1000, "steps between checkpoints")
@@ -195,10 +213,23 @@ class Stage(StepConfig):
             )
         if self.sequence_parallel and self.tensor_model_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel > 1")
+        if self.lr_schedule == "wsd" and not (
+            0 < self.decay_steps <= self.train_steps - self.warmup_steps
+        ):
+            raise ValueError(
+                f"lr_schedule wsd: decay_steps {self.decay_steps} must be 1 to train_steps - "
+                f"warmup_steps = {self.train_steps - self.warmup_steps}"
+            )
+        if self.lr_schedule != "wsd" and self.decay_steps:
+            raise ValueError(f"decay_steps is for lr_schedule wsd, not {self.lr_schedule}")
         if self.warmup_steps >= self.train_steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} must be below train_steps {self.train_steps}"
             )
+        for text in self.skip_train_iteration_range:
+            first, _, last = text.partition("-")
+            if int(first) > int(last):
+                raise ValueError(f"skip_train_iteration_range {text} ends before it begins")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
         if self.freeze_vision and self.freeze_projector and self.freeze_lm:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llava_steps.core import commit
 from llava_steps.core.config import Stage
-from llava_steps.core.errors import DivergedError, StoppedError
+from llava_steps.core.errors import StoppedError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.log import Progress
 from llava_steps.data.batch import MicroBatch
@@ -28,6 +28,7 @@ from llava_steps.model.checkpoint import load_weights
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.training import parallel, state
+from llava_steps.training.guard import Counters, Guard
 from llava_steps.training.job import Job
 from llava_steps.training.metrics import METRICS, Lines, Tracker
 from llava_steps.training.optimizer import Optimizer, wrap
@@ -37,44 +38,44 @@ from llava_steps.training.schedule import learning_rate
 def train(job: Job, log: logging.Logger) -> None:
     """Train one stage to its end, from its last checkpoint if there is one.
 
-    Raises DivergedError when loss or gradient is not finite (nothing was updated with it) and
-    StoppedError after a signal, with everything saved.
+    Raises DivergedError when loss or gradient were not finite more often than the settings allow
+    (nothing was updated with them) and StoppedError after a signal, with everything saved.
     """
     stage = job.stage
     stop = StopRequest()
     model = build(job)
     wrapped = wrap(model)
     optimizer = Optimizer(stage, wrapped)
-    step, loader = restore_or_start(job, model, optimizer, log)
-    reports = Reports(job, step, log)
+    done, loader = restore_or_start(job, model, optimizer, log)
+    guard = Guard(stage, done, log)
+    reports = Reports(job, done.step, log)
     batches = iter(loader)
-    saved = step
     with reports:
-        while step < stage.train_steps and not stop.agreed:
+        while done.step < stage.train_steps and not stop.agreed:
             began = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - began
-            sums = forward_backward(stage, wrapped, optimizer, batch, stop)
-            norm = optimizer.gradient_norm()
-            loss = sums.loss / sums.supervised
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise DivergedError(
-                    f"step {step}: loss {loss}, gradient norm {norm}; weights are those of step "
-                    f"{step}, samples {[i for m in batch for i in m.sample_ids]}"
-                )
-            lr = learning_rate(stage, step)
-            optimizer.step(lr, norm)
-            reports.step(step, loss, lr, norm, sums, batch, waited, time.monotonic() - began)
-            step += 1
-            if step % stage.save_interval == 0 or step == stage.train_steps or stop.agreed:
+            if guard.skips():
+                reports.no_update(done.step, "asked to skip", batch)
+            else:
+                sums = forward_backward(stage, wrapped, optimizer, batch, stop)
+                norm = optimizer.gradient_norm()
+                if guard.accepts(sums.mean, norm, batch, sums.micro):
+                    lr = learning_rate(stage, done.step)
+                    optimizer.step(lr, norm)
+                    done.updates += 1
+                    seconds = time.monotonic() - began
+                    reports.update(done.step, lr, norm, sums, batch, waited, seconds)
+                else:
+                    reports.no_update(done.step, "not finite", batch)
+            done.step += 1
+            last = done.step == stage.train_steps or stop.agreed
+            if last or done.step % stage.save_interval == 0:
                 reports.sync()
-                path = state.save(
-                    job.entry, step, stage, model, optimizer, loader.state(), stage.keep_checkpoints
-                )
-                saved = step
+                path = state.save(job.entry, done, stage, model, optimizer, loader.state())
                 log.info("saved %s", path.name)
-    if step < stage.train_steps:
-        raise StoppedError(f"stopped by a signal after step {step}, saved at {saved}; run me again")
+    if done.step < stage.train_steps:
+        raise StoppedError(f"stopped by a signal after step {done.step}, saved; run me again")
 
 
 def build(job: Job) -> Llava:
@@ -89,6 +90,7 @@ def build(job: Job) -> Llava:
         freeze_vision=stage.freeze_vision,
         freeze_projector=stage.freeze_projector,
         freeze_lm=stage.freeze_lm,
+        recompute=stage.recompute,
         pre_process=parallel.is_first_stage(),
         post_process=parallel.is_last_stage(),
     )
@@ -97,19 +99,19 @@ def build(job: Job) -> Llava:
 
 def restore_or_start(
     job: Job, model: Llava, optimizer: Optimizer, log: logging.Logger
-) -> tuple[int, TrainLoader]:
+) -> tuple[Counters, TrainLoader]:
     """Load the newest checkpoint, or the weights to start from; open the loader there."""
     found = state.find(job.entry)
     if found is None:
         load_weights(model, state.verified(commit.latest_commit(job.checkpoint)) / state.WEIGHTS)
         optimizer.reload_weights()
         log.info("starting from %s", job.checkpoint)
-        return 0, open_loader(job, 0)
-    step, kept = state.load(found, job.stage, model, optimizer)
+        return Counters(), open_loader(job, 0)
+    counters, kept = state.load(found, job.stage, model, optimizer)
     loader = open_loader(job, kept["consumed_samples"])
     loader.check_state(kept)
-    log.info("resuming after step %d from %s", step, found.name)
-    return step, loader
+    log.info("resuming after step %d from %s", counters.step, found.name)
+    return counters, loader
 
 
 def open_loader(job: Job, consumed: int) -> TrainLoader:
@@ -136,9 +138,16 @@ def open_loader(job: Job, consumed: int) -> TrainLoader:
 class Sums:
     """Sums over the global batch, the same on every rank."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, micro: list[float]) -> None:
         self.loss, self.supervised, self.tokens, stop = values.tolist()
         self.stop = stop > 0
+        self.micro = micro
+        """Loss sums of this rank's microbatches; empty before the last pipeline stage."""
+
+    @property
+    def mean(self) -> float:
+        """Loss per supervised token; NaN without any."""
+        return self.loss / self.supervised if self.supervised else math.nan
 
 
 def forward_backward(
@@ -158,12 +167,12 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=False,
     )
-    loss = torch.stack(losses).double().sum() if losses else torch.zeros(())
+    micro = torch.stack(losses).double().tolist() if losses else []
     counted = parallel.is_last_stage()
     supervised, tokens = (sum(m.num_supervised for m in batch), sum(m.num_tokens for m in batch))
-    own = [float(loss), float(supervised), float(tokens), float(stop.requested)]
+    own = [sum(micro), float(supervised), float(tokens), float(stop.requested)]
     values = torch.tensor(own, dtype=torch.float64, device=parallel.device()) * counted
-    sums = Sums(parallel.agree(values))
+    sums = Sums(parallel.agree(values), micro)
     stop.agreed = sums.stop
     return sums
 
@@ -237,10 +246,17 @@ class Reports:
             if lines:
                 lines.sync()
 
-    def step(
+    def no_update(self, step: int, reason: str, batch: list[MicroBatch]) -> None:
+        """Report a step that left the weights as they were."""
+        if self._samples:
+            self._samples.write({"step": step, "ids": [m.sample_ids for m in batch]})
+        if self._metrics and self._progress:
+            self._metrics.write({"step": step, "skipped": reason})
+            self._progress.advance(1)
+
+    def update(
         self,
         step: int,
-        loss: float,
         lr: float,
         norm: float,
         sums: Sums,
@@ -249,6 +265,7 @@ class Reports:
         seconds: float,
     ) -> None:
         """Report one finished optimizer step, counted from 0."""
+        loss = sums.mean
         if self._samples:
             self._samples.write({"step": step, "ids": [m.sample_ids for m in batch]})
         if not (self._metrics and self._tracker and self._progress):

@@ -15,6 +15,10 @@ def learning_rate(stage: Stage, step: int) -> float:
     """
     if step < stage.warmup_steps:
         return stage.lr * (step + 1) / stage.warmup_steps
+    if stage.lr_schedule == "wsd":
+        left = stage.train_steps - step  # the last step still learns, at min_lr
+        share = min(1.0, (left - 1) / stage.decay_steps)
+        return stage.min_lr + (stage.lr - stage.min_lr) * share
     last = stage.train_steps - 1 - stage.warmup_steps
     done = (step - stage.warmup_steps) / last if last > 0 else 0.0
     if stage.lr_schedule == "constant":

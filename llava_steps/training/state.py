@@ -13,6 +13,7 @@ A checkpoint without its commit does not exist; a damaged one is an IntegrityErr
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from llava_steps.core.config import Stage
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.model.checkpoint import load_weights, save_sharded, save_weights
 from llava_steps.model.llava import Llava
+from llava_steps.training.guard import Counters
 from llava_steps.training.optimizer import Optimizer
 
 WEIGHTS, OPTIMIZER, RNG, STATE = "weights", "optimizer", "rng", "train_state.json"
@@ -35,18 +37,17 @@ WEIGHTS, OPTIMIZER, RNG, STATE = "weights", "optimizer", "rng", "train_state.jso
 
 def save(
     root: Path,
-    step: int,
+    counters: Counters,
     stage: Stage,
     model: Llava,
     optimizer: Optimizer,
     loader: dict[str, Any],
-    keep: int,
 ) -> Path:
-    """Commit a checkpoint after `step` optimizer steps; a collective call.
+    """Commit a checkpoint after `counters.step` steps; a collective call.
 
-    Keeps the newest `keep` checkpoints. Returns the committed directory.
+    Keeps the newest `stage.keep_checkpoints`. Returns the committed directory.
     """
-    final = root / commit.iteration_name(step)
+    final = root / commit.iteration_name(counters.step)
     temporary = root / f"{fsio.TEMPORARY}{final.name}"
     if dist.get_rank() == 0:
         fsio.remove_temporaries(root)
@@ -59,10 +60,10 @@ def save(
     fsio.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
     dist.barrier()
     if dist.get_rank() == 0:
-        state = {"step": step, "loader": loader, "layout": layout(stage)}
+        state = asdict(counters) | {"loader": loader, "layout": layout(stage)}
         fsio.write_json(temporary / STATE, state)
-        commit.commit_dir(temporary, final, {"step": step})
-        commit.prune(root, keep)
+        commit.commit_dir(temporary, final, asdict(counters))
+        commit.prune(root, stage.keep_checkpoints)
     dist.barrier()
     return final
 
@@ -103,8 +104,8 @@ def verified(path: Path) -> Path:
 
 def load(
     path: Path, stage: Stage, model: Llava, optimizer: Optimizer
-) -> tuple[int, dict[str, Any]]:
-    """Restore a verified checkpoint of this very training; returns (step, loader state)."""
+) -> tuple[Counters, dict[str, Any]]:
+    """Restore a verified checkpoint of this very training; returns (counters, loader state)."""
     state = json.loads((path / STATE).read_bytes())
     if state["layout"] != layout(stage):
         raise InputError(
@@ -113,9 +114,10 @@ def load(
     load_weights(model, path / WEIGHTS)
     wanted = optimizer.sharded_state(model.sharded_state_dict(), loading=True)
     loaded = dist_checkpointing.load(wanted, str(path / OPTIMIZER))
-    optimizer.load_sharded_state(loaded, state["step"])
+    counters = Counters(**{f.name: state[f.name] for f in fields(Counters)})
+    optimizer.load_sharded_state(loaded, counters.updates)
     _restore_rng(load_file(path / RNG / _rank_file()))
-    return state["step"], state["loader"]
+    return counters, state["loader"]
 
 
 def layout(stage: Stage) -> dict[str, int]:

@@ -91,7 +91,25 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(chain: Chain, tmp_pat
     result = run_step(*line, cwd=chain.root, check=False)
     assert result.returncode == 6, result.stderr
     assert "step 0" in result.stderr and "train-" in result.stderr, "says where and on what"
+    assert "max_rejected_steps" in result.stderr
     assert not list(chain.root.glob("results/poisoned/work/iter_*")), "nothing was saved"
+
+
+def test_skipped_steps_pass_their_batches_over(chain: Chain) -> None:
+    common = ("--stage=2", "--gpus=1", "--global-batch-size=4", "--micro-batch-size=4", "--lr=1e-3")
+    whole = chain.train("skip_none", *common, "--train-steps=9")
+    out = chain.train(
+        "skip_some", *common, "--train-steps=9", "--skip-train-iteration-range", "3-4", "9-9"
+    )
+    rows = metrics(out)
+    assert [row["step"] for row in rows if "skipped" in row] == [2, 3, 8]
+    assert sample_ids(out) == sample_ids(whole), "the stream goes on as ever"
+    expected = metrics(whole)
+    for step in (0, 1):
+        assert rows[step]["loss_hex"] == expected[step]["loss_hex"]
+    assert rows[4]["lr"] == expected[4]["lr"] and rows[4]["loss"] != expected[4]["loss"]
+    state = json.loads(next(out.glob("iter_*/train_state.json")).read_text())
+    assert state["step"] == 9 and state["updates"] == 6 and state["rejected"] == 0
 
 
 def test_each_stage_moves_only_what_it_trains(chain: Chain, tmp_path: Path) -> None:

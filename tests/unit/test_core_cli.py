@@ -94,8 +94,11 @@ def test_names_of_the_old_scripts() -> None:
         "-g 8 --node 2 --tp 4 --pp 2 --micro-batch-size 2 --global-batch-size 16 --stage 2 "
         "--freeze-lm --save-interval 2000 --log-interval 1 --name x --wandb --num-workers 4 "
         "--megatron-load-dir a --tokenizer-load-dir b --data-path c --master-addr h "
-        "--master-port 1234 --rank 1 --backend gloo"
+        "--master-port 1234 --rank 1 --backend gloo "
+        "--skip-train-iteration-range 100-110 300-400"
     )
     found = cli.parse(config.Stage, line.replace("-g 8", "--gpus 8").split())
     assert (found.gpus, found.nodes, found.tensor_model_parallel) == (8, 2, 4)
     assert (found.pipeline_model_parallel, found.stage, found.freeze_lm) == (2, 2, True)
+    assert found.skip_train_iteration_range == ["100-110", "300-400"]
+    assert cli.parse(config.Stage, cli.flags(found)) == found

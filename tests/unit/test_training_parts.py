@@ -44,6 +44,13 @@ def test_ends(kind: str, end: float) -> None:
     assert learning_rate(stage(lr_schedule=kind, train_steps=1), 0) == 1.0
 
 
+def test_warmup_stable_decay() -> None:
+    s = stage(lr_schedule="wsd", warmup_steps=10, decay_steps=20, min_lr=0.2)
+    rates = [learning_rate(s, i) for i in range(100)]
+    assert rates[9] == 1.0 and set(rates[9:80]) == {1.0} and rates[80] < 1.0
+    assert rates[89] == pytest.approx(0.2 + 0.8 * 10 / 20) and rates[99] == pytest.approx(0.2)
+
+
 def test_lines_forget_steps_that_are_done_again(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     lines = Lines(path, 0)
@@ -67,6 +74,11 @@ def test_lines_forget_steps_that_are_done_again(tmp_path: Path) -> None:
         ({"sequence_parallel": True}, "tensor_model_parallel > 1"),
         ({"warmup_steps": 100}, "below train_steps"),
         ({"min_lr": 2.0}, "above lr"),
+        ({"lr_schedule": "wsd"}, "decay_steps 0 must be 1 to"),
+        ({"lr_schedule": "wsd", "decay_steps": 99, "warmup_steps": 2}, "must be 1 to .* = 98"),
+        ({"decay_steps": 5}, "for lr_schedule wsd"),
+        ({"skip_train_iteration_range": ["9-3"]}, "ends before it begins"),
+        ({"skip_train_iteration_range": ["0-3"]}, "pattern"),
         ({"freeze_projector": True, "freeze_lm": True}, "nothing to train"),
         ({"lr": "2e-5"}, "number"),
         ({"lrr": 1.0}, "Extra inputs"),

@@ -1,0 +1,89 @@
+"""A training worker in which every second step meets something that is not finite.
+
+Each case is one kind of poison on one rank in one microbatch. The weights and the optimizer's state
+are hashed when a poisoned step begins and when it is over; the verdicts go to verdict_RANK.jsonl.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_steps.training import worker
+
+KINDS = ("nan loss", "inf loss", "-inf loss", "nan gradient", "inf gradient", "nan weight")
+MICRO = 3
+CASES = list(itertools.product(KINDS, (0, 1), range(MICRO)))
+NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+
+
+def digest(wrapped: Any, optimizer: Any) -> str:
+    """sha256 of all weights and all optimizer tensors of this rank."""
+    import torch
+
+    total = hashlib.sha256()
+    inner = optimizer._inner.optimizer
+    moments = [v for s in inner.state.values() for _, v in sorted(s.items())]
+    masters = [p for group in inner.param_groups for p in group["params"]]
+    for tensor in [*wrapped.parameters(), *masters, *moments]:
+        if isinstance(tensor, torch.Tensor):
+            total.update(tensor.detach().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def poison(loop: Any) -> None:
+    """Put the cases into the functions of the training loop."""
+    rank = int(os.environ["RANK"])
+    verdicts = Path(sys.argv[1]).with_name(f"verdict_{rank}.jsonl").open("w")
+    whole, one = loop.forward_backward, loop.forward_step
+    now: dict[str, Any] = {"step": -1, "micro": 0, "case": None, "restore": None, "before": ""}
+
+    def forward_backward(stage: Any, wrapped: Any, optimizer: Any, batch: Any, stop: Any) -> Any:
+        if now["case"] is not None:
+            same = digest(wrapped, optimizer) == now["before"]
+            verdicts.write(json.dumps({"case": now["case"], "same": same}) + "\n")
+            verdicts.flush()
+        if now["restore"]:
+            now["restore"]()
+        now.update(step=now["step"] + 1, micro=0, case=None, restore=None)
+        if now["step"] % 2 and now["step"] // 2 < len(CASES):
+            now["case"] = CASES[now["step"] // 2]
+        kind, where, _ = now["case"] or ("", -1, -1)
+        if kind == "nan weight" and rank == where:
+            weight = next(p for p in wrapped.parameters() if p.requires_grad)
+            before = weight.data.clone()
+            weight.data.view(-1)[0] = float("nan")
+            now["restore"] = lambda: weight.data.copy_(before)
+        now["before"] = digest(wrapped, optimizer)
+        sums = whole(stage, wrapped, optimizer, batch, stop)
+        if kind.endswith("gradient") and rank == where:
+            # After the reduction: only this rank sees it until the norm is agreed on.
+            wrapped.buffers[0].grad_data.fill_(NOT_FINITE[kind.split()[0]])
+        return sums
+
+    def forward_step(batches: Any, wrapped: Any) -> Any:
+        output, loss_sum = one(batches, wrapped)
+        kind, where, micro = now["case"] or ("", -1, -1)
+        number = now["micro"]
+        now["micro"] += 1
+        if not (kind.endswith("loss") and rank == where and number == micro):
+            return output, loss_sum
+        value = NOT_FINITE[kind.split()[0]]
+        return output, lambda losses: loss_sum(losses * value)
+
+    loop.forward_backward, loop.forward_step = forward_backward, forward_step
+
+
+if __name__ == "__main__":
+    from llava_steps.training import loop
+
+    poison(loop)
+    code = worker.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
