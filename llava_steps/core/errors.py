@@ -15,6 +15,8 @@ The message is for the person who has to mend it: name the file, the key and the
 
 from __future__ import annotations
 
+import errno
+
 
 class StepError(Exception):
     """Base of all errors that a step reports as one line instead of a traceback."""
@@ -56,3 +58,22 @@ class StoppedError(StepError):
     """A signal or time limit ended the step after its state was saved."""
 
     exit_code = 75
+
+
+_SURROUNDINGS = {
+    errno.ENOSPC: "free some space there and run again",
+    errno.EDQUOT: "free some of your quota there and run again",
+    errno.EROFS: "make it writable or choose another place",
+    errno.EACCES: "change its permissions or choose another place",
+    errno.EPERM: "change its permissions or choose another place",
+    errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.EIO: "the disk or the network behind it failed; look at it before running again",
+}
+
+
+def of_surroundings(error: OSError) -> InputError | None:
+    """The error to report when disk, quota or permissions are to blame; None for any other."""
+    if error.errno not in _SURROUNDINGS:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return InputError(f"{where}{error.strerror}; {_SURROUNDINGS[error.errno]}")

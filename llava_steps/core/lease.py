@@ -1,8 +1,10 @@
-"""One writer per store entry: `lease.json` names the process that works in it.
+"""One writer per directory: `lease.json` names the process that works in it.
 
-A lease is alive while its process is: on the same host (boot id) that is asked of the kernel, by
-pid and process start time; for another host the heartbeat, an mtime renewed every few seconds,
-must be younger than `STALE_AFTER`. A dead lease is taken over, a live one refuses the second.
+A lease is alive while its process is. On the same machine (boot id and pid namespace) that is
+asked of the kernel, by pid and process start time. For another machine, or another container, the
+heartbeat decides, an mtime renewed every few seconds: whoever meets such a lease watches it, is
+refused when it is renewed and takes it over after `STALE_AFTER` seconds without. A process that
+finds its own lease taken over ends at once.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from llava_steps.core import fsio
 from llava_steps.core.errors import LockedError
@@ -23,11 +26,17 @@ from llava_steps.core.errors import LockedError
 HEARTBEAT = 5.0
 """Seconds between renewals."""
 STALE_AFTER = 120.0
-"""Seconds without a renewal after which a lease of another host counts as dead."""
+"""Seconds without a renewal after which a lease of another machine counts as dead."""
+LONG_DEAD = 10 * STALE_AFTER
+"""Age in seconds beyond which nobody watches first: more than clocks of two machines differ."""
 
 
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _pid_namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
 
 
 def _started(pid: int) -> str | None:
@@ -44,6 +53,7 @@ def _identity() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "boot_id": _boot_id(),
+        "pid_namespace": _pid_namespace(),
         "pid": os.getpid(),
         "started": _started(os.getpid()),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
@@ -59,20 +69,20 @@ class Lease:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "lease.json"
         self._lock = directory / "lease.lock"
+        self._identity = _identity()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
-        # The lock only orders takers on one file system; the lease itself decides.
-        with open(self._lock, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            holder = self._holder()
-            if holder is not None:
-                raise LockedError(
-                    f"{self.path.parent} is being written by process {holder['pid']} on "
-                    f"{holder['host']}; wait for it or end it, then run again"
-                )
-            fsio.write_json(self.path, _identity())
+        watched: tuple[bytes, int] | None = None
+        since = time.monotonic()
+        while not self._taken(watched, time.monotonic() - since):
+            now = self._seen()
+            if watched is None:
+                watched, since = now, time.monotonic()
+            elif now is not None and now != watched:
+                self._refuse(json.loads(now[0]))
+            time.sleep(min(1.0, HEARTBEAT / 2))
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
         return self
@@ -86,19 +96,52 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self.path.unlink(missing_ok=True)
+        if self._is_ours():
+            self.path.unlink()
 
-    def _holder(self) -> dict[str, Any] | None:
-        """The live holder, or None when the lease is absent or dead."""
+    def _taken(self, watched: tuple[bytes, int] | None, seconds: float) -> bool:
+        """Take the lease if it is free, dead, or was watched for so many seconds without a beat.
+
+        Raises LockedError if its holder is alive for certain.
+        """
+        # The lock only orders takers on one file system; the lease itself decides.
+        with open(self._lock, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            seen = self._seen()
+            if seen is not None:
+                holder: dict[str, Any] = json.loads(seen[0])
+                if (holder["boot_id"], holder["pid_namespace"]) == (_boot_id(), _pid_namespace()):
+                    if _started(int(holder["pid"])) == holder["started"]:
+                        self._refuse(holder)
+                elif time.time() - seen[1] / 1e9 < LONG_DEAD and not (
+                    seen == watched and seconds >= STALE_AFTER
+                ):
+                    return False
+            fsio.write_json(self.path, self._identity)
+        return True
+
+    def _refuse(self, holder: dict[str, Any]) -> NoReturn:
+        raise LockedError(
+            f"{self.path.parent} is being written by process {holder['pid']} on "
+            f"{holder['host']}; wait for it or end it, then run again"
+        )
+
+    def _seen(self) -> tuple[bytes, int] | None:
+        """Content and time of the last beat in nanoseconds; None without a lease."""
         try:
-            holder: dict[str, Any] = json.loads(self.path.read_bytes())
-            age = time.time() - self.path.stat().st_mtime
+            return self.path.read_bytes(), self.path.stat().st_mtime_ns
         except FileNotFoundError:
             return None
-        if holder["boot_id"] == _boot_id():
-            return holder if _started(int(holder["pid"])) == holder["started"] else None
-        return holder if age < STALE_AFTER else None
+
+    def _is_ours(self) -> bool:
+        seen = self._seen()
+        return seen is not None and json.loads(seen[0]) == self._identity
 
     def _renew(self) -> None:
         while not self._stop.wait(HEARTBEAT):
+            if not self._is_ours():
+                # Suspended for so long that somebody else works here now.
+                print(f"{self.path} was taken over by another process; ending", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(LockedError.exit_code)
             os.utime(self.path)

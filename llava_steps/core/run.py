@@ -14,23 +14,32 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, NoReturn, TypeVar
 
-from llava_steps.core import cli, store
+from llava_steps.core import cli, fsio, store
 from llava_steps.core.codeversion import code_version
 from llava_steps.core.config import StepConfig
 from llava_steps.core.digest import Digests
-from llava_steps.core.errors import ConfigError, InputError, StepError
+from llava_steps.core.errors import (
+    ConfigError,
+    InputError,
+    StepError,
+    StoppedError,
+    of_surroundings,
+)
 from llava_steps.core.lease import Lease
 from llava_steps.core.log import Progress, ignore_known_warnings, logger
 from llava_steps.core.store import Input
 
 C = TypeVar("C", bound=StepConfig)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FORCE_REQUEST = ".force"
 """File in the published directory that asks the next run of the step to recompute its value."""
 
@@ -87,11 +96,30 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
     given = vars(parser.parse_args(list(arguments)))
     log = logger(module.rpartition(".")[2])
     try:
-        _evaluate(step, module, cli.settings(step.config, given), given, log)
-    except StepError as error:
-        logging.getLogger(log.name).error("%s", error)
-        return error.exit_code
+        with _stoppable():
+            _evaluate(step, module, cli.settings(step.config, given), given, log)
+    except (StepError, OSError) as error:
+        known = error if isinstance(error, StepError) else of_surroundings(error)
+        if known is None:
+            raise
+        logging.getLogger(log.name).error("%s", known)
+        return known.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """While it lasts, SIGTERM, SIGINT and SIGUSR1 end the step in order, with exit code 75."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise StoppedError(f"stopped by {signal.Signals(number).name}; run me again to go on")
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser(step: Step[C], module: str) -> argparse.ArgumentParser:
@@ -157,6 +185,10 @@ def _evaluate(
             with contextlib.suppress(IndexError):
                 log.handlers.pop(0)  # the file has it; `execute` prints it once
             raise
+        except OSError as error:
+            if of_surroundings(error) is None:
+                log.exception("%s failed; the traceback is also in %s", name, work / "logs")
+            raise
         except Exception:
             log.exception("%s failed; the traceback is also in %s", name, work / "logs")
             raise
@@ -167,13 +199,13 @@ def _evaluate(
             "code": code,
             "image": given["image"],
             "inputs": {
-                key: {"path": os.path.relpath(item.path), "digest": item.digest}
-                for key, item in inputs.items()
+                key: {"path": item.shown, "digest": item.digest} for key, item in inputs.items()
             },
             "metrics": metrics,
             "attempts": attempt,
             "wall_s": round(time.monotonic() - start, 3),
         }
+        _still_the_same(step, inputs, known, entry)
         store.seal(entry, description, step.volatile, known.file)
         known.save()
         store.publish(entry, out)
@@ -192,6 +224,7 @@ def _take_aside(entry: Path, out: Path, force: bool) -> None:
 
 
 def _inputs(step: Step[C], config: C, digests: Digests) -> dict[str, Input]:
+    """Every input that is given, compared with its manifest and pinned to its sealed entry."""
     found: dict[str, Input] = {}
     for key, info in step.config.model_fields.items():
         if cli.role(info) != "source":
@@ -207,14 +240,35 @@ def _inputs(step: Step[C], config: C, digests: Digests) -> dict[str, Input]:
         artefact = store.artefact_of(path)
         if artefact is not None:
             directory, manifest = artefact
-            store.check(directory, manifest, digests.file)
+            entry = store.entry_of(directory, manifest)
+            store.check(entry, manifest, digests.file)
             inside = path.relative_to(directory).as_posix()
             digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
-            found[key] = Input(path, digest, manifest)
-        elif key in step.parts:
-            base, files = step.parts[key](path)
-            found[key] = Input(path, digests.files(base, files))
+            found[key] = Input(entry / inside, digest, manifest, entry, text)
         else:
-            found[key] = Input(path, digests.path(path))
+            found[key] = Input(path, _digest(step, key, path, digests), shown=text)
     digests.save()
     return found
+
+
+def _digest(step: Step[C], key: str, path: Path, digests: Digests) -> str:
+    if key in step.parts:
+        return digests.files(*step.parts[key](path))
+    return digests.path(path)
+
+
+def _still_the_same(
+    step: Step[C], inputs: Mapping[str, Input], digests: Digests, entry: Path
+) -> None:
+    """Compare the inputs once more, before a value made from them is sealed under their name."""
+    for key, item in inputs.items():
+        if item.entry is not None and item.manifest is not None:
+            store.check(item.entry, item.manifest, digests.file)
+        elif _digest(step, key, item.path, digests) != item.digest:
+            # What was read from both versions must not be found by the next attempt either.
+            for made in entry.iterdir():
+                if made.name != store.WORK:
+                    fsio.remove(made)
+            raise InputError(
+                f"{item.path} changed while the step read it; nothing was kept, run again"
+            )

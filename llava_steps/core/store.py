@@ -49,8 +49,14 @@ class Input:
     """A resolved input: where its bytes are and the digest that stands for them."""
 
     path: Path
+    """Of an artefact the sealed entry itself, never the directory that shows it: another run may
+    show another value there at any moment."""
     digest: str
     manifest: Mapping[str, Any] | None = None
+    entry: Path | None = None
+    """The sealed entry that `path` is or lies in."""
+    shown: str = ""
+    """The path as it was given."""
 
 
 def fingerprint(
@@ -104,7 +110,10 @@ def check(
     With `Digests.file` as `sha256` a file is only read when it may have changed since the last
     time. Raises IntegrityError that names the first file that differs and says what to do.
     """
-    advice = "restore it, or make it again with --force"
+    advice = (
+        f"restore it, or make it again: --force on step {manifest.get('step')}, or "
+        "--forcerun with Snakemake"
+    )
     if content_digest(manifest["files"]) != manifest["content"]:
         raise IntegrityError(
             f"{directory / MANIFEST}: content digest and file list disagree; {advice}"
@@ -205,6 +214,25 @@ def unpublish(out: Path) -> None:
 
 def _link(target: Path, link: Path) -> None:
     link.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))
+
+
+def entry_of(directory: Path, manifest: Mapping[str, Any]) -> Path:
+    """The sealed entry that `directory`, an entry or a published result, stands for.
+
+    Raises InputError when its links lead to something else than its manifest describes, which is
+    so while another run publishes there.
+    """
+    first = directory / Path(manifest["files"][0]["path"]).parts[0]
+    entry = first.resolve().parent
+    if not (entry / MANIFEST).is_file():
+        raise IntegrityError(
+            f"{directory} shows a value that is not in its store any more; run again what makes "
+            f"it: step {manifest.get('step')}"
+        )
+    found = read_manifest(entry)
+    if found is None or found["content"] != manifest["content"]:
+        raise InputError(f"{directory} is being changed by another run; wait for it and run again")
+    return entry
 
 
 def artefact_of(path: Path) -> tuple[Path, dict[str, Any]] | None:

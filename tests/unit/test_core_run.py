@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ class Settings(StepConfig):
 def run(ctx: Context, cfg: Settings):
     if cfg.times == 13:
         raise InputError("thirteen copies are refused")
+    if cfg.times == 14:
+        Path("/dev/full").write_text("x")
     (ctx.entry / "partial").write_text("x")
     while Path("hold").exists():
         time.sleep(0.01)
@@ -138,6 +141,66 @@ def test_live_lease_refuses_and_dead_one_is_taken_over(place: Path) -> None:
     assert call().returncode == 0
     assert manifest(place)["attempts"] == 2
     assert not list((place / "store").glob("copy/*/.work/lease.json"))
+
+
+def consume(out: str = "consumed") -> subprocess.Popen[str]:
+    """A step that reads what `call` shows, started and waiting for `hold` to go away."""
+    line = [sys.executable, "-m", "copystep", "--save-dir", out, "--data", "out/out.txt"]
+    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+
+
+def test_another_run_that_publishes_meanwhile_changes_no_input(place: Path) -> None:
+    """Two runs of one name, say: the second shows its value while a step reads the first's."""
+    assert call("--times", "2").returncode == 0 and call().returncode == 0
+    (place / "hold").touch()
+    reader = consume()
+    wait_for(lambda: len(list((place / "store").glob("copy/*/partial"))) == 1)
+    assert call("--times", "2").returncode == 0  # from the store: publishes at once
+    assert (place / "out/out.txt").read_text() == "hellohello"
+    (place / "hold").unlink()
+    assert reader.wait(60) == 0
+    assert (place / "consumed/out.txt").read_text() == "hello"
+
+
+def test_an_input_that_changes_under_a_step_seals_nothing(place: Path) -> None:
+    (place / "hold").touch()
+    line = [sys.executable, "-m", "copystep", "--save-dir", "out", "--data", "data.txt"]
+    step = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list((place / "store").glob("copy/*/partial")))
+    (place / "data.txt").write_text("other")
+    (place / "hold").unlink()
+    assert "data.txt changed while" in step.communicate(timeout=60)[1] and step.returncode == 3
+    (entry,) = (place / "store/copy").iterdir()
+    assert [item.name for item in entry.iterdir()] == [".work"]
+    assert call().returncode == 0 and (place / "out/out.txt").read_text() == "other"
+
+
+def test_an_input_that_vanishes_from_the_store_says_what_makes_it(place: Path) -> None:
+    assert call().returncode == 0
+    shutil.rmtree(place / "store")
+    reader = consume()
+    _, text = reader.communicate(timeout=60)
+    assert reader.returncode in (3, 4) and "out.txt" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_end_a_step_in_order(place: Path, number: signal.Signals) -> None:
+    (place / "hold").touch()
+    line = [sys.executable, "-m", "copystep", "--save-dir", "out", "--data", "data.txt"]
+    step = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list((place / "store").glob("copy/*/partial")))
+    step.send_signal(number)
+    _, text = step.communicate(timeout=60)
+    assert step.returncode == 75 and f"stopped by {number.name}" in text, text
+    assert "Traceback" not in text and not list((place / "store").rglob("lease.json"))
+
+
+def test_surroundings_are_told_in_one_line(place: Path) -> None:
+    full = call("--times", "14")
+    assert full.returncode == 3 and "No space left on device; free some" in full.stderr
+    file = call("--store", "data.txt/store")
+    assert file.returncode == 3 and "data.txt/store: Not a directory" in file.stderr
+    assert "Traceback" not in full.stderr + file.stderr
 
 
 def wait_for(condition, seconds: float = 20.0) -> None:

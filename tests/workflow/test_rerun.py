@@ -123,7 +123,11 @@ def test_a_second_run_beside_the_first_is_refused_and_does_no_harm(fresh: Projec
     first = fresh.start("energon_dataset", "--cores", "2")
     wait_for(lambda: "tar_shards" in steps(fresh))
     text = fresh.snakemake("energon_dataset", "--cores", "2", code=1)
-    assert "is being written by process" in text
+    assert "run 'demo'" in text and "is being written by process" in text
+    # Other settings, so other entries of the store, but the same names in results/.
+    other = fresh.overlay("tar_shards: {samples_per_shard: 7}\n")
+    text = fresh.snakemake("energon_dataset", "--cores", "2", "--configfile", other, code=1)
+    assert "run 'demo'" in text
     hold.unlink()
     assert first.wait(60) == 0
     assert steps(fresh) == ["demo_assets", "tar_shards", "energon_dataset"]

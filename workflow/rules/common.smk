@@ -1,12 +1,13 @@
 # The configuration, the chain made from it, and what every rule needs.
+import atexit
 import os
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from llava_steps.core import digest, load, pipeline, run
-from llava_steps.core.errors import ConfigError
+from llava_steps.core import digest, lease, load, pipeline, run
+from llava_steps.core.errors import ConfigError, LockedError
 
 
 def configuration():
@@ -101,7 +102,20 @@ def refuse_host_for_image():
         )
 
 
+def hold_run():
+    """One run of a name at a time: what a run shows must not change under its own steps."""
+    place = Path(cfg.results, cfg.run, ".work")
+    place.mkdir(parents=True, exist_ok=True)
+    held = lease.Lease(place)
+    try:
+        held.__enter__()
+    except LockedError as error:
+        raise WorkflowError(f"run {cfg.run!r}: {error}") from None
+    atexit.register(held.__exit__, None, None, None)
+
+
 onstart:
     if workflow.is_main_process:
         refuse_host_for_image()
+        hold_run()
         request_forced()
