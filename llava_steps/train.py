@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from llava_steps.core import commit
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import DivergedError
+from llava_steps.core.geometry import Geometry
+from llava_steps.core.layout import check_layout
 from llava_steps.core.run import Context, Step, main
 
 if TYPE_CHECKING:
@@ -29,12 +31,14 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
     from llava_steps.training.job import Job
     from llava_steps.training.launch import launch
 
+    hf_dir = ctx.inputs["tokenizer_load_dir"].path.resolve()
+    check_layout(Geometry.load(hf_dir), cfg.tensor_model_parallel, cfg.pipeline_model_parallel)
     job = Job(
         stage=cfg,
         entry=ctx.entry,
         work=ctx.work,
         checkpoint=ctx.inputs["megatron_load_dir"].path.resolve(),
-        hf_dir=ctx.inputs["tokenizer_load_dir"].path.resolve(),
+        hf_dir=hf_dir,
         dataset=ctx.inputs["data_path"].path.resolve(),
         fingerprint=ctx.fingerprint,
     )

@@ -43,7 +43,7 @@ def poison(loop: Any) -> None:
     whole, one = loop.forward_backward, loop.forward_step
     now: dict[str, Any] = {"step": -1, "micro": 0, "case": None, "restore": None, "before": ""}
 
-    def forward_backward(stage: Any, wrapped: Any, optimizer: Any, batch: Any, stop: Any) -> Any:
+    def forward_backward(wrapped: Any, optimizer: Any, batch: Any) -> Any:
         if now["case"] is not None:
             same = digest(wrapped, optimizer) == now["before"]
             verdicts.write(json.dumps({"case": now["case"], "same": same}) + "\n")
@@ -60,7 +60,7 @@ def poison(loop: Any) -> None:
             weight.data.view(-1)[0] = float("nan")
             now["restore"] = lambda: weight.data.copy_(before)
         now["before"] = digest(wrapped, optimizer)
-        sums = whole(stage, wrapped, optimizer, batch, stop)
+        sums = whole(wrapped, optimizer, batch)
         if kind.endswith("gradient") and rank == where:
             # After the reduction: only this rank sees it until the norm is agreed on.
             wrapped.buffers[0].grad_data.fill_(NOT_FINITE[kind.split()[0]])

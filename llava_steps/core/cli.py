@@ -63,11 +63,8 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
     for name, field in model.model_fields.items():
         plain = _plain(field.annotation)
         spec: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        shown = (
-            ""
-            if field.is_required()
-            else f" (default: {field.get_default(call_default_factory=True)})"
-        )
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        shown = "" if default is None else f" (default: {default})"
         spec["help"] = ((field.description or "") + shown).replace("%", "%%")
         if plain is bool:
             spec["action"] = argparse.BooleanOptionalAction

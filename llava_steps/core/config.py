@@ -128,7 +128,9 @@ class Stage(StepConfig):
 
     freeze_vision: bool = value(True, "keep the vision tower as it is")
     freeze_projector: bool = value(False, "keep the projector as it is")
-    freeze_lm: bool = value(False, "keep the language model as it is")
+    freeze_lm: bool | None = value(
+        None, "keep the language model as it is; unless given, true in stage 1 and false in stage 2"
+    )
 
     gpus: PositiveInt = value(
         1, "processes per node: GPUs, or CPU processes without one", flag="--gpus"
@@ -197,8 +199,18 @@ class Stage(StepConfig):
         """World size over tensor and pipeline parallel sizes."""
         return self.world_size // (self.tensor_model_parallel * self.pipeline_model_parallel)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _frozen_by_stage(cls, given: Any) -> Any:
+        # Settled here, so that the same training has the same settings however it is asked for.
+        if isinstance(given, dict) and given.get("freeze_lm") is None:
+            return given | {"freeze_lm": given.get("stage", 1) == 1}
+        return given
+
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
+        if self.nodes > 1:
+            raise ValueError(f"nodes {self.nodes}: training over several nodes is not there yet")
         model = self.tensor_model_parallel * self.pipeline_model_parallel
         if self.world_size % model:
             raise ValueError(

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
+from llava_steps.core.layout import check_layout, last_stage_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,42 +40,14 @@ class ModelOptions:
         return DTYPES[self.precision]
 
 
-def check_layout(geometry: Geometry, options: ModelOptions) -> None:
-    """ConfigError unless the model can be cut as `options` asks."""
-    divisible = {
-        "vocab_size": geometry.vocab,
-        "num_attention_heads": geometry.heads,
-        "num_key_value_heads": geometry.kv_heads,
-        "intermediate_size": geometry.ffn,
-    }
-    for name, size in divisible.items():
-        if size % options.tp:
-            raise ConfigError(
-                f"tensor_model_parallel {options.tp} does not divide {name} {size}; choose a size "
-                "that does"
-                + (", or pad the vocabulary (hf_model.vocab_size_padding)" * (name == "vocab_size"))
-            )
-    if options.pp > geometry.layers:
-        raise ConfigError(
-            f"pipeline_model_parallel {options.pp} exceeds the model's {geometry.layers} layers"
-        )
-    if options.sequence_parallel and options.tp == 1:
-        raise ConfigError("sequence_parallel needs tensor_model_parallel > 1")
-
-
 def transformer_config(geometry: Geometry, options: ModelOptions) -> TransformerConfig:
     """megatron-core's configuration from the geometry alone. No dropout, no fusion, no init."""
-    check_layout(geometry, options)
+    check_layout(geometry, options.tp, options.pp)
+    if options.sequence_parallel and options.tp == 1:
+        raise ConfigError("sequence_parallel needs tensor_model_parallel > 1")
     uneven: dict[str, Any] = {}
     if geometry.layers % options.pp:
-        # Earlier stages take one more layer each; the last stage has the head to carry.
-        per_stage = -(-geometry.layers // options.pp)
-        last = geometry.layers - per_stage * (options.pp - 1)
-        if last < 1:
-            raise ConfigError(
-                f"{geometry.layers} layers cannot be cut into {options.pp} pipeline stages; "
-                "choose a pipeline size that divides them"
-            )
+        last = last_stage_layers(geometry.layers, options.pp)
         uneven = {"num_layers_in_last_pipeline_stage": last}
     recomputes: dict[str, dict[str, Any]] = {
         "none": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,10 +57,14 @@ class Failure:
     FILE = "failure.json"
 
     def write(self, work: Path) -> None:
-        """Keep the first report of an attempt; later ones are consequences."""
+        """Keep the first report of an attempt; later ones are consequences.
+
+        On a full disk there is no report; the exit code still tells the kind of error.
+        """
         path = work / self.FILE
         if not path.exists():
-            fsio.write_json(path, asdict(self))
+            with contextlib.suppress(OSError):
+                fsio.write_json(path, asdict(self))
 
     @classmethod
     def read(cls, work: Path) -> Failure | None:

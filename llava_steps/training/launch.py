@@ -8,23 +8,27 @@ the launcher, also when it is killed (see `worker.follow_launcher`).
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
 from llava_steps.core import errors
-from llava_steps.core.errors import ConfigError, StepError
+from llava_steps.core.errors import StepError, StoppedError
 from llava_steps.training.job import Failure, Job
+from llava_steps.training.stop import SIGNALS
 
 GRACE = 10.0
 """Seconds that workers get to end by themselves after one of them failed."""
 POLL = 0.05
+SCRATCH = "llava-steps-"
 _BY_CODE = {
     kind.exit_code: kind
     for kind in vars(errors).values()
@@ -35,35 +39,52 @@ _BY_CODE = {
 def launch(job: Job) -> None:
     """Run the job's workers to their end; raises the StepError of the first failure."""
     stage = job.stage
-    if stage.nodes > 1:
-        raise ConfigError(
-            f"--node {stage.nodes}: training over several nodes is not there yet; use one node"
-        )
     (job.work / Failure.FILE).unlink(missing_ok=True)
     path = job.write()
-    with tempfile.TemporaryDirectory(prefix="llava-steps-") as rendezvous:
+    with _scratch(job.work) as scratch, _Forward() as forward:
         workers = [
-            subprocess.Popen(
-                [sys.executable, "-m", "llava_steps.training.worker", str(path)],
-                env=_environment(stage.gpus, rank, Path(rendezvous, "store")),
+            forward.add(
+                subprocess.Popen(
+                    [sys.executable, "-m", "llava_steps.training.worker", str(path)],
+                    env=_environment(stage.gpus, rank, scratch),
+                )
             )
             for rank in range(stage.gpus)
         ]
-        with _Forward(workers):
-            codes = _wait(workers)
+        codes = _wait(workers)
     if any(codes):
-        raise _error(job.work, codes)
+        raise _error(job.work, codes, forward.asked)
 
 
-def _environment(processes: int, rank: int, rendezvous: Path) -> Mapping[str, str]:
+@contextlib.contextmanager
+def _scratch(work: Path) -> Iterator[Path]:
+    """Temporary directory of the launcher and its workers, gone afterwards.
+
+    A killed launcher leaves it behind; the next attempt, which finds its name in `work`, removes
+    it. It is not below `work` because sockets in it need a short path.
+    """
+    note = work / "scratch"
+    if note.exists():
+        left = Path(note.read_text())
+        if left.name.startswith(SCRATCH) and left.parent == Path(tempfile.gettempdir()):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as path:
+        note.write_text(path)
+        yield Path(path)
+    note.unlink()
+
+
+def _environment(processes: int, rank: int, scratch: Path) -> Mapping[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     own = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "LLAVA_STEPS_RENDEZVOUS": str(rendezvous),
+        "LLAVA_STEPS_RENDEZVOUS": str(scratch / "store"),
         "LLAVA_STEPS_LAUNCHER": str(os.getpid()),
+        # Workers leave without tidying up (see worker.py); what they leave lies here.
+        "TMPDIR": str(scratch),
     }
     # What the user's environment says about threads and the hub wins over our choice.
     chosen = {
@@ -90,33 +111,45 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int]:
     return [worker.returncode for worker in workers]
 
 
-def _error(work: Path, codes: list[int]) -> StepError:
+def _error(work: Path, codes: list[int], asked: bool) -> StepError:
     failure = Failure.read(work)
     if failure is not None:
         kind = _BY_CODE.get(failure.exit_code, StepError)
         return kind(f"rank {failure.rank}: {failure.message}")
     rank, code = next((r, c) for r, c in enumerate(codes) if c)
+    if asked and code == -signal.SIGTERM:
+        return StoppedError("stopped by a signal while the workers started; run me again")
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return StepError(
-        f"rank {rank} {how} without a report; run again to go on from the last checkpoint"
+    kind = _BY_CODE.get(code, StepError)
+    return kind(
+        f"rank {rank} {how} without a report; see {work / 'logs'}, and run again to go on from "
+        "the last checkpoint"
     )
 
 
 class _Forward:
-    """While it lasts, SIGTERM, SIGINT and SIGUSR1 go to the workers instead of ending us."""
+    """While it lasts, signals that ask for a stop go to the workers instead of ending us."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    def __init__(self) -> None:
+        self.asked = False
+        self._workers: list[subprocess.Popen[bytes]] = []
 
-    def __init__(self, workers: list[subprocess.Popen[bytes]]) -> None:
-        self._workers = workers
+    def add(self, worker: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        """Pass signals on to this worker too; one that came before reaches it now."""
+        self._workers.append(worker)
+        if self.asked:
+            worker.send_signal(signal.SIGTERM)
+        return worker
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
         for worker in self._workers:
             if worker.poll() is None:
                 worker.send_signal(signal.SIGTERM)
 
-    def __enter__(self) -> None:
-        self._before = {s: signal.signal(s, self._pass_on) for s in self.SIGNALS}
+    def __enter__(self) -> _Forward:
+        self._before = {s: signal.signal(s, self._pass_on) for s in SIGNALS}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llava_steps.core import commit
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import StoppedError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.log import Progress
@@ -33,16 +31,16 @@ from llava_steps.training.job import Job
 from llava_steps.training.metrics import METRICS, Lines, Tracker
 from llava_steps.training.optimizer import Optimizer, wrap
 from llava_steps.training.schedule import learning_rate
+from llava_steps.training.stop import StopRequest
 
 
-def train(job: Job, log: logging.Logger) -> None:
+def train(job: Job, log: logging.Logger, stop: StopRequest) -> None:
     """Train one stage to its end, from its last checkpoint if there is one.
 
     Raises DivergedError when loss or gradient were not finite more often than the settings allow
-    (nothing was updated with them) and StoppedError after a signal, with everything saved.
+    (nothing was updated with them) and StoppedError on request, with everything saved.
     """
     stage = job.stage
-    stop = StopRequest()
     model = build(job)
     wrapped = wrap(model)
     optimizer = Optimizer(stage, wrapped)
@@ -50,15 +48,22 @@ def train(job: Job, log: logging.Logger) -> None:
     guard = Guard(stage, done, log)
     reports = Reports(job, done.step, log)
     batches = iter(loader)
+
+    def save() -> None:
+        reports.sync()
+        path = state.save(job.entry, done, stage, model, optimizer, loader.state())
+        log.info("saved %s", path.name)
+
     with reports:
-        while done.step < stage.train_steps and not stop.agreed:
+        saved = done.step
+        while done.step < stage.train_steps and not parallel.on_any_rank(stop.requested):
             began = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - began
             if guard.skips():
                 reports.no_update(done.step, "asked to skip", batch)
             else:
-                sums = forward_backward(stage, wrapped, optimizer, batch, stop)
+                sums = forward_backward(wrapped, optimizer, batch)
                 norm = optimizer.gradient_norm()
                 if guard.accepts(sums.mean, norm, batch, sums.micro):
                     lr = learning_rate(stage, done.step)
@@ -69,11 +74,11 @@ def train(job: Job, log: logging.Logger) -> None:
                 else:
                     reports.no_update(done.step, "not finite", batch)
             done.step += 1
-            last = done.step == stage.train_steps or stop.agreed
-            if last or done.step % stage.save_interval == 0:
-                reports.sync()
-                path = state.save(job.entry, done, stage, model, optimizer, loader.state())
-                log.info("saved %s", path.name)
+            if done.step == stage.train_steps or done.step % stage.save_interval == 0:
+                save()
+                saved = done.step
+        if done.step > saved:
+            save()
     if done.step < stage.train_steps:
         raise StoppedError(f"stopped by a signal after step {done.step}, saved; run me again")
 
@@ -89,7 +94,7 @@ def build(job: Job) -> Llava:
         sequence_parallel=stage.sequence_parallel,
         freeze_vision=stage.freeze_vision,
         freeze_projector=stage.freeze_projector,
-        freeze_lm=stage.freeze_lm,
+        freeze_lm=bool(stage.freeze_lm),
         recompute=stage.recompute,
         pre_process=parallel.is_first_stage(),
         post_process=parallel.is_last_stage(),
@@ -139,8 +144,7 @@ class Sums:
     """Sums over the global batch, the same on every rank."""
 
     def __init__(self, values: Tensor, micro: list[float]) -> None:
-        self.loss, self.supervised, self.tokens, stop = values.tolist()
-        self.stop = stop > 0
+        self.loss, self.supervised, self.tokens = values.tolist()
         self.micro = micro
         """Loss sums of this rank's microbatches; empty before the last pipeline stage."""
 
@@ -150,9 +154,7 @@ class Sums:
         return self.loss / self.supervised if self.supervised else math.nan
 
 
-def forward_backward(
-    stage: Stage, wrapped: Any, optimizer: Optimizer, batch: list[MicroBatch], stop: StopRequest
-) -> Sums:
+def forward_backward(wrapped: Any, optimizer: Optimizer, batch: list[MicroBatch]) -> Sums:
     """Gradients of the token mean over the global batch, left in the gradient buffers."""
     wrapped.zero_grad_buffer()
     optimizer.zero_grad()
@@ -168,13 +170,9 @@ def forward_backward(
         forward_only=False,
     )
     micro = torch.stack(losses).double().tolist() if losses else []
-    counted = parallel.is_last_stage()
     supervised, tokens = (sum(m.num_supervised for m in batch), sum(m.num_tokens for m in batch))
-    own = [sum(micro), float(supervised), float(tokens), float(stop.requested)]
-    values = torch.tensor(own, dtype=torch.float64, device=parallel.device()) * counted
-    sums = Sums(parallel.agree(values), micro)
-    stop.agreed = sums.stop
-    return sums
+    own = torch.tensor([sum(micro), supervised, tokens], dtype=torch.float64)
+    return Sums(parallel.total(own.to(parallel.device())), micro)
 
 
 def forward_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
@@ -197,19 +195,6 @@ def forward_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, A
         return total, count, total.detach()
 
     return output, loss_sum
-
-
-class StopRequest:
-    """SIGTERM and SIGINT ask for a stop at the next step boundary; all ranks stop at the same."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.agreed = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, frame: object) -> None:
-        self.requested = True
 
 
 class Reports:

@@ -117,15 +117,19 @@ def device() -> torch.device:
     )
 
 
-def agree(values: torch.Tensor) -> torch.Tensor:
+def total(values: torch.Tensor) -> torch.Tensor:
     """Sum of `values` over the data-parallel replicas, the same on every rank.
 
-    `values` count on the last pipeline stage only; others pass zeros of the same shape.
+    Of each replica the values of one rank count: the last pipeline stage's, tensor rank 0.
     """
-    dist.all_reduce(values, group=ps.get_data_parallel_group())
-    dist.broadcast(
-        values,
-        src=ps.get_pipeline_model_parallel_last_rank(),
-        group=ps.get_pipeline_model_parallel_group(),
-    )
+    if not (is_last_stage() and ps.get_tensor_model_parallel_rank() == 0):
+        values = torch.zeros_like(values)
+    dist.all_reduce(values)
     return values
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank of the job; the same answer on every rank."""
+    raised = torch.tensor(int(flag), device=device())
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return bool(raised.item())

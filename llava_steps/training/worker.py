@@ -13,9 +13,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from llava_steps.core.errors import StepError
+from llava_steps.core.errors import StepError, of_surroundings
 from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.training.job import Failure, Job
+from llava_steps.training.stop import StopRequest
 
 PR_SET_PDEATHSIG = 1
 
@@ -34,6 +35,7 @@ def follow_launcher() -> None:
 
 def main() -> int:
     """Run one rank of the job in argv[1]; returns the exit code."""
+    stop = StopRequest()
     follow_launcher()
     ignore_known_warnings()
     job = Job.read(Path(sys.argv[1]))
@@ -45,11 +47,15 @@ def main() -> int:
         from llava_steps.training import loop, parallel
 
         with parallel.processes(job.stage):
-            loop.train(job, log)
+            loop.train(job, log, stop)
     except StepError as error:
         Failure(rank, error.exit_code, str(error)).write(job.work)
         return error.exit_code
     except Exception as error:
+        known = of_surroundings(error) if isinstance(error, OSError) else None
+        if known is not None:
+            Failure(rank, known.exit_code, str(known)).write(job.work)
+            return known.exit_code
         traceback.print_exc()
         log.error("%s", traceback.format_exc())
         Failure(rank, 1, f"{type(error).__name__}: {error}").write(job.work)

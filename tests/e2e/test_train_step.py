@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -34,8 +35,11 @@ def value(out: Path) -> tuple[list[str], list[list[str]], dict[str, str]]:
     return [row["loss_hex"] for row in metrics(out)], sample_ids(out), digests
 
 
-def stopped(chain: Chain, name: str, *flags: str) -> Path:
-    """Train until a few steps are done, ask for a stop; returns the unfinished store entry."""
+def stopped(chain: Chain, name: str, *flags: str, rank: int | None = None) -> Path:
+    """Train until a few steps are done, ask for a stop; returns the unfinished store entry.
+
+    With `rank` only that worker hears of it.
+    """
     line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags(name), *flags]
     process = subprocess.Popen(line, cwd=chain.root, env=environment(), stderr=subprocess.PIPE)
     work = chain.root / "results" / name / "work"
@@ -45,7 +49,8 @@ def stopped(chain: Chain, name: str, *flags: str) -> Path:
             process.kill()
             raise AssertionError(process.communicate()[1].decode())
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid if rank is None else int(workers[rank]), signal.SIGTERM)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 75, log.decode()
     done = len(metrics(work))
@@ -61,6 +66,29 @@ def test_a_stop_is_saved_and_resumed_bit_for_bit(chain: Chain) -> None:
     assert value(chain.train("stop_resumed", *FLAGS, "--seed=5")) == whole
     assert len(whole[0]) == STEPS
     assert len({i for ids in whole[1] for i in ids}) == STEPS * 4, "no sample twice"
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank"), [(("--tp=2",), 1), (("--tp=1", "--pp=2"), 0), (("--tp=1",), 1)]
+)
+def test_one_rank_that_is_asked_to_stop_stops_them_all(
+    chain: Chain, layout: tuple[str, ...], rank: int
+) -> None:
+    stopped(chain, f"one_{''.join(layout)}", *FLAGS, *layout, "--seed=8", rank=rank)
+
+
+def test_a_stop_while_the_workers_start(chain: Chain) -> None:
+    line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags("early"), *FLAGS]
+    for moment in ("job.json", "logs/rank-0001.log"):
+        job = chain.root / "results/early/work/.work" / moment
+        process = subprocess.Popen(
+            [*line, "--seed=9"], cwd=chain.root, env=environment(), stderr=subprocess.PIPE
+        )
+        while not job.exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+        assert process.returncode == 75 and b"Traceback" not in log, log.decode()
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(chain: Chain) -> None:

@@ -55,7 +55,7 @@ def test_numbers_and_switches_survive(lr: float, seed: int, switch: bool, split:
 def test_defaults_are_left_out_and_one_word_per_flag() -> None:
     assert cli.flags(config.DemoAssets()) == []
     line = cli.flags(config.Stage(stage=2, lr=2e-5, freeze_vision=False, tensor_model_parallel=1))
-    assert line == ["--stage=2", "--no-freeze-vision", "--lr=2e-05"]
+    assert line == ["--stage=2", "--no-freeze-vision", "--no-freeze-lm", "--lr=2e-05"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -91,14 +91,14 @@ def test_wrong_values_name_their_flag() -> None:
 def test_names_of_the_old_scripts() -> None:
     """Options that people know from the scripts this replaces."""
     line = (
-        "-g 8 --node 2 --tp 4 --pp 2 --micro-batch-size 2 --global-batch-size 16 --stage 2 "
+        "-g 8 --node 1 --tp 4 --pp 2 --micro-batch-size 2 --global-batch-size 16 --stage 2 "
         "--freeze-lm --save-interval 2000 --log-interval 1 --name x --wandb --num-workers 4 "
         "--megatron-load-dir a --tokenizer-load-dir b --data-path c --master-addr h "
         "--master-port 1234 --rank 1 --backend gloo "
         "--skip-train-iteration-range 100-110 300-400"
     )
     found = cli.parse(config.Stage, line.replace("-g 8", "--gpus 8").split())
-    assert (found.gpus, found.nodes, found.tensor_model_parallel) == (8, 2, 4)
+    assert (found.gpus, found.nodes, found.tensor_model_parallel) == (8, 1, 4)
     assert (found.pipeline_model_parallel, found.stage, found.freeze_lm) == (2, 2, True)
     assert found.skip_train_iteration_range == ["100-110", "300-400"]
     assert cli.parse(config.Stage, cli.flags(found)) == found

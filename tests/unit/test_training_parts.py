@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps.core.config import Stage
-from llava_steps.core.errors import ConfigError, DivergedError, StepError, StoppedError
+from llava_steps.core.errors import DivergedError, InputError, StepError, StoppedError
 from llava_steps.training import launch as launching
 from llava_steps.training.job import Job
 from llava_steps.training.metrics import Lines
@@ -80,6 +81,8 @@ def test_lines_forget_steps_that_are_done_again(tmp_path: Path) -> None:
         ({"skip_train_iteration_range": ["9-3"]}, "ends before it begins"),
         ({"skip_train_iteration_range": ["0-3"]}, "pattern"),
         ({"freeze_projector": True, "freeze_lm": True}, "nothing to train"),
+        ({"freeze_projector": True}, "nothing to train"),
+        ({"nodes": 2, "global_batch_size": 2}, "several nodes"),
         ({"lr": "2e-5"}, "number"),
         ({"lrr": 1.0}, "Extra inputs"),
     ],
@@ -87,6 +90,11 @@ def test_lines_forget_steps_that_are_done_again(tmp_path: Path) -> None:
 def test_contradictions_are_refused(values: dict[str, object], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         stage(**values)
+
+
+def test_stage_1_keeps_the_language_model_unless_told() -> None:
+    assert stage(stage=1).freeze_lm and stage(stage=1) == stage(stage=1, freeze_lm=True)
+    assert not stage(stage=2).freeze_lm and not stage(stage=1, freeze_lm=False).freeze_lm
 
 
 def job(tmp_path: Path, gpus: int = 2, **values: object) -> Job:
@@ -147,24 +155,56 @@ def test_a_killed_worker_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         launching.launch(job(tmp_path))
 
 
-def test_success_and_several_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    as_worker(monkeypatch, tmp_path, "")
+def test_scratch_goes_with_the_launcher_or_with_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Workers leave files behind, W&B's for one; a killed launcher cannot remove them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp/llava-steps-old").mkdir(parents=True)
+    (tmp_path / "scratch").write_text(str(tmp_path / "tmp/llava-steps-old"))
+    body = "import tempfile; (job.work / f'tmp{rank}').write_text(tempfile.mkdtemp())"
+    as_worker(monkeypatch, tmp_path, body)
     launching.launch(job(tmp_path))
-    more = Job(stage(nodes=2, global_batch_size=2), *[tmp_path] * 5, "f")
-    with pytest.raises(ConfigError, match="several nodes"):
-        launching.launch(more)
+    for rank in (0, 1):
+        assert (tmp_path / f"tmp{rank}").read_text().startswith(str(tmp_path / "tmp/llava-steps-"))
+    assert not list((tmp_path / "tmp").iterdir()) and not (tmp_path / "scratch").exists()
 
 
-def test_a_stop_signal_reaches_the_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_report_but_the_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     body = """
+import errno
+from llava_steps.core import fsio
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+fsio.write_json = full
+Failure(rank, 3, "full").write(job.work)
+sys.exit(3)
+"""
+    as_worker(monkeypatch, tmp_path, body)
+    with pytest.raises(InputError, match="ended with code 3 without a report"):
+        launching.launch(job(tmp_path))
+
+
+STOPPED = """
 def stop(*_):
     Failure(rank, 75, "stopped").write(job.work)
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
+"""
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_a_stop_signal_reaches_the_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listening: bool
+) -> None:
+    """Also before they listen: then they die of it, and nothing is lost."""
+    body = """
 (job.work / f"ready{rank}").touch()
 time.sleep(600)
 """
-    as_worker(monkeypatch, tmp_path, body)
+    as_worker(monkeypatch, tmp_path, STOPPED * listening + body)
 
     def send() -> None:
         while not all((tmp_path / f"ready{r}").exists() for r in (0, 1)):
