@@ -43,7 +43,7 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         fingerprint=ctx.fingerprint,
     )
     launch(job)
-    commit.prune(ctx.entry, 1)
+    keep_beside(ctx, cfg)
     lines = [json.loads(line) for line in (ctx.entry / "metrics.jsonl").read_text().splitlines()]
     rows = [line for line in lines if "skipped" not in line]
     if not rows:
@@ -56,6 +56,18 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         "first_loss": rows[0]["loss"],
         "last_loss": rows[-1]["loss"],
     }
+
+
+def keep_beside(ctx: Context, cfg: Stage) -> None:
+    """Leave the last checkpoint alone in the payload, which is the value of the training.
+
+    Others that were asked for go to `.work/kept`: how many is no part of the value.
+    """
+    for iteration, path in commit.committed(ctx.entry)[:-1]:
+        if cfg.keep_every and iteration % cfg.keep_every == 0:
+            (ctx.work / "kept").mkdir(exist_ok=True)
+            path.rename(ctx.work / "kept" / path.name)
+    commit.prune(ctx.entry, 1)
 
 
 STEP = Step(

@@ -1,7 +1,8 @@
-"""A training worker in which every second step meets something that is not finite.
+"""A training worker in which every second step meets something that is not finite, or a spike.
 
 Each case is one kind of poison on one rank in one microbatch. The weights and the optimizer's state
 are hashed when a poisoned step begins and when it is over; the verdicts go to verdict_RANK.jsonl.
+With POISONED_STEPS in the environment only these steps (counted from 0) are poisoned, by NaN.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 
 from llava_steps.training import worker
 
-KINDS = ("nan loss", "inf loss", "-inf loss", "nan gradient", "inf gradient", "nan weight")
+KINDS = ("nan loss", "inf loss", "-inf loss", "100x loss", "nan gradient", "nan weight")
 MICRO = 3
 CASES = list(itertools.product(KINDS, (0, 1), range(MICRO)))
-NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+FACTORS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "100x": 100.0}
+PLAN = {2 * number + 1: case for number, case in enumerate(CASES)}
+if text := os.environ.get("POISONED_STEPS"):
+    PLAN = {int(step): ("nan loss", 0, 0) for step in text.split(",")}
 
 
 def digest(wrapped: Any, optimizer: Any) -> str:
@@ -51,8 +55,7 @@ def poison(loop: Any) -> None:
         if now["restore"]:
             now["restore"]()
         now.update(step=now["step"] + 1, micro=0, case=None, restore=None)
-        if now["step"] % 2 and now["step"] // 2 < len(CASES):
-            now["case"] = CASES[now["step"] // 2]
+        now["case"] = PLAN.get(now["step"])
         kind, where, _ = now["case"] or ("", -1, -1)
         if kind == "nan weight" and rank == where:
             weight = next(p for p in wrapped.parameters() if p.requires_grad)
@@ -63,7 +66,7 @@ def poison(loop: Any) -> None:
         sums = whole(wrapped, optimizer, batch)
         if kind.endswith("gradient") and rank == where:
             # After the reduction: only this rank sees it until the norm is agreed on.
-            wrapped.buffers[0].grad_data.fill_(NOT_FINITE[kind.split()[0]])
+            wrapped.buffers[0].grad_data.fill_(FACTORS[kind.split()[0]])
         return sums
 
     def forward_step(batches: Any, wrapped: Any) -> Any:
@@ -73,7 +76,7 @@ def poison(loop: Any) -> None:
         now["micro"] += 1
         if not (kind.endswith("loss") and rank == where and number == micro):
             return output, loss_sum
-        value = NOT_FINITE[kind.split()[0]]
+        value = FACTORS[kind.split()[0]]
         return output, lambda losses: loss_sum(losses * value)
 
     loop.forward_backward, loop.forward_step = forward_backward, forward_step

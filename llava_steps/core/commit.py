@@ -100,12 +100,16 @@ def latest_commit(root: Path) -> Path:
     return found[-1][1]
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` committed directories of `root`, and unfinished ones."""
+def prune(root: Path, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the newest `keep` committed directories of `root`, and unfinished ones.
+
+    With `keep_every`, those whose iteration is a multiple of it stay as well.
+    """
     found = committed(root)
-    for _, path in found[: max(0, len(found) - keep)]:
-        # Without its marker the directory is no checkpoint any more, however far the rest gets.
-        (path / MARKER).unlink()
+    for iteration, path in found[: max(0, len(found) - keep)]:
+        if not (keep_every and iteration % keep_every == 0):
+            # Without its marker the directory is no checkpoint any more, however far the rest gets.
+            (path / MARKER).unlink()
     for path in root.iterdir():
         if _ITERATION.match(path.name) and not (path / MARKER).exists():
             fsio.remove(path)

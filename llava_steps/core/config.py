@@ -171,15 +171,40 @@ class Stage(StepConfig):
         "steps to skip, counted from 1 with both ends, as 100-110 300-400: their global batches "
         "are passed over and the schedule goes on",
     )
+    spike_factor: float = value(
+        0.0,
+        "a loss or gradient norm above this many times the median of the last 64 updates is "
+        "treated like one that is not finite; 0 looks for no spikes",
+        ge=0,
+    )
     max_rejected_steps: Count = value(
         10,
         "steps whose loss or gradient is not finite: their update is left out, their samples are "
-        "named; one step more than this ends the training with exit code 6",
+        "named; one step more than this and the training rolls back",
+    )
+    max_rollbacks: Count = value(
+        1,
+        "times that weights and optimizer go back to the last checkpoint, while the stream of "
+        "samples goes on; one time more ends the training with exit code 6",
     )
 
+    exit_before: float = quiet(
+        0.0,
+        "minutes after which the training has stopped in order, saved, with exit code 75; time "
+        "for a save is set aside; 0 is no limit",
+        ge=0,
+    )
+    stall_timeout: Count = quiet(
+        600,
+        "seconds without progress on any rank after which the job ends, with the stack of each "
+        "process in its log; counts from the first step on; 0 waits for ever",
+    )
     num_workers: Count = quiet(2, "loader worker processes per rank")
     save_interval: PositiveInt = quiet(1000, "steps between checkpoints")
-    keep_checkpoints: PositiveInt = quiet(2, "newest checkpoints that are kept")
+    keep_checkpoints: PositiveInt = quiet(2, "newest checkpoints that are kept while training")
+    keep_every: Count = quiet(
+        0, "also keep each checkpoint whose step is a multiple of this, in `.work/kept` at the end"
+    )
     log_interval: PositiveInt = quiet(1, "steps between progress lines")
     name: str = quiet("", "label of the run in logs and trackers")
     wandb: bool = quiet(False, "log to Weights & Biases (offline unless WANDB_MODE says otherwise)")
@@ -242,6 +267,8 @@ class Stage(StepConfig):
             first, _, last = text.partition("-")
             if int(first) > int(last):
                 raise ValueError(f"skip_train_iteration_range {text} ends before it begins")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(f"spike_factor {self.spike_factor} must be above 1, or 0")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
         if self.freeze_vision and self.freeze_projector and self.freeze_lm:

@@ -1,21 +1,28 @@
 """Which steps update the weights: not those that were asked to be skipped, not those whose loss or
-gradient is not finite.
+gradient is not finite, or jumps.
 
 Either way the step is over: schedule and sample stream go on, weights and optimizer stay untouched.
+When that happens too often the training rolls back (see `loop.roll_back`), and then gives up.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 
 import torch.distributed as dist
 
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import DivergedError
 from llava_steps.data.batch import MicroBatch
+
+WINDOW = 64
+"""Updates that the running medians look back on."""
+ENOUGH = 8
+"""Updates without which nothing is called a spike."""
 
 
 @dataclass
@@ -25,19 +32,24 @@ class Counters:
     step: int = 0
     """Steps that are over, each one global batch further in the stream."""
     updates: int = 0
-    """Steps that updated the weights."""
+    """Steps that updated the weights as they are now; those rolled back do not count."""
     rejected: int = 0
-    """Steps whose loss or gradient was not finite."""
+    """Rejected steps since the last rollback."""
+    rollbacks: int = 0
+    recent: list[list[float]] = field(default_factory=list)
+    """[loss, gradient norm] of the last updates, the newest last; all finite."""
 
 
 class Guard:
     """Decides, equally on every rank."""
 
     def __init__(self, stage: Stage, counters: Counters, log: logging.Logger) -> None:
-        self._budget = stage.max_rejected_steps
+        self._stage = stage
         self._ranges = skip_ranges(stage.skip_train_iteration_range)
         self._counters = counters
         self._log = log
+        self.reason = ""
+        """Why the last step was rejected."""
 
     def skips(self) -> bool:
         """Whether the settings ask to skip the coming step."""
@@ -50,39 +62,63 @@ class Guard:
         """Whether the optimizer may run; a collective call if it may not.
 
         `loss` and `norm` are those of the global batch, the same on every rank; `losses` the sums
-        of this rank's microbatches, empty where none are known. Raises DivergedError beyond the
-        budget of rejected steps.
+        of this rank's microbatches, empty where none are known.
         """
-        if math.isfinite(loss) and math.isfinite(norm):
+        c, factor = self._counters, self._stage.spike_factor
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        highest = math.inf
+        if factor and len(c.recent) >= ENOUGH:
+            highest = factor * median(row[0] for row in c.recent)
+            highest_norm = factor * median(row[1] for row in c.recent)
+            spike = loss > highest or norm > highest_norm
+        else:
+            spike = False
+        if finite and not spike:
+            c.recent = [*c.recent, [loss, norm]][-WINDOW:]
             return True
-        c = self._counters
+        self.reason = "spike" if finite else "not finite"
         c.rejected += 1
-        message = (
-            f"step {c.step}: loss {loss}, gradient norm {norm}; weights and optimizer stay as they "
-            f"are; samples {self._suspects(batch, losses)}"
-        )
-        if c.rejected > self._budget:
-            raise DivergedError(
-                f"{message}; {c.rejected} rejected steps are more than max_rejected_steps "
-                f"{self._budget}"
-            )
-        self._log.error("%s; rejected %d of at most %d", message, c.rejected, self._budget)
+
+        def bad(batch: MicroBatch, total: float) -> bool:
+            return not math.isfinite(total) or total > highest * max(1, batch.num_supervised)
+
+        self._log.error(
+            "step %d: %s: loss %s, gradient norm %s; weights and optimizer stay as they are; "
+            "samples %s; rejected %d of at most %d",
+            c.step, self.reason, loss, norm, suspects(batch, losses, bad), c.rejected,
+            self._stage.max_rejected_steps,
+        )  # fmt: skip
         return False
 
-    @staticmethod
-    def _suspects(batch: Sequence[MicroBatch], losses: Sequence[float]) -> list[str]:
-        """Samples of the microbatches whose loss is not finite; of the whole batch if none is."""
-        own = [i for m in batch for i in m.sample_ids]
-        bad = [
-            i
-            for m, loss in zip(batch, losses, strict=False)
-            if not math.isfinite(loss)
-            for i in m.sample_ids
-        ]
-        gathered: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
-        dist.all_gather_object(gathered, (own, bad))
-        suspects = {i for _, found in gathered for i in found}
-        return sorted(suspects or {i for all_, _ in gathered for i in all_})
+    @property
+    def must_roll_back(self) -> bool:
+        """Whether too many steps were rejected; raises DivergedError when rolling back is spent."""
+        c, s = self._counters, self._stage
+        if c.rejected <= s.max_rejected_steps:
+            return False
+        if c.rollbacks >= s.max_rollbacks:
+            raise DivergedError(
+                f"step {c.step}: {c.rejected} rejected steps are more than max_rejected_steps "
+                f"{s.max_rejected_steps}, after {c.rollbacks} rollbacks of at most "
+                f"{s.max_rollbacks}; the log names the samples of each"
+            )
+        return True
+
+
+def suspects(
+    batch: Sequence[MicroBatch],
+    losses: Sequence[float],
+    bad: Callable[[MicroBatch, float], bool],
+) -> list[str]:
+    """Samples of the bad microbatches of all ranks; of the whole batch if none is. Collective."""
+    own = [i for m in batch for i in m.sample_ids]
+    found = [
+        i for m, loss in zip(batch, losses, strict=False) if bad(m, loss) for i in m.sample_ids
+    ]
+    gathered: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
+    dist.all_gather_object(gathered, (own, found))
+    named = {i for _, part in gathered for i in part}
+    return sorted(named or {i for part, _ in gathered for i in part})
 
 
 def skip_ranges(texts: Sequence[str]) -> list[tuple[int, int]]:

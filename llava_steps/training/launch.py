@@ -24,6 +24,7 @@ from llava_steps.core import errors
 from llava_steps.core.errors import StepError, StoppedError
 from llava_steps.training.job import Failure, Job
 from llava_steps.training.stop import SIGNALS
+from llava_steps.training.watch import BEATS, Watch
 
 GRACE = 10.0
 """Seconds that workers get to end by themselves after one of them failed."""
@@ -51,7 +52,7 @@ def launch(job: Job) -> None:
             )
             for rank in range(stage.gpus)
         ]
-        codes = _wait(workers)
+        codes = _wait(workers, Watch(scratch, workers, stage.stall_timeout), job.work / "logs")
     if any(codes):
         raise _error(job.work, codes, forward.asked)
 
@@ -85,6 +86,7 @@ def _environment(processes: int, rank: int, scratch: Path) -> Mapping[str, str]:
         "LLAVA_STEPS_LAUNCHER": str(os.getpid()),
         # Workers leave without tidying up (see worker.py); what they leave lies here.
         "TMPDIR": str(scratch),
+        BEATS: str(scratch),
     }
     # What the user's environment says about threads and the hub wins over our choice.
     chosen = {
@@ -96,19 +98,31 @@ def _environment(processes: int, rank: int, scratch: Path) -> Mapping[str, str]:
     return chosen | dict(os.environ) | own
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes of all workers; once one has failed the others are ended."""
+def _wait(workers: list[subprocess.Popen[bytes]], watch: Watch, logs: Path) -> list[int]:
+    """Exit codes of all workers; once one has failed or stands still the others are ended."""
     deadline: float | None = None
     # Polled in a list: a generator would stop at the first that lives and never see the dead.
     while None in [worker.poll() for worker in workers]:
         if deadline is None and any(worker.returncode for worker in workers):
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() > deadline:
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.kill()
+            _kill(workers)
+        elif deadline is None and (rank := watch.stalled()) is not None:
+            states = watch.dump(logs)
+            _kill(workers)
+            raise StepError(
+                f"no progress for stall_timeout seconds; rank {rank} was the first to stand still. "
+                f"Run again to go on from the last checkpoint. Stacks are in {logs}:\n{states}"
+            )
         time.sleep(POLL)
     return [worker.returncode for worker in workers]
+
+
+def _kill(workers: list[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()
 
 
 def _error(work: Path, codes: list[int], asked: bool) -> StepError:

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llava_steps.core import commit
-from llava_steps.core.errors import StoppedError
+from llava_steps.core.errors import DivergedError, StoppedError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.log import Progress
 from llava_steps.data.batch import MicroBatch
@@ -32,26 +32,32 @@ from llava_steps.training.metrics import METRICS, Lines, Tracker
 from llava_steps.training.optimizer import Optimizer, wrap
 from llava_steps.training.schedule import learning_rate
 from llava_steps.training.stop import StopRequest
+from llava_steps.training.watch import Beat
 
 
-def train(job: Job, log: logging.Logger, stop: StopRequest) -> None:
+def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     """Train one stage to its end, from its last checkpoint if there is one.
 
     Raises DivergedError when loss or gradient were not finite more often than the settings allow
     (nothing was updated with them) and StoppedError on request, with everything saved.
     """
     stage = job.stage
+    stop.limit(stage.exit_before)
     model = build(job)
     wrapped = wrap(model)
     optimizer = Optimizer(stage, wrapped)
     done, loader = restore_or_start(job, model, optimizer, log)
+    state.check_space(job.entry, model, optimizer)
     guard = Guard(stage, done, log)
     reports = Reports(job, done.step, log)
     batches = iter(loader)
 
     def save() -> None:
+        beat()
+        began = time.monotonic()
         reports.sync()
         path = state.save(job.entry, done, stage, model, optimizer, loader.state())
+        stop.set_aside(time.monotonic() - began)
         log.info("saved %s", path.name)
 
     with reports:
@@ -72,15 +78,19 @@ def train(job: Job, log: logging.Logger, stop: StopRequest) -> None:
                     seconds = time.monotonic() - began
                     reports.update(done.step, lr, norm, sums, batch, waited, seconds)
                 else:
-                    reports.no_update(done.step, "not finite", batch)
+                    reports.no_update(done.step, guard.reason, batch)
+                    if guard.must_roll_back:
+                        roll_back(job, done, model, optimizer, log)
             done.step += 1
+            beat()
+            stop.set_aside(time.monotonic() - began)
             if done.step == stage.train_steps or done.step % stage.save_interval == 0:
                 save()
                 saved = done.step
         if done.step > saved:
             save()
     if done.step < stage.train_steps:
-        raise StoppedError(f"stopped by a signal after step {done.step}, saved; run me again")
+        raise StoppedError(f"stopped on request after step {done.step}, saved; run me again")
 
 
 def build(job: Job) -> Llava:
@@ -106,7 +116,7 @@ def restore_or_start(
     job: Job, model: Llava, optimizer: Optimizer, log: logging.Logger
 ) -> tuple[Counters, TrainLoader]:
     """Load the newest checkpoint, or the weights to start from; open the loader there."""
-    found = state.find(job.entry)
+    found = state.find(job.entry, log)
     if found is None:
         load_weights(model, state.verified(commit.latest_commit(job.checkpoint)) / state.WEIGHTS)
         optimizer.reload_weights()
@@ -117,6 +127,25 @@ def restore_or_start(
     loader.check_state(kept)
     log.info("resuming after step %d from %s", counters.step, found.name)
     return counters, loader
+
+
+def roll_back(
+    job: Job, done: Counters, model: Llava, optimizer: Optimizer, log: logging.Logger
+) -> None:
+    """Weights, optimizer and generators as in the last checkpoint; schedule and stream go on.
+
+    Raises DivergedError when nothing was saved yet.
+    """
+    found = state.find(job.entry, log)
+    if found is None:
+        raise DivergedError(
+            f"step {done.step}: too many rejected steps, and no checkpoint yet to roll back to; "
+            "the log names the samples"
+        )
+    before, _ = state.load(found, job.stage, model, optimizer)
+    done.updates, done.recent, done.rejected = before.updates, before.recent, 0
+    done.rollbacks += 1
+    log.error("step %d: rolled back to %s, rollback %d", done.step, found.name, done.rollbacks)
 
 
 def open_loader(job: Job, consumed: int) -> TrainLoader:

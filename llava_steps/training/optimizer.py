@@ -121,6 +121,14 @@ class Optimizer:
         for parameter in moments:
             moments[parameter]["step"] = torch.tensor(float(steps), dtype=torch.float32)
 
+    def state_bytes(self) -> int:
+        """Bytes of this rank's masters and moments, as they are saved."""
+        if self.empty:
+            return 0
+        groups = self._inner.optimizer.param_groups
+        parameters: list[torch.Tensor] = [p for group in groups for p in group["params"]]
+        return 3 * sum(p.numel() * p.element_size() for p in parameters)
+
     def steps(self) -> set[int]:
         """The distinct update counts that the parameters' states hold."""
         if self.empty:

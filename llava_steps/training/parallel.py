@@ -21,8 +21,8 @@ cpu_shim.install()
 from megatron.core import parallel_state as ps  # noqa: E402  (needs the shim first)
 from megatron.core import tensor_parallel  # noqa: E402
 
-TIMEOUT = timedelta(minutes=10)
-"""Of a collective: a rank that waits longer for the others gives up."""
+TIMEOUT = timedelta(minutes=60)
+"""Of a collective. Long, because the launcher notices much earlier who stands still (watch.py)."""
 
 
 @contextlib.contextmanager

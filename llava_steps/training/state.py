@@ -7,19 +7,21 @@
       train_state.json    step, loader state, layout
       commit.json         sizes and sha256 of all of these, written last
 
-A checkpoint without its commit does not exist; a damaged one is an IntegrityError.
+A checkpoint without its commit does not exist; a damaged one is never loaded.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -29,10 +31,12 @@ from llava_steps.core.config import Stage
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.model.checkpoint import load_weights, save_sharded, save_weights
 from llava_steps.model.llava import Llava
+from llava_steps.training import parallel
 from llava_steps.training.guard import Counters
 from llava_steps.training.optimizer import Optimizer
 
 WEIGHTS, OPTIMIZER, RNG, STATE = "weights", "optimizer", "rng", "train_state.json"
+DAMAGED = ".work/damaged"
 
 
 def save(
@@ -45,12 +49,15 @@ def save(
 ) -> Path:
     """Commit a checkpoint after `counters.step` steps; a collective call.
 
-    Keeps the newest `stage.keep_checkpoints`. Returns the committed directory.
+    Keeps the newest `stage.keep_checkpoints` and, with `stage.keep_every`, each whose step is a
+    multiple of it. Returns the committed directory.
     """
     final = root / commit.iteration_name(counters.step)
     temporary = root / f"{fsio.TEMPORARY}{final.name}"
     if dist.get_rank() == 0:
         fsio.remove_temporaries(root)
+    check_space(root, model, optimizer)
+    if dist.get_rank() == 0:
         for name in (WEIGHTS, OPTIMIZER, RNG):
             (temporary / name).mkdir(parents=True)
     dist.barrier()
@@ -63,26 +70,68 @@ def save(
         state = asdict(counters) | {"loader": loader, "layout": layout(stage)}
         fsio.write_json(temporary / STATE, state)
         commit.commit_dir(temporary, final, asdict(counters))
-        commit.prune(root, stage.keep_checkpoints)
+        commit.prune(root, stage.keep_checkpoints, stage.keep_every)
     dist.barrier()
     return final
 
 
-def find(root: Path) -> Path | None:
-    """The newest committed checkpoint of an unfinished training, verified; None to start anew.
+def check_space(root: Path, model: Llava, optimizer: Optimizer) -> None:
+    """InputError unless the disk of `root` has room for one more checkpoint; a collective call."""
+    # Tensor-parallel ranks each count what they replicate, so this is never too little.
+    own = torch.tensor(optimizer.state_bytes(), device=parallel.device())
+    if parallel_state.get_data_parallel_rank() == 0:
+        own += sum(p.numel() * p.element_size() for p in model.parameters())
+    dist.all_reduce(own)
+    free = shutil.disk_usage(root).free
+    short = parallel.on_any_rank(free < own.item())
+    if short:
+        raise InputError(
+            f"{root}: a checkpoint takes up to {own.item() / 2**30:.2f} GiB and "
+            f"{free / 2**30:.2f} GiB are free; free some space there and run again"
+        )
 
-    A collective call.
+
+def find(root: Path, log: logging.Logger) -> Path | None:
+    """The newest valid checkpoint of an unfinished training; None to start anew.
+
+    Damaged ones that are newer are set aside in `.work/damaged`, with an error in the log. Raises
+    IntegrityError when all are damaged: a training that had begun never starts over unasked. A
+    collective call.
     """
-    found: list[Path | None] = [commit.committed(root)[-1][1] if commit.committed(root) else None]
+    found: list[Path | str | None] = [None]
+    if dist.get_rank() == 0:
+        fsio.remove_temporaries(root)
+        try:
+            found[0] = _newest_valid(root, log)
+        except IntegrityError as error:
+            found[0] = str(error)
     dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
-        return None
-    try:
-        return verified(found[0])
-    except IntegrityError as error:
+    if isinstance(found[0], str):
+        raise IntegrityError(found[0])
+    return found[0]
+
+
+def _newest_valid(root: Path, log: logging.Logger) -> Path | None:
+    damaged: list[tuple[Path, IntegrityError]] = []
+    for _, path in reversed(commit.committed(root)):
+        try:
+            commit.read_commit(path)
+        except IntegrityError as error:
+            damaged.append((path, error))
+            continue
+        for bad, reason in damaged:
+            aside = root / DAMAGED / bad.name
+            fsio.remove(aside)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            bad.rename(aside)
+            log.error("DAMAGED CHECKPOINT: %s; set aside, going on from %s", reason, path.name)
+        return path
+    if damaged:
         raise IntegrityError(
-            f"{error}; to go on from an older checkpoint, move {found[0]} away"
-        ) from None
+            f"{damaged[0][1]}; no older checkpoint is whole either. Restore it, or move "
+            f"{damaged[0][0].parent}/iter_* away to train from the beginning"
+        )
+    return None
 
 
 def verified(path: Path) -> Path:

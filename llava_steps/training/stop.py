@@ -5,18 +5,36 @@ Imports nothing heavy: a worker listens from its first moment on, before torch i
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """`requested` turns true on SIGTERM, SIGINT and SIGUSR1; further ones change nothing."""
+    """`requested` turns true on SIGTERM, SIGINT and SIGUSR1, and when the time is nearly over."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signalled = False
+        self._start = time.monotonic()
+        self._limit = math.inf
+        self._aside = 0.0
         for number in SIGNALS:
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: object) -> None:
-        self.requested = True
+        self._signalled = True
+
+    def limit(self, minutes: float) -> None:
+        """Be over this long after the start; 0 is no limit."""
+        self._limit = 60.0 * minutes if minutes else math.inf
+
+    def set_aside(self, seconds: float) -> None:
+        """A step or a save was seen to take so long: leave time for the longest of each, twice."""
+        self._aside = max(self._aside, 2.0 * seconds)
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop at the next step boundary."""
+        return self._signalled or time.monotonic() - self._start + self._aside > self._limit

@@ -17,6 +17,7 @@ from llava_steps.core.errors import StepError, of_surroundings
 from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.training.job import Failure, Job
 from llava_steps.training.stop import StopRequest
+from llava_steps.training.watch import Beat
 
 PR_SET_PDEATHSIG = 1
 
@@ -47,7 +48,7 @@ def main() -> int:
         from llava_steps.training import loop, parallel
 
         with parallel.processes(job.stage):
-            loop.train(job, log, stop)
+            loop.train(job, log, stop, Beat(rank, job.work / "logs"))
     except StepError as error:
         Failure(rank, error.exit_code, str(error)).write(job.work)
         return error.exit_code

@@ -91,16 +91,60 @@ def test_a_stop_while_the_workers_start(chain: Chain) -> None:
         assert process.returncode == 75 and b"Traceback" not in log, log.decode()
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(chain: Chain) -> None:
-    entry = stopped(chain, "damaged", *FLAGS, "--seed=6")
-    victim = sorted(entry.glob("iter_*/weights/*.distcp"))[0]
-    data = bytearray(victim.read_bytes())
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
-    line = ("train", *chain.train_flags("damaged"), *FLAGS, "--seed=6")
-    result = run_step(*line, cwd=chain.root, check=False)
-    assert result.returncode == 4 and str(victim.name) in result.stderr, result.stderr
-    assert "move" in result.stderr and "iter_" in result.stderr
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(chain: Chain) -> None:
+    flags = (*FLAGS, "--seed=6", "--save-interval=2")
+    whole = chain.train("damaged_whole", *flags)
+    expected = value(whole)
+    shutil.rmtree((whole / "samples").resolve().parent)
+    entry = stopped(chain, "damaged", *flags)
+    old, new = sorted(entry.glob("iter_*"))
+    flip(next(new.glob("weights/*.distcp")))
+    result = run_step("train", *chain.train_flags("damaged"), *flags, cwd=chain.root)
+    assert "DAMAGED CHECKPOINT" in result.stderr and f"going on from {old.name}" in result.stderr
+    assert value(chain.root / "results/damaged") == expected
+    assert (entry / ".work/damaged" / new.name).is_dir(), "kept to be looked at"
+
+
+def test_without_a_whole_checkpoint_nothing_starts_over(chain: Chain) -> None:
+    entry = stopped(chain, "ruined", *FLAGS, "--seed=7")
+    (only,) = entry.glob("iter_*")
+    flip(next(only.glob("optimizer/*.distcp")))
+    line = ("train", *chain.train_flags("ruined"), *FLAGS, "--seed=7")
+    for _ in range(2):
+        result = run_step(*line, cwd=chain.root, check=False)
+        assert result.returncode == 4 and ".distcp" in result.stderr, result.stderr
+        assert "no older checkpoint is whole" in result.stderr and only.is_dir()
+
+
+def test_the_time_limit_stops_in_order(chain: Chain) -> None:
+    line = ("train", *chain.train_flags("limit"), *FLAGS, "--seed=10", "--train-steps=5000")
+    result = run_step(*line, "--exit-before=0.25", cwd=chain.root, check=False)
+    assert result.returncode == 75 and "stopped on request after step" in result.stderr
+    assert list(chain.root.glob("results/limit/work/iter_*/commit.json"))
+
+
+def test_a_rank_that_stands_still_ends_the_job(chain: Chain) -> None:
+    line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags("stall"), *FLAGS]
+    process = subprocess.Popen(
+        [*line, "--train-steps=5000", "--stall-timeout=4", "--seed=11"], cwd=chain.root,
+        env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    work = chain.root / "results/stall/work"
+    while not (work / "metrics.jsonl").exists() or len(metrics(work)) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGSTOP)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1 and "rank 1 (stopped)" in log, log
+    assert "rank 0 (" in log and "distributed_c10d.py" in log, "where rank 0 waited"
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(chain: Chain, tmp_path: Path) -> None:
@@ -119,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(chain: Chain, tmp_pat
     result = run_step(*line, cwd=chain.root, check=False)
     assert result.returncode == 6, result.stderr
     assert "step 0" in result.stderr and "train-" in result.stderr, "says where and on what"
-    assert "max_rejected_steps" in result.stderr
+    assert "no checkpoint yet to roll back to" in result.stderr
     assert not list(chain.root.glob("results/poisoned/work/iter_*")), "nothing was saved"
 
 
