@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert chaos faults format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -56,6 +56,17 @@ ROOM ?= .
 bench-convert: ## convert a 7B model both ways (needs 45 GB in ROOM; LAYERS=8 is a quarter)
 	@.ci/environment test
 	@$(BIN)/python -m tests.benchmarks.convert --layers $(LAYERS) --directory $(ROOM)
+
+KILLS ?= 100
+SIGNALS ?= 50
+chaos: ## kill and stop trainings at random moments: they end as if left alone
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.chaos --kills $(KILLS) --signals $(SIGNALS)
+
+EVERY ?= 1
+faults: ## a kill, a full disk, a broken disk in every file operation of a save
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.drive --every $(EVERY)
 
 format: ## put code into the style that `make check` wants
 	@.ci/environment test

@@ -71,9 +71,14 @@ _SURROUNDINGS = {
 }
 
 
-def of_surroundings(error: OSError) -> InputError | None:
-    """The error to report when disk, quota or permissions are to blame; None for any other."""
-    if error.errno not in _SURROUNDINGS:
-        return None
-    where = f"{error.filename}: " if error.filename else ""
-    return InputError(f"{where}{error.strerror}; {_SURROUNDINGS[error.errno]}")
+def of_surroundings(error: BaseException | None) -> InputError | None:
+    """The error to report when disk, quota or permissions are to blame; None for any other.
+
+    Looks at what `error` came from as well: libraries wrap a full disk in errors of their own.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
+            where = f"{error.filename}: " if error.filename else ""
+            return InputError(f"{where}{error.strerror}; {_SURROUNDINGS[error.errno]}")
+        error = error.__cause__ or error.__context__
+    return None

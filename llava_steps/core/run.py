@@ -98,7 +98,7 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
     try:
         with _stoppable():
             _evaluate(step, module, cli.settings(step.config, given), given, log)
-    except (StepError, OSError) as error:
+    except Exception as error:
         known = error if isinstance(error, StepError) else of_surroundings(error)
         if known is None:
             raise
@@ -185,12 +185,9 @@ def _evaluate(
             with contextlib.suppress(IndexError):
                 log.handlers.pop(0)  # the file has it; `execute` prints it once
             raise
-        except OSError as error:
+        except Exception as error:
             if of_surroundings(error) is None:
                 log.exception("%s failed; the traceback is also in %s", name, work / "logs")
-            raise
-        except Exception:
-            log.exception("%s failed; the traceback is also in %s", name, work / "logs")
             raise
         description = {
             "step": name,

@@ -104,7 +104,8 @@ class Optimizer:
         """Masters and moments as sharded tensors; `weights` is the model's sharded state dict."""
         if self.empty:
             return {}
-        if loading:
+        # Before the first update there are no moments yet; zeros are what AdamW starts from.
+        if loading or not self._inner.optimizer.state:
             self._allocate()
         state = self._inner.sharded_param_state_fully_reshardable(weights, loading, METADATA)
         assert state is not None
@@ -141,4 +142,5 @@ class Optimizer:
                 self._inner.optimizer.state[parameter] = {
                     "exp_avg": torch.zeros_like(parameter.data),
                     "exp_avg_sq": torch.zeros_like(parameter.data),
+                    "step": torch.tensor(0.0, dtype=torch.float32),
                 }

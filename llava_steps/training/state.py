@@ -61,10 +61,15 @@ def save(
         for name in (WEIGHTS, OPTIMIZER, RNG):
             (temporary / name).mkdir(parents=True)
     dist.barrier()
-    save_weights(model, temporary / WEIGHTS)
-    sharded = optimizer.sharded_state(model.sharded_state_dict(), loading=False)
-    save_sharded(sharded, temporary / OPTIMIZER)
-    fsio.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
+    try:
+        save_weights(model, temporary / WEIGHTS)
+        sharded = optimizer.sharded_state(model.sharded_state_dict(), loading=False)
+        save_sharded(sharded, temporary / OPTIMIZER)
+        fsio.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
+    except OSError as error:
+        # Of a failed write the system does not say where; whoever has to make room wants to know.
+        error.filename = error.filename or str(temporary)
+        raise
     dist.barrier()
     if dist.get_rank() == 0:
         state = asdict(counters) | {"loader": loader, "layout": layout(stage)}

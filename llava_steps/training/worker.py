@@ -53,7 +53,7 @@ def main() -> int:
         Failure(rank, error.exit_code, str(error)).write(job.work)
         return error.exit_code
     except Exception as error:
-        known = of_surroundings(error) if isinstance(error, OSError) else None
+        known = of_surroundings(error)
         if known is not None:
             Failure(rank, known.exit_code, str(known)).write(job.work)
             return known.exit_code
