@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llava_steps.core import commit
+from llava_steps.core.blend import read_blend
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import DivergedError
 from llava_steps.core.geometry import Geometry
@@ -39,7 +40,8 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         work=ctx.work,
         checkpoint=ctx.inputs["megatron_load_dir"].path.resolve(),
         hf_dir=hf_dir,
-        dataset=ctx.inputs["data_path"].path.resolve(),
+        # Not resolved: what a blend names is relative to where its file stands, link or not.
+        dataset=ctx.inputs["data_path"].path.absolute(),
         fingerprint=ctx.fingerprint,
     )
     launch(job)
@@ -76,6 +78,7 @@ STEP = Step(
     run=run,
     doc=__doc__,
     volatile=("metrics.jsonl", "samples/*"),
+    members={"data_path": lambda path: read_blend(path, "train").files},
 )
 
 if __name__ == "__main__":

@@ -130,6 +130,11 @@ def sample_ids(directory: Path) -> list[list[str]]:
     steps = []
     for parts in zip(*rows, strict=True):
         assert len({p["step"] for p in parts}) == 1
-        micro = [ids for group in zip(*(p["ids"] for p in parts), strict=True) for ids in group]
-        steps.append([i for ids in micro for i in ids])
+        placed = {
+            place: i
+            for part in parts
+            for ids, places in zip(part["ids"], part["places"], strict=True)
+            for i, place in zip(ids, places, strict=True)
+        }
+        steps.append([placed[place] for place in range(len(placed))])
     return steps

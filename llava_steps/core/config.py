@@ -124,7 +124,7 @@ class Stage(StepConfig):
     stage: Literal[1, 2] = value(1, "1: projector; 2: projector and language model")
     megatron_load_dir: str = source("", "Megatron checkpoint to start from")
     tokenizer_load_dir: str = source("", "HF directory with tokenizer, processor and config")
-    data_path: str = source("", "energon dataset")
+    data_path: str = source("", "energon dataset, or the YAML file of a blend of them")
 
     freeze_vision: bool = value(True, "keep the vision tower as it is")
     freeze_projector: bool = value(False, "keep the projector as it is")
@@ -143,6 +143,11 @@ class Stage(StepConfig):
     micro_batch_size: PositiveInt = value(1, "samples that go through the model together")
     global_batch_size: PositiveInt = value(1, "samples of one optimizer step, over all ranks")
     seq_length: PositiveInt = value(2048, "longest sample in tokens, image tokens included")
+    packing: bool = value(False, "fill each microbatch with samples; micro_batch_size must be 1")
+    pack_length: Count = value(0, "longest packed microbatch in tokens; 0: seq_length")
+    pad_to: Literal["row", "budget"] = value(
+        "row", "length of a packed microbatch: what it holds, or always pack_length"
+    )
     train_steps: PositiveInt = value(1, "optimizer steps")
 
     lr: float = value(1e-3, "peak learning rate", gt=0)
@@ -200,6 +205,9 @@ class Stage(StepConfig):
         "process in its log; counts from the first step on; 0 waits for ever",
     )
     num_workers: Count = quiet(2, "loader worker processes per rank")
+    loader_timeout: PositiveInt = quiet(
+        600, "seconds without a further sample after which a loader worker is given up"
+    )
     save_interval: PositiveInt = quiet(1000, "steps between checkpoints")
     keep_checkpoints: PositiveInt = quiet(2, "newest checkpoints that are kept while training")
     keep_every: Count = quiet(
@@ -248,6 +256,18 @@ class Stage(StepConfig):
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
                 f"micro_batch_size x data parallel size = {share}"
             )
+        if self.packing and self.micro_batch_size != 1:
+            raise ValueError(
+                f"packing fills each microbatch by itself: micro_batch_size is "
+                f"{self.micro_batch_size}, set it to 1"
+            )
+        if self.packing and 0 < self.pack_length < self.seq_length:
+            raise ValueError(
+                f"pack_length {self.pack_length} is below seq_length {self.seq_length}: a sample "
+                "may not fit; raise it"
+            )
+        if not self.packing and (self.pack_length or self.pad_to != "row"):
+            raise ValueError("pack_length and pad_to are for packing; set packing or remove them")
         if self.sequence_parallel and self.tensor_model_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel > 1")
         if self.lr_schedule == "wsd" and not (

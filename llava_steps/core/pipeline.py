@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from llava_steps.core import cli, fsio
+from llava_steps.core.blend import read_blend
 from llava_steps.core.codeversion import code_version
 from llava_steps.core.config import Config, Stage, StepConfig
 from llava_steps.core.load import DEMO
@@ -131,6 +132,9 @@ def _rule(name: str, config: Config, run: Path, image: str) -> Rule:
             filled[key] = str(run / "demo_assets" / text.removeprefix(DEMO))
         elif text:
             files += _on_disk(text, key in DATA_FILES)
+            if key == "data_path" and Path(text).is_file():
+                for path in read_blend(Path(text), "train").files:
+                    files += _on_disk(str(path), True)
         elif key in UPSTREAM[name]:
             upstream.append(UPSTREAM[name][key])
             filled[key] = str(run / UPSTREAM[name][key])

@@ -79,6 +79,8 @@ class Step(Generic[C]):
     """For a source field: from the given text to a local path (a hub id, say)."""
     parts: Mapping[str, Callable[[Path], tuple[Path, Iterable[Path]]]] = field(default_factory=dict)
     """For a source field outside the store: (root, files) that its content consists of."""
+    members: Mapping[str, Callable[[Path], Sequence[Path]]] = field(default_factory=dict)
+    """For a source field that may be a file: what the file names, whose content counts as well."""
 
 
 def main(step: Step[C], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -251,7 +253,19 @@ def _inputs(step: Step[C], config: C, digests: Digests) -> dict[str, Input]:
 def _digest(step: Step[C], key: str, path: Path, digests: Digests) -> str:
     if key in step.parts:
         return digests.files(*step.parts[key](path))
+    if key in step.members and path.is_file():
+        named = [_member_digest(member, digests) for member in step.members[key](path)]
+        return fsio.sha256_json([digests.file(path), named])
     return digests.path(path)
+
+
+def _member_digest(path: Path, digests: Digests) -> str:
+    artefact = store.artefact_of(path)
+    if artefact is None or artefact[0] != path:
+        return digests.path(path)
+    directory, manifest = artefact
+    store.check(store.entry_of(directory, manifest), manifest, digests.file)
+    return str(manifest["content"])
 
 
 def _still_the_same(

@@ -25,18 +25,38 @@ class MicroBatch:
     max_seqlen: int
     """Longest segment, padding included."""
     pixel_values: torch.Tensor | None
-    """float32 [num_images, 3, H, W] in the order of the image tokens; None without images, or
-    when the loader was told that nobody here needs pixels."""
+    """float32 [n, 3, H, W], this rank's part of the row's images (`image_share`, possibly none of
+    them) in the order of the image tokens; None for a row without images, or when the loader was
+    told that nobody here needs pixels."""
     num_images: int
+    """Images of the row, whoever decoded them."""
     sample_ids: list[str]
+    places: list[int]
+    """Places of the samples in their global batch, from 0 on."""
+    datasets: list[str]
+    """Name of the dataset of each sample."""
     num_supervised: int
     """Positions with a label."""
     num_tokens: int
     """Positions of samples, that is T without padding."""
 
 
+def image_share(images: int, part: int, parts: int) -> range:
+    """Numbers of the images of a row that part `part` of `parts` decodes.
+
+    Equal shares, rounded up: the last parts may have fewer or none.
+    """
+    share = -(-images // parts)
+    return range(min(part * share, images), min((part + 1) * share, images))
+
+
 def join(
-    ids: Sequence[str], encoded: Sequence[Encoded], pixels: torch.Tensor | None, num_images: int
+    ids: Sequence[str],
+    places: Sequence[int],
+    datasets: Sequence[str],
+    encoded: Sequence[Encoded],
+    pixels: torch.Tensor | None,
+    num_images: int,
 ) -> MicroBatch:
     """Put samples back to back, without padding."""
     lengths = [len(item.tokens) for item in encoded]
@@ -50,6 +70,8 @@ def join(
         pixel_values=pixels,
         num_images=num_images,
         sample_ids=list(ids),
+        places=list(places),
+        datasets=list(datasets),
         num_supervised=sum(item.supervised for item in encoded),
         num_tokens=sum(lengths),
     )

@@ -64,12 +64,13 @@ class ConversationEncoder:
     Args:
         hf_dir: directory with tokenizer, processor and chat template.
         seq_length: longest accepted conversation in tokens, image tokens included.
+        chat_template: Jinja file used instead of the directory's own template.
 
     Raises:
         InputError, ConfigError: nothing can be trained with this directory; the message says why.
     """
 
-    def __init__(self, hf_dir: Path, seq_length: int) -> None:
+    def __init__(self, hf_dir: Path, seq_length: int, chat_template: Path | None = None) -> None:
         processor = load_processor(hf_dir)
         tokenizer = processor.tokenizer
         if not tokenizer.is_fast:
@@ -80,9 +81,8 @@ class ConversationEncoder:
         self.tokens_per_image = _tokens_per_image(processor, self.images)
         self.pad_id = _pad_id(tokenizer, self.image_token_id, hf_dir)
         self._ends = _end_ids(hf_dir, tokenizer)
-        self._template = Template(
-            processor, [tokenizer.convert_ids_to_tokens(i) for i in self._ends]
-        )
+        ends = [tokenizer.convert_ids_to_tokens(i) for i in self._ends]
+        self._template = _template(processor, ends, chat_template or hf_dir)
         self._bos: str | None = tokenizer.bos_token
         self._backend = _exact_offsets(tokenizer)
 
@@ -94,21 +94,14 @@ class ConversationEncoder:
                 answer, a token across the border of an answer, or what `Template.render` refuses.
         """
         rendered = self._template.render(turns)
-        # The tokenizer adds its special tokens unless the template wrote them, as HF does it.
-        template_has_bos = self._bos is not None and rendered.text.startswith(self._bos)
-        encoding = self._backend.encode(rendered.text, add_special_tokens=not template_has_bos)
+        encoding = self._tokenize(rendered.text)
         ids = np.array(encoding.ids, dtype=np.int64)
         inside = _inside(encoding.offsets, rendered.spans, rendered.text)
         is_image = ids == self.image_token_id
         if (inside & is_image).any():
             raise SampleError("an image token stands in an answer")
         repeats = np.where(is_image, self.tokens_per_image, 1)
-        length = int(repeats.sum())
-        if length > self.seq_length:
-            raise SampleError(
-                f"{length} tokens are more than seq_length {self.seq_length}; raise seq_length or "
-                "remove the sample"
-            )
+        self._check_length(int(repeats.sum()))
         tokens = np.repeat(ids, repeats)
         targets = np.where(np.repeat(inside, repeats), tokens, IGNORE)
         shifted = np.full_like(targets, IGNORE)
@@ -116,6 +109,38 @@ class ConversationEncoder:
         if not (shifted != IGNORE).any():
             raise SampleError("no token is supervised")
         return Encoded(torch.from_numpy(tokens), torch.from_numpy(shifted))
+
+    def length(self, turns: Sequence[Turn]) -> int:
+        """Number of tokens that `encode` gives, image tokens included.
+
+        Raises:
+            SampleError: longer than seq_length, or no text for it.
+        """
+        ids: list[int] = self._tokenize(self._template.text(turns)).ids
+        length = len(ids) + ids.count(self.image_token_id) * (self.tokens_per_image - 1)
+        self._check_length(length)
+        return length
+
+    def _tokenize(self, text: str) -> Any:
+        # The tokenizer adds its special tokens unless the template wrote them, as HF does it.
+        template_has_bos = self._bos is not None and text.startswith(self._bos)
+        return self._backend.encode(text, add_special_tokens=not template_has_bos)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.seq_length:
+            raise SampleError(
+                f"{length} tokens are more than seq_length {self.seq_length}; raise seq_length or "
+                "remove the sample"
+            )
+
+
+def _template(processor: Any, ends: Sequence[str], where: Path) -> Template:
+    """The processor's template, or the one in the file `where`."""
+    try:
+        text = where.read_text(encoding="utf-8") if where.is_file() else None
+        return Template(processor, ends, text)
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _inside(

@@ -44,14 +44,25 @@ class ImageTransform:
         Raises:
             SampleError: an image cannot be decoded; the message has its number.
         """
-        out = np.empty((len(images), 3, self.height, self.width), dtype=np.float32)
+        out = self.empty(len(images))
         for number, data in enumerate(images):
             try:
-                image = decode(data)
+                self.fill(out[number], data)
             except SampleError as error:
                 raise SampleError(f"image {number}: {error}") from error
-            self._fill(out[number], image)
         return torch.from_numpy(out)
+
+    def empty(self, images: int) -> npt.NDArray[np.float32]:
+        """float32 [images, 3, height, width], undefined."""
+        return np.empty((images, 3, self.height, self.width), dtype=np.float32)
+
+    def fill(self, out: npt.NDArray[np.float32], data: bytes) -> None:
+        """Write the pixel values of one encoded image to `out`, float32 [3, height, width].
+
+        Raises:
+            SampleError: it cannot be decoded.
+        """
+        self._fill(out, decode(data))
 
     def _fill(self, out: npt.NDArray[np.float32], image: Image.Image) -> None:
         if self._table is None:

@@ -1,4 +1,4 @@
-"""The order of training samples: a pure function of (seed, dataset digest, epoch, position).
+"""The order of training samples: a pure function of (seed, digest, epoch, position).
 
 Each epoch is a permutation of the samples, made by a small Feistel network that is walked until it
 falls inside the range. Looking up one position costs some microseconds and no memory whatever the
@@ -7,10 +7,23 @@ number of samples, so the loader's whole state is one integer: the samples consu
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import accumulate
+from typing import Protocol
 
 ROUNDS = 8
+BLOCK = 10_000
+"""Positions in which a weighted blend keeps its proportions exactly."""
+
+
+class Order(Protocol):
+    """Endless sequence of (dataset, index of a sample in it)."""
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """What stands at `position` >= 0."""
 
 
 class SampleOrder:
@@ -50,7 +63,89 @@ class SampleOrder:
         return left << self._half | right
 
 
-@lru_cache(maxsize=4)
+class EpochOrder:
+    """Datasets in one permutation per epoch, each of their samples `repetitions` times in it.
+
+    Args:
+        sizes: samples of each dataset, at least 1.
+        repetitions: how often an epoch has each sample of a dataset, at least 1.
+        seed, digest: as for `SampleOrder`; with one dataset and one repetition it is that order.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], repetitions: Sequence[int], seed: int, digest: str
+    ) -> None:
+        self._sizes = tuple(sizes)
+        counts = [size * times for size, times in zip(sizes, repetitions, strict=True)]
+        self._starts = (0, *accumulate(counts))
+        self._order = SampleOrder(self._starts[-1], seed, digest)
+        self.size = self._order.size
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        slot = self._order[position]
+        dataset = bisect_right(self._starts, slot) - 1
+        return dataset, (slot - self._starts[dataset]) % self._sizes[dataset]
+
+
+class WeightedOrder:
+    """Datasets in fixed proportions, each going through its own epochs.
+
+    Every block of `BLOCK` positions holds a fixed number of samples of each dataset, its share of
+    the weights rounded by largest remainder, at permuted places.
+
+    Args:
+        sizes: samples of each dataset, at least 1.
+        weights: positive; only their proportions count.
+        seed, digest: as for `SampleOrder`.
+        block: positions of a block.
+
+    Raises:
+        ValueError: a weight is so small that its dataset would never be seen; the message names
+            the dataset's number.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        digest: str,
+        block: int = BLOCK,
+    ) -> None:
+        self.counts = largest_remainder(weights, block)
+        if 0 in self.counts:
+            raise ValueError(
+                f"dataset {self.counts.index(0)} gets none of {block} samples; raise its weight"
+            )
+        self._starts = (0, *accumulate(self.counts))
+        self._places = SampleOrder(block, seed, f"{digest}:places")
+        self._orders = [
+            SampleOrder(size, seed, f"{digest}:{number}") for number, size in enumerate(sizes)
+        ]
+        self._block = block
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        slot = self._places[position]
+        dataset = bisect_right(self._starts, slot) - 1
+        before = position // self._block * self.counts[dataset]
+        return dataset, self._orders[dataset][before + slot - self._starts[dataset]]
+
+
+def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
+    """`total` divided in proportion to `weights`: rounded down, the rest to the largest remainders.
+
+    Equal remainders go to the first.
+    """
+    whole = sum(weights)
+    exact = [weight / whole * total for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for number in by_remainder[: total - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+@lru_cache(maxsize=64)
 def _round_keys(name: str, epoch: int) -> tuple[bytes, ...]:
     return tuple(
         blake2b(f"{name}:{epoch}:{number}".encode(), digest_size=32).digest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from llava_steps.core import fsio
 from llava_steps.core.errors import InputError
 from llava_steps.data.fields import SEED, FieldMap
 from llava_steps.data.metadata import SHARDS, read_metadata, split_shards
-from llava_steps.data.samples import Sample, SampleError, from_parts
+from llava_steps.data.samples import Sample, SampleError, from_parts, is_image_part
 
 OPEN_TARS = 64
 """Tars that a reader keeps open at the same time."""
@@ -85,8 +86,10 @@ class SampleReader:
             rows.append([name, self._meta.shard_counts[name], content])
         return fsio.sha256_json(rows)
 
-    def raw(self, index: int) -> RawSample:
+    def raw(self, index: int, images: bool = True) -> RawSample:
         """The parts of sample `index` in [0, len(self)).
+
+        Without `images` the image parts are empty; their bytes are not read.
 
         Raises:
             InputError: the tar or its index cannot be read there.
@@ -95,6 +98,8 @@ class SampleReader:
             raise IndexError(f"sample {index} of a split of {self._size}")
         if self._reader is None:
             self._reader = _open(self.root, self.shards, self._meta.shard_counts)
+        passed: list[str] = []
+        self._reader.part_filter = None if images else self._pass_by(passed)
         try:
             found = self._reader[index]
         except Exception as error:
@@ -103,7 +108,19 @@ class SampleReader:
                 f"({type(error).__name__}: {error}); a tar and its .idx disagree, prepare again"
             ) from error
         parts = {name: data for name, data in found.items() if not name.startswith("__")}
+        parts |= dict.fromkeys(passed, b"")
         return RawSample(found["__shard__"], found["__key__"], parts)
+
+    def _pass_by(self, names: list[str]) -> Callable[[str], bool]:
+        """energon's filter that leaves image parts unread and notes their names."""
+
+        def wanted(part: str) -> bool:
+            if is_image_part(part, self._fields):
+                names.append(part)
+                return False
+            return True
+
+        return wanted
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`, checked.

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from llava_steps.core.errors import InputError
@@ -169,9 +170,19 @@ def from_parts(key: str, parts: Mapping[str, bytes], fields: FieldMap = SEED) ->
     return Sample(str(meta.get("id", key)), turns, images, extra)
 
 
-def _images(parts: Mapping[str, bytes], fields: FieldMap) -> tuple[bytes, ...]:
+def is_image_part(name: str, fields: FieldMap = SEED) -> bool:
+    """Whether a part of this name holds an image."""
+    return _image_form(fields).fullmatch(name) is not None
+
+
+@cache
+def _image_form(fields: FieldMap) -> re.Pattern[str]:
     names = "|".join(re.escape(name) for name in fields.image_parts)
-    form = re.compile(rf"(?:([1-9][0-9]*)\.)?(?:{names})")
+    return re.compile(rf"(?:([1-9][0-9]*)\.)?(?:{names})")
+
+
+def _images(parts: Mapping[str, bytes], fields: FieldMap) -> tuple[bytes, ...]:
+    form = _image_form(fields)
     numbered: dict[int, bytes] = {}
     for name, data in parts.items():
         if match := form.fullmatch(name):

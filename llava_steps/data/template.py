@@ -50,13 +50,15 @@ class Template:
     Args:
         processor: LLaVA-like processor with tokenizer and chat template.
         end_tokens: texts of the tokens that end a generation.
+        text: Jinja text used instead of the processor's own template.
 
     Raises:
         ConfigError: no template, or one that supervision cannot be derived from.
     """
 
-    def __init__(self, processor: Any, end_tokens: Sequence[str]) -> None:
+    def __init__(self, processor: Any, end_tokens: Sequence[str], text: str | None = None) -> None:
         self._processor = processor
+        self._own = {} if text is None else {"chat_template": text}
         self.image_token: str = processor.image_token
         self._ends = sorted(end_tokens, key=len, reverse=True)
         if not self._ends:
@@ -75,6 +77,18 @@ class Template:
             SampleError: a control token of the tokenizer stands in the text, or the template does
                 something to this conversation that hides where its answers are.
         """
+        messages, text = self._whole(turns)
+        return Rendered(text, tuple(self._spans(turns, messages, text)))
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """The text of `render` alone, which is quicker.
+
+        Raises:
+            SampleError: as `render`, but for what concerns answers.
+        """
+        return self._whole(turns)[1]
+
+    def _whole(self, turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], str]:
         for number, turn in enumerate(turns):
             for piece in turn.content.split(PLACEHOLDER):
                 if found := self._control.search(piece):
@@ -87,7 +101,7 @@ class Template:
                 f"the chat template writes {text.count(self.image_token)} image tokens for "
                 f"{images} images"
             )
-        return Rendered(text, tuple(self._spans(turns, messages, text)))
+        return messages, text
 
     def _spans(
         self, turns: Sequence[Turn], messages: list[dict[str, Any]], text: str
@@ -122,7 +136,7 @@ class Template:
 
     def _apply(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         text: str = self._processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt
+            messages, tokenize=False, add_generation_prompt=prompt, **self._own
         )
         return text
 
@@ -157,4 +171,4 @@ class Template:
         try:
             self.render(turns)
         except SampleError as error:
-            raise ConfigError(f"chat_template.jinja of the HF directory: {error}") from error
+            raise ConfigError(f"the chat template: {error}") from error

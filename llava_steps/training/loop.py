@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from llava_steps.model.checkpoint import load_weights
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.training import parallel, state
+from llava_steps.training.exchange import whole_images
 from llava_steps.training.guard import Counters, Guard
 from llava_steps.training.job import Job
 from llava_steps.training.metrics import METRICS, Lines, Tracker
@@ -164,8 +167,15 @@ def open_loader(job: Job, consumed: int) -> TrainLoader:
         stage.num_workers,
         consumed,
         need_pixels=parallel.is_first_stage(),
+        image_part=ps.get_tensor_model_parallel_rank(),
+        image_parts=stage.tensor_model_parallel,
         pad_to_multiple=stage.tensor_model_parallel if stage.sequence_parallel else 1,
         equal_lengths=stage.pipeline_model_parallel > 1,
+        packing=stage.packing,
+        pack_length=stage.pack_length,
+        pad_to=stage.pad_to,
+        patience=stage.loader_timeout,
+        scratch=Path(tempfile.gettempdir()),  # the launcher's
     )
 
 
@@ -208,13 +218,12 @@ def forward_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, A
     """One microbatch through this stage, in the form that Megatron's schedules ask for."""
     batch = next(batches)
     place = parallel.device()
-    pixels = batch.pixel_values
     output = wrapped(
         batch.tokens.to(place),
         batch.position_ids.to(place),
         batch.cu_seqlens.to(place),
         batch.max_seqlen,
-        None if pixels is None else pixels.to(place),
+        whole_images(batch),
         batch.labels.to(place),
     )
 
@@ -224,6 +233,15 @@ def forward_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, A
         return total, count, total.detach()
 
     return output, loss_sum
+
+
+def sample_line(step: int, batch: list[MicroBatch]) -> dict[str, Any]:
+    """Which samples this rank trained on, and their places in the global batch."""
+    return {
+        "step": step,
+        "ids": [m.sample_ids for m in batch],
+        "places": [m.places for m in batch],
+    }
 
 
 class Reports:
@@ -263,7 +281,7 @@ class Reports:
     def no_update(self, step: int, reason: str, batch: list[MicroBatch]) -> None:
         """Report a step that left the weights as they were."""
         if self._samples:
-            self._samples.write({"step": step, "ids": [m.sample_ids for m in batch]})
+            self._samples.write(sample_line(step, batch))
         if self._metrics and self._progress:
             self._metrics.write({"step": step, "skipped": reason})
             self._progress.advance(1)
@@ -281,7 +299,7 @@ class Reports:
         """Report one finished optimizer step, counted from 0."""
         loss = sums.mean
         if self._samples:
-            self._samples.write({"step": step, "ids": [m.sample_ids for m in batch]})
+            self._samples.write(sample_line(step, batch))
         if not (self._metrics and self._tracker and self._progress):
             return
         row = {

@@ -19,6 +19,9 @@ LAYOUTS = {
     "tp2": ("--gpus=2", "--tp=2", "--micro-batch-size=4"),
     "tp2sp": ("--gpus=2", "--tp=2", "--sequence-parallel", "--micro-batch-size=8"),
     "pp2": ("--gpus=2", "--pp=2", "--micro-batch-size=2"),
+    "dp2 packed": ("--gpus=2", "--packing", "--num-workers=1"),
+    "tp2 packed": ("--gpus=2", "--tp=2", "--packing"),
+    "pp2 packed": ("--gpus=2", "--pp=2", "--packing", "--pad-to=budget"),
 }  # fmt: skip
 TOWER = "vision_tower"
 STAGES = {
@@ -50,7 +53,7 @@ def expected(chain: Chain) -> dict[int, tuple[list[list[str]], list[float]]]:
 def test_losses_agree(chain: Chain, expected, stage: int, layout: str) -> None:
     ids, losses = expected[stage]
     flags = (f"--stage={stage}", *COMMON, *STAGES[stage][0], *LAYOUTS[layout])
-    out = chain.train(f"parity{stage}_{layout}", *flags)
+    out = chain.train(f"parity{stage}_{layout.replace(' ', '_')}", *flags)
     rows = metrics(out)
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert sample_ids(out) == ids, "the same samples in the same global batches"

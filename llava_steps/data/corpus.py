@@ -1,0 +1,102 @@
+"""What a stage trains on: one dataset or a blend, as one endless sequence of samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_steps.core import fsio
+from llava_steps.core.blend import Blend, Member, read_blend
+from llava_steps.core.errors import ConfigError
+from llava_steps.data.order import EpochOrder, Order, WeightedOrder
+from llava_steps.data.reader import RawSample, SampleReader
+from llava_steps.data.samples import PLACEHOLDER, Sample
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sample of the corpus."""
+
+    dataset: int
+    index: int
+    """In its dataset."""
+
+
+class Corpus:
+    """The samples of a split in training order.
+
+    Files are opened at the first read, so that an instance can be sent to another process.
+
+    Args:
+        path: prepared dataset directory, or the YAML file of a blend (core/blend.py).
+        split: such as `train`.
+        seed: of the order.
+
+    Raises:
+        ConfigError: a blend that is not supported, or a split that is not there.
+        InputError: a dataset that cannot be read.
+    """
+
+    def __init__(self, path: Path, split: str, seed: int) -> None:
+        blend = read_blend(path, split)
+        self.members: tuple[Member, ...] = blend.members
+        self.readers = [SampleReader(member.path, member.split) for member in self.members]
+        self.sizes = [len(reader) for reader in self.readers]
+        self.digest = self._digest(blend)
+        self._order = self._make_order(blend, seed, path)
+
+    def _digest(self, blend: Blend) -> str:
+        """Stands for the datasets and the order of their samples; independent of their places."""
+        digests = [reader.digest for reader in self.readers]
+        if len(digests) == 1 and blend.members[0].repetitions == 1:
+            return digests[0]
+        shares = [m.weight if blend.by == "weights" else m.repetitions for m in blend.members]
+        return fsio.sha256_json([blend.by, shares, digests])
+
+    def _make_order(self, blend: Blend, seed: int, path: Path) -> Order:
+        if blend.by == "epochs":
+            repetitions = [member.repetitions for member in blend.members]
+            return EpochOrder(self.sizes, repetitions, seed, self.digest)
+        try:
+            weights = [member.weight for member in blend.members]
+            return WeightedOrder(self.sizes, weights, seed, self.digest)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def __len__(self) -> int:
+        """Samples of all datasets, each counted once."""
+        return sum(self.sizes)
+
+    def __getitem__(self, position: int) -> Place:
+        """What stands at `position` >= 0 of the endless sequence."""
+        return Place(*self._order[position])
+
+    def number(self, place: Place) -> int:
+        """A number in [0, len(self)) for each sample."""
+        return sum(self.sizes[: place.dataset]) + place.index
+
+    def raw(self, place: Place, images: bool = True) -> RawSample:
+        """The parts of a sample; without `images` their parts are empty and need no reading.
+
+        Raises:
+            InputError: the tar or its index cannot be read there.
+        """
+        return self.readers[place.dataset].raw(place.index, images)
+
+    def parse(self, place: Place, raw: RawSample) -> Sample:
+        """The sample in `raw`, cut to its dataset's max_turns.
+
+        Raises:
+            SampleError: unusable; the message does not say where it stands.
+        """
+        sample = self.readers[place.dataset].parse(raw)
+        rounds = self.members[place.dataset].max_turns
+        if rounds is None or len(sample.turns) <= 2 * rounds:
+            return sample
+        turns = sample.turns[: 2 * rounds]
+        images = sum(turn.content.count(PLACEHOLDER) for turn in turns)
+        return Sample(sample.id, turns, sample.images[:images], sample.extra)
+
+    def where(self, place: Place, raw: RawSample) -> str:
+        """Tar and key, for messages."""
+        return str(self.readers[place.dataset].root / raw.where)

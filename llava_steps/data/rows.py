@@ -1,0 +1,161 @@
+"""What loader workers make: lengths of samples, and rows of samples with their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from llava_steps.core.errors import StepError
+from llava_steps.data.batch import MicroBatch, image_share, join
+from llava_steps.data.conversation import ConversationEncoder, Encoded
+from llava_steps.data.corpus import Corpus, Place
+from llava_steps.data.lengths import Lengths
+from llava_steps.data.reader import RawSample
+from llava_steps.data.samples import Sample, SampleError
+
+
+class RowMaker:
+    """Reads, tokenizes and decodes; sent to the workers, each of which opens the files itself.
+
+    Args:
+        corpus: the samples.
+        hf_dir: HF directory with tokenizer, chat template and image processor.
+        seq_length: longest accepted sample in tokens.
+        lengths: table of known lengths, by `corpus.number`.
+        need_pixels: decode images.
+        image_part, image_parts: which part of a row's images is decoded here.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        hf_dir: Path,
+        seq_length: int,
+        lengths: Lengths | None,
+        need_pixels: bool,
+        image_part: int,
+        image_parts: int,
+    ) -> None:
+        self.corpus = corpus
+        self._hf = (hf_dir, seq_length)
+        self._lengths = lengths
+        self._need_pixels = need_pixels
+        self._part = (image_part, image_parts)
+        self._encoders: dict[Path | None, ConversationEncoder] = {}
+        self.watch: Callable[[int], None] = _nobody
+        """Called with the position of each sample before it is touched."""
+
+    def encoder(self, dataset: int = 0) -> ConversationEncoder:
+        """The encoder with the chat template of a dataset.
+
+        Raises:
+            InputError, ConfigError: nothing can be trained with it; the message says why.
+        """
+        template = self.corpus.members[dataset].chat_template
+        if template not in self._encoders:
+            self._encoders[template] = ConversationEncoder(*self._hf, template)
+        return self._encoders[template]
+
+    def check(self) -> None:
+        """Make all encoders now, in the process that can tell the user."""
+        for dataset in range(len(self.corpus.members)):
+            self.encoder(dataset)
+
+    def without_encoders(self) -> RowMaker:
+        """A copy that can be sent to another process, where its encoders are made anew."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__ | {"_encoders": {}, "watch": _nobody})
+        return copy
+
+    def lengths(self, positions: Sequence[int]) -> list[int]:
+        """Tokens of the samples at these positions; images are not read.
+
+        Raises:
+            SampleError: a sample cannot be used; the message names tar and key.
+        """
+        assert self._lengths is not None
+        found = []
+        for position in positions:
+            self.watch(position)
+            place = self.corpus[position]
+            number = self.corpus.number(place)
+            length = self._lengths[number]
+            if not length:
+                length = self._length(place)
+                self._lengths[number] = length
+            found.append(length)
+        return found
+
+    def _length(self, place: Place) -> int:
+        raw = self.corpus.raw(place, images=False)
+        try:
+            return self.encoder(place.dataset).length(self.corpus.parse(place, raw).turns)
+        except SampleError as error:
+            raise SampleError(f"{self.corpus.where(place, raw)}: {error}") from error
+        except Exception as error:
+            raise RuntimeError(f"{self.corpus.where(place, raw)}: {error}") from error
+
+    def row(self, first: int, places: Sequence[int], tokens: int | None) -> MicroBatch:
+        """The row of the samples at `places` of the global batch that begins at position `first`.
+
+        `tokens` is what the plan says of its length, if there is a plan.
+
+        Raises:
+            SampleError: a sample cannot be used; the message names tar and key.
+            StepError: the row is longer or shorter than planned.
+        """
+        ids, datasets, encoded = [], [], []
+        images: list[tuple[int, bytes, str]] = []
+        total = 0
+        for place_in_batch in places:
+            self.watch(first + place_in_batch)
+            place = self.corpus[first + place_in_batch]
+            raw = self.corpus.raw(place)
+            where = self.corpus.where(place, raw)
+            try:
+                sample, item = self._encode(place, raw)
+            except SampleError as error:
+                raise SampleError(f"{where}: {error}") from error
+            except Exception as error:
+                raise RuntimeError(f"{where}: {error}") from error
+            ids.append(sample.id)
+            datasets.append(self.corpus.members[place.dataset].name)
+            encoded.append(item)
+            for number, data in enumerate(sample.images):
+                images.append((first + place_in_batch, data, f"{where}: image {number}"))
+            total += len(item.tokens)
+        if tokens is not None and total != tokens:
+            raise StepError(
+                f"samples {ids} have {total} tokens where {tokens} were planned; did the dataset "
+                "or the tokenizer change while the training runs?"
+            )
+        pixels = self._pixels(images) if self._need_pixels else None
+        return join(ids, places, datasets, encoded, pixels, len(images))
+
+    def _encode(self, place: Place, raw: RawSample) -> tuple[Sample, Encoded]:
+        sample = self.corpus.parse(place, raw)
+        return sample, self.encoder(place.dataset).encode(sample.turns)
+
+    def _pixels(self, images: Sequence[tuple[int, bytes, str]]) -> torch.Tensor | None:
+        """float32 [n, 3, H, W] of this rank's part of a row's images; None for a row of text."""
+        if not images:
+            return None
+        transform = self.encoder().images
+        part = image_share(len(images), *self._part)
+        pixels = transform.empty(len(part))
+        for target, number in enumerate(part):
+            position, data, where = images[number]
+            self.watch(position)
+            try:
+                transform.fill(pixels[target], data)
+            except SampleError as error:
+                raise SampleError(f"{where}: {error}") from error
+            except Exception as error:
+                raise RuntimeError(f"{where}: {error}") from error
+        return torch.from_numpy(pixels)
+
+
+def _nobody(position: int) -> None:
+    return None

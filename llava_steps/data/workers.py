@@ -1,0 +1,271 @@
+"""Worker processes of the loader, and the watch over them.
+
+Each worker is at the other end of a socket of its own: it gets tasks as JSON, one more than it
+works on, and answers with JSON and, for a row, the descriptor of a file in memory (wire.py). On a
+board that both see it notes which sample it has begun, so that a worker that dies or hangs can be
+reported with what it held. When the training ends, however it ends, the sockets close and the
+workers go.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+
+from llava_steps.core.errors import StepError
+from llava_steps.data import wire
+from llava_steps.data.rows import RowMaker
+
+_MESSAGE = 1 << 20
+_TOLD = 20_000
+"""Characters of a traceback that are passed on."""
+_DEPTH = 2
+"""Tasks that a worker has at the same time."""
+_TICK = 1.0
+"""Seconds between two looks at the board."""
+_NOTHING = -1
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that a `RowMaker` does: `lengths` of positions, or one `row`."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions of the samples that it concerns."""
+        if self.method == "row":
+            first, places, _ = self.arguments
+            return [first + place for place in places]
+        return list(self.arguments[0])
+
+
+def perform(maker: RowMaker, task: Task) -> Any:
+    """The result of a task: a list of lengths, or a MicroBatch."""
+    return getattr(maker, task.method)(*task.arguments)
+
+
+@dataclass
+class _Worker:
+    process: Any
+    line: socket.socket
+    tasks: dict[int, Task] = field(default_factory=dict)
+    """What it was given, by ticket; it works on the first."""
+    beats: int = 0
+    silent: float = 0.0
+    """Seconds, seen by us, since it began its last sample."""
+
+
+class Workers:
+    """Processes that perform tasks for one thread of this process.
+
+    Args:
+        maker: what performs the tasks.
+        count: processes, at least 1.
+        patience: seconds after which a worker that begins no further sample is given up.
+    """
+
+    def __init__(self, maker: RowMaker, count: int, patience: float) -> None:
+        self._maker = maker.without_encoders()
+        self._patience = patience
+        self._waiting: deque[tuple[int, Task]] = deque()
+        self._tickets = 0
+        self._seen = time.monotonic()
+        # Worker processes come from a fork server: this process holds threads of torch and of the
+        # process group, and a fork of it may inherit a lock that nobody will ever release.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["llava_steps.data.preload"])
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._board = context.RawArray(ctypes.c_int64, 2 * count)
+        self.workers: list[_Worker] = []
+        for number in range(count):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            arguments = (theirs, self._maker, self._board, number)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self.workers.append(_Worker(process, ours))
+
+    def submit(self, task: Task) -> int:
+        """Have a task performed; returns its ticket."""
+        self._tickets += 1
+        self._waiting.append((self._tickets, task))
+        self._hand_out()
+        return self._tickets
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            worker = min(self.workers, key=lambda w: len(w.tasks))
+            if len(worker.tasks) == _DEPTH:
+                return
+            ticket, task = self._waiting.popleft()
+            worker.tasks[ticket] = task
+            message = json.dumps([ticket, task.method, task.arguments]).encode()
+            try:
+                worker.line.send(message)
+            except OSError:
+                raise self._died(worker) from None
+
+    def results(self, wake: int) -> list[tuple[int, Any]]:
+        """(ticket, result) of tasks that are done; waits for one, or until `wake` can be read.
+
+        Raises:
+            StepError: what a task raised (of its own class), or a worker died or hangs.
+        """
+        places: dict[Any, _Worker] = {worker.line: worker for worker in self.workers}
+        ends = {worker.process.sentinel: worker for worker in self.workers}
+        ready = wait([wake, *places, *ends], timeout=_TICK)
+        found = [self._receive(places[place]) for place in ready if place in places]
+        self._hand_out()
+        if not found:
+            for place in ready:
+                if place in ends:
+                    raise self._died(ends[place])
+        self._look_at_the_board()
+        return found
+
+    def _receive(self, worker: _Worker) -> tuple[int, Any]:
+        space = socket.CMSG_LEN(array.array("i").itemsize)
+        try:
+            message, sent, _, _ = worker.line.recvmsg(_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
+        except OSError:
+            message, sent = b"", []
+        if not message:
+            raise self._died(worker)
+        ticket, error, result = json.loads(message)
+        del worker.tasks[ticket]
+        if error is not None:
+            kinds = {kind.__name__: kind for kind in _kinds(StepError)}
+            raise kinds[error](result)
+        for _, _, data in sent:
+            (descriptor,) = array.array("i", data)
+            try:
+                return ticket, wire.from_file(descriptor)
+            finally:
+                os.close(descriptor)
+        return ticket, result
+
+    def _look_at_the_board(self) -> None:
+        """Count how long each busy worker has been silent.
+
+        Only time in which this process was running counts, so that a job which is suspended as a
+        whole and continued is not given up.
+        """
+        now = time.monotonic()
+        passed = min(now - self._seen, 2 * _TICK)
+        self._seen = now
+        for number, worker in enumerate(self.workers):
+            beats = self._board[2 * number]
+            moved = beats != worker.beats or not worker.tasks
+            worker.silent = 0.0 if moved else worker.silent + passed
+            worker.beats = beats
+            if worker.silent > self._patience:
+                raise StepError(
+                    f"loader worker {number} (process {worker.process.pid}) has been silent for "
+                    f"{self._patience:g} s with {self._held(number)}; is the storage gone, or "
+                    "raise loader_timeout"
+                )
+
+    def _died(self, worker: _Worker) -> StepError:
+        worker.process.join(2)
+        code = worker.process.exitcode
+        number = self.workers.index(worker)
+        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else "ended"
+        return StepError(
+            f"loader worker {number} (process {worker.process.pid}) {how} with "
+            f"{self._held(number)}; when memory ran out, lower num_workers"
+        )
+
+    def _held(self, number: int) -> str:
+        """Which sample a worker has begun; all of its task when it has not begun one."""
+        tasks = list(self.workers[number].tasks.values())
+        if not tasks:
+            return "no sample in its hands"
+        position = self._board[2 * number + 1]
+        positions = [position] if position != _NOTHING else tasks[0].positions
+        return "in its hands: " + ", ".join(self._name(position) for position in positions)
+
+    def _name(self, position: int) -> str:
+        """Tar and key of a sample."""
+        corpus = self._maker.corpus
+        place = corpus[position]
+        try:
+            return corpus.where(place, corpus.raw(place, images=False))
+        except StepError as error:
+            return f"a sample that cannot be read here either ({error})"
+
+    def close(self) -> None:
+        """End the workers, also those that are stopped."""
+        for worker in self.workers:
+            worker.line.close()
+            worker.process.kill()
+        for worker in self.workers:
+            worker.process.join()
+
+
+def _kinds(base: type[StepError]) -> list[type[StepError]]:
+    return [base, *(kind for child in base.__subclasses__() for kind in _kinds(child))]
+
+
+def _work(line: socket.socket, maker: RowMaker, board: Any, number: int) -> None:
+    """Main function of a worker process."""
+    # A stop is asked of whole process groups; the training still needs us for its last step.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+    def watch(position: int) -> None:
+        board[2 * number + 1] = position
+        board[2 * number] += 1
+
+    maker.watch = watch
+    while message := line.recv(_MESSAGE):
+        ticket, method, arguments = json.loads(message)
+        watch(_NOTHING)
+        try:
+            result, error = perform(maker, Task(method, tuple(arguments))), None
+        except StepError as failure:
+            result, error = str(failure), _named(failure).__name__
+        except Exception:
+            told = traceback.format_exc()[-_TOLD:]
+            result, error = f"the loader failed:\n{told}", StepError.__name__
+        watch(_NOTHING)
+        try:
+            _send(line, ticket, error, result)
+        except BrokenPipeError:
+            return
+
+
+def _send(line: socket.socket, ticket: int, error: str | None, result: Any) -> None:
+    if error is not None or isinstance(result, list):
+        line.send(json.dumps([ticket, error, result]).encode())
+        return
+    descriptor = wire.to_file(result)
+    try:
+        socket.send_fds(line, [json.dumps([ticket, None, None]).encode()], [descriptor])
+    finally:
+        os.close(descriptor)
+
+
+def _named(error: StepError) -> type[StepError]:
+    """The class under which an error is passed on: one of core/errors.py."""
+    return next(
+        kind
+        for kind in type(error).__mro__
+        if kind.__module__ == StepError.__module__ and issubclass(kind, StepError)
+    )
