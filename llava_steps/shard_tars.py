@@ -29,6 +29,11 @@ def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
         metrics = shards.write_shards(settings, cfg.workers, cfg.quarantine_limit, bar.advance)
     for reason, count in metrics["quarantine_reasons"].items():
         ctx.log.warning("quarantined %d x %s", count, reason)
+    if metrics["duplicate_ids"]:
+        ctx.log.warning(
+            "%d ids occur more than once; all their samples are kept, told apart by tar and key",
+            metrics["duplicate_ids"],
+        )
     ctx.log.info(
         "%d samples: %d written to %d tars, %d quarantined",
         metrics["samples_in"],

@@ -72,8 +72,8 @@ class _Kept:
 
     part: Path
     borders: array[int]
-    whole: str | None
-    """sha256 of the part file when all of its samples were kept."""
+    sha256: str
+    """Of the part file."""
 
 
 class Plan:
@@ -86,33 +86,35 @@ class Plan:
     def __init__(self, samples_per_shard: int) -> None:
         self._size = samples_per_shard
         self._kept: list[_Kept] = []
-        self._seen: dict[bytes, int] = {}
+        self._ids: dict[bytes, bool] = {}
         self.records = self.written = self.refused = 0
+        self.duplicate_ids = 0
         self.reasons: Counter[str] = Counter()
 
     def add(self, part: Part) -> list[Refused]:
-        """Take in the next part; returns its refused records, duplicates included, in order."""
-        refused, borders, start = list(part.refused), array("Q"), 0
+        """Take in the next part; returns its refused records in order.
+
+        Samples may share an id: the mixes that people publish are full of them. They are counted,
+        and told apart by their keys.
+        """
+        borders, start = array("Q"), 0
         for sample in part.samples:
             # Hashed, so that a hundred million ids fit into memory.
             key = hashlib.blake2b(sample.id.encode(), digest_size=12).digest()
-            first = self._seen.setdefault(key, sample.index)
-            if first != sample.index:
-                message = f"duplicate id: record {first} has it too"
-                refused.append(Refused(sample.index, sample.id, message))
-            else:
-                borders.extend((start, sample.end))
+            again = self._ids.get(key)
+            self.duplicate_ids += again is False
+            self._ids[key] = again is not None
+            borders.extend((start, sample.end))
             start = sample.end
         kept = len(borders) // 2
-        whole = part.sha256 if kept == len(part.samples) else None
-        self._kept.append(_Kept(part.path, borders, whole))
+        self._kept.append(_Kept(part.path, borders, part.sha256))
         self.records += part.records
         self.written += kept
-        self.refused += len(refused)
-        self.reasons.update(SampleError(item.message).reason for item in refused)
-        if part.records != kept + len(refused):
+        self.refused += len(part.refused)
+        self.reasons.update(SampleError(item.message).reason for item in part.refused)
+        if part.records != kept + len(part.refused):
             raise AssertionError(f"{part.path}: samples in are not samples out plus quarantined")
-        return sorted(refused, key=lambda item: item.index)
+        return sorted(part.refused, key=lambda item: item.index)
 
     def check(self, limit: float, source: Path, quarantine: Path) -> None:
         """Raise InputError when too much was refused or nothing is left."""
@@ -146,7 +148,7 @@ class Plan:
                 if place + 1 == count:
                     done.append(kept.part)
                     if samples == count:
-                        whole = kept.whole
+                        whole = kept.sha256
                 if samples == self._size:
                     yield Shard(number, samples, tuple(ranges), whole, tuple(done))
                     number, samples, ranges, done, whole = number + 1, 0, [], [], None

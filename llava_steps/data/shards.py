@@ -49,8 +49,8 @@ def write_shards(
     """Write all shards, `quarantine.jsonl` and `shards.json` into `settings.entry`.
 
     Returns:
-        Metrics: samples_in, samples_written, samples_quarantined, quarantine_reasons, shards and
-        bytes.
+        Metrics: samples_in, samples_written, samples_quarantined, quarantine_reasons, duplicate_ids
+        (ids that occur more than once), shards and bytes.
 
     Raises:
         InputError: no usable sample, or a larger share of refused ones than `quarantine_limit`.
@@ -84,6 +84,7 @@ def write_shards(
         "samples_written": plan.written,
         "samples_quarantined": plan.refused,
         "quarantine_reasons": dict(sorted(plan.reasons.items())),
+        "duplicate_ids": plan.duplicate_ids,
         "shards": len(rows),
         "bytes": sum(row["size"] for row in rows),
     }
