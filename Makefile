@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert chaos faults format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert chaos faults soak-data format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -67,6 +67,11 @@ EVERY ?= 1
 faults: ## a kill, a full disk, a broken disk in every file operation of a save
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.drive --every $(EVERY)
+
+STOPS ?= 50
+soak-data: ## stop the loader at STOPS random steps and go on in other layouts
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.soak_data --stops $(STOPS)
 
 format: ## put code into the style that `make check` wants
 	@.ci/environment test
