@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert chaos faults soak-data format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert chaos faults soak-data bench-data format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -72,6 +72,10 @@ STOPS ?= 50
 soak-data: ## stop the loader at STOPS random steps and go on in other layouts
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.soak_data --stops $(STOPS)
+
+bench-data: ## speed of the loader, fill of packed rows, time to resume
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.loading
 
 format: ## put code into the style that `make check` wants
 	@.ci/environment test

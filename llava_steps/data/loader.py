@@ -20,7 +20,7 @@ from llava_steps.data.corpus import Corpus
 from llava_steps.data.feed import Feed, Layout, serial
 from llava_steps.data.lengths import Lengths
 from llava_steps.data.rows import RowMaker
-from llava_steps.data.workers import Workers
+from llava_steps.data.workers import Workers, start_server
 
 
 class TrainLoader:
@@ -91,6 +91,8 @@ class TrainLoader:
         capacity = pack_length or seq_length
         if packing and capacity < seq_length:
             raise ConfigError(f"pack_length {pack_length} is below seq_length {seq_length}")
+        if num_workers:
+            start_server()
         corpus = Corpus(dataset, split, seed)
         self.samples_in_split = len(corpus)
         self.digest = corpus.digest

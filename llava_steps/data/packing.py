@@ -9,6 +9,9 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from heapq import heapify, heapreplace
 
+_EXCHANGES, _PARTNERS = 4, 32
+"""Exchanges tried for each row, and the shortest rows that the longest one may exchange with."""
+
 
 def pack(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
     """Rows of samples, each row at most `capacity` tokens; their number is a multiple of `ranks`.
@@ -16,6 +19,8 @@ def pack(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
     Best fit decreasing (longest sample first, each to the fullest row that takes it; Johnson 1974)
     says how many rows are needed. Longest processing time first (each to the emptiest row; Graham
     1969) then fills as many rows evenly; its rows are taken when they fit, else those of the first.
+    Last, the longest row exchanges samples with shorter ones as long as it gets shorter, so that
+    rows which have to be padded to one length waste little.
 
     Args:
         lengths: tokens of each sample, 1 to `capacity`; their number a multiple of `ranks`.
@@ -37,7 +42,7 @@ def pack(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
     rows = _fullest_first(falling, lengths, capacity)
     count = -(-len(rows) // ranks) * ranks
     rows = _emptiest_first(falling, lengths, capacity, count) or _spread(rows, count)
-    return sorted(sorted(row) for row in rows)
+    return sorted(sorted(row) for row in _level(rows, lengths))
 
 
 def _fullest_first(
@@ -79,4 +84,36 @@ def _spread(rows: list[list[int]], count: int) -> list[list[int]]:
     rows = [list(row) for row in rows]
     while len(rows) < count:
         rows.append([max(rows, key=len).pop()])
+    return rows
+
+
+def _level(rows: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """`rows` after exchanges of one sample for a shorter one or none with the longest row."""
+    rows = [list(row) for row in rows]
+    loads = [sum(lengths[i] for i in row) for row in rows]
+    for _ in range(_EXCHANGES * len(rows)):
+        longest = max(range(len(rows)), key=loads.__getitem__)
+        found = min(
+            (
+                (max(loads[longest] - change, loads[other] + change), other, give, take)
+                for other in sorted(range(len(rows)), key=loads.__getitem__)[:_PARTNERS]
+                for give in rows[longest]
+                for take, short in [(-1, 0), *((i, lengths[i]) for i in rows[other])]
+                if 0 < (change := lengths[give] - short) < loads[longest] - loads[other]
+            ),
+            default=None,
+        )
+        # A row of one sample that is the longest has nothing to give: it would be left empty.
+        if found is None or len(rows[longest]) == 1:
+            break
+        _, other, give, take = found
+        rows[longest].remove(give)
+        rows[other].append(give)
+        change = lengths[give]
+        if take >= 0:
+            rows[other].remove(take)
+            rows[longest].append(take)
+            change -= lengths[take]
+        loads[longest] -= change
+        loads[other] += change
     return rows

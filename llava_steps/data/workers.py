@@ -20,6 +20,7 @@ import time
 import traceback
 from collections import deque
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -37,6 +38,7 @@ _DEPTH = 2
 _TICK = 1.0
 """Seconds between two looks at the board."""
 _NOTHING = -1
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,25 @@ class Task:
             first, places, _ = self.arguments
             return [first + place for place in places]
         return list(self.arguments[0])
+
+
+def start_server() -> None:
+    """Start what worker processes are forked from, if it is not there; returns at once.
+
+    A fork server, because this process holds threads of torch and of the process group: a fork of
+    it may inherit a lock that nobody will ever release. It imports for some seconds, which is why
+    a training starts it before it builds its model.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["llava_steps.data.preload"])
+    # A stop is asked of whole process groups, while the training still needs its workers for the
+    # last step: they and the server inherit this mask and end when the training does.
+    resource_tracker.ensure_running()  # starting it would unblock them again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def perform(maker: RowMaker, task: Task) -> Any:
@@ -86,11 +107,8 @@ class Workers:
         self._waiting: deque[tuple[int, Task]] = deque()
         self._tickets = 0
         self._seen = time.monotonic()
-        # Worker processes come from a fork server: this process holds threads of torch and of the
-        # process group, and a fork of it may inherit a lock that nobody will ever release.
+        start_server()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["llava_steps.data.preload"])
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._board = context.RawArray(ctypes.c_int64, 2 * count)
         self.workers: list[_Worker] = []
         for number in range(count):
@@ -224,9 +242,6 @@ def _kinds(base: type[StepError]) -> list[type[StepError]]:
 
 def _work(line: socket.socket, maker: RowMaker, board: Any, number: int) -> None:
     """Main function of a worker process."""
-    # A stop is asked of whole process groups; the training still needs us for its last step.
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(ignored, signal.SIG_IGN)
     torch.set_num_threads(1)
 
     def watch(position: int) -> None:

@@ -254,3 +254,17 @@ def test_the_content_of_a_blend_is_its_file_and_its_datasets(root: Path, tmp_pat
     (copies[0] / "content.yaml").write_text((copies[0] / "content.yaml").read_text() + "#\n")
     path = copies[0] / "content.yaml"
     assert _digest(STEP, "data_path", path, Digests(tmp_path)) != first
+
+
+def test_the_workflow_watches_the_file_and_what_it_names(root: Path) -> None:
+    from llava_steps.core import load, pipeline
+
+    config = load.load([Path(__file__).parents[2] / "config" / "config.yaml"])
+    (root / "watched.jinja").write_text(TEMPLATE)
+    item = {"path": "one", "subflavors": {"chat_template": "watched.jinja"}}
+    path = write(root, "watched", {"blend": [item, {"path": "two"}]})
+    stage = config.stage1.model_copy(update={"data_path": str(path)})
+    rules = pipeline.chain(config.model_copy(update={"stage1": stage}))
+    files = set(rules["stage1_checkpoint"].files)
+    assert {str(path), str(root / "one"), str(root / "two"), str(root / "watched.jinja")} <= files
+    assert "energon_dataset" not in rules["stage1_checkpoint"].upstream

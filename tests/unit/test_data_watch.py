@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,25 @@ def test_the_sample_that_a_lost_worker_held_is_named(
     assert message.count(".tar/") == 1 and "/000000.tar/000003" in message, message
     steps.close()
     assert not any(worker.process.is_alive() for worker in workers.workers), "nobody stays behind"
+
+
+def test_signals_that_ask_for_a_stop_leave_workers_and_their_server_alone(
+    dataset: Path, hf_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm and terminals signal every process; the training decides when its workers may go."""
+    feeds: list[Feed] = []
+    start = Feed.start
+    monkeypatch.setattr(Feed, "start", lambda feed: (feeds.append(feed), start(feed)))
+    loader = loader_module.TrainLoader(dataset, "train", hf_dir, 256, 8, 1, 0, 1, 7, 2, 0, True)
+    steps = iter(loader)
+    next(steps)
+    processes = [worker.process.pid for worker in feeds[0]._workers.workers]
+    for process in (*processes, forkserver._forkserver._forkserver_pid):  # type: ignore[attr-defined]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(process, number)
+    for _ in range(20):
+        next(steps)
+    assert processes == [worker.process.pid for worker in feeds[0]._workers.workers]
+    steps.close()
+    for process in processes:
+        assert not Path(f"/proc/{process}").exists()
