@@ -55,16 +55,17 @@ def read_questions(path: Path) -> list[Question]:
         InputError: the file, or any of its samples, cannot be used: leaving out what is difficult
             would change what an accuracy means.
     """
-    from llava_steps.data import rawllava, samples, sources
+    from llava_steps.data import samples, sources
     from llava_steps.evaluation.ask import Question
 
+    source = sources.open_source(path, "llava", sources.Options(max_pixels=MAX_PIXELS))
     found = []
-    for chunk in sources.chunks(path, 1000):
-        for index, record in enumerate(chunk.records, chunk.start):
+    for chunk in source.chunks(1000):
+        for row in source.rows(chunk):
             try:
-                sample = rawllava.to_sample(sources.parse(record), index, path.parent, MAX_PIXELS)
+                sample = source.sample(row)
             except samples.SampleError as error:
-                raise InputError(f"{path}, record {index}: {error}") from error
+                raise InputError(f"{path}, record {row.index}: {error}") from error
             turns = tuple({"role": t.role, "content": t.content} for t in sample.turns)
             names = [sample.extra.get(key) for key in ("kind", "lang")]
             group = "/".join(str(name) for name in names if name) or "questions"
@@ -75,10 +76,10 @@ def read_questions(path: Path) -> list[Question]:
     return found
 
 
-def _data_files(path: Path) -> tuple[Path, Iterable[Path]]:
-    from llava_steps.data.rawllava import content_files
+def _data_files(path: Path, cfg: Evaluation) -> tuple[Path, Iterable[Path]]:
+    from llava_steps.data.sources import Options, content_files
 
-    return content_files(path)
+    return content_files(path, "llava", Options(max_pixels=MAX_PIXELS))
 
 
 STEP = Step(

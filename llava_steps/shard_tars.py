@@ -2,30 +2,36 @@
 
     python -m llava_steps.shard_tars --source data/train.json --save-dir results/x/tar_shards
 
-Reads LLaVA JSON or JSONL (`id`, `image`, `conversations`), checks every sample and writes
-000000.tar, 000001.tar, ... Samples that cannot be used are listed with their reason in
-quarantine.jsonl; above `--quarantine-limit` the step fails. The same input and settings give the
-same bytes, whatever the number of workers.
+Reads LLaVA JSON or JSONL, parquet with embedded images, a folder of images with a CSV, TSV or JSONL
+of texts, or webdataset tars; `--source-format` says which, if it cannot be told. Every sample is
+checked; what can be used is written to 000000.tar, 000001.tar, ... and the rest listed with its
+reason in quarantine.jsonl; above `--quarantine-limit` the step fails. The same input and settings
+give the same bytes, whatever the number of workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.config import TarShards
 from llava_steps.core.run import Context, Step, main
+
+if TYPE_CHECKING:
+    from llava_steps.data.sources import Options
 
 
 def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
     """Write the shards into `ctx.entry`; metrics say how many samples went where."""
     from llava_steps.data import shards, sources
 
-    source = ctx.inputs["source"].path
-    settings = shards.Settings(source, ctx.entry, cfg.samples_per_shard, cfg.max_pixels)
-    total = sum(len(chunk.records) for chunk in sources.chunks(source, 1000))
-    with ctx.progress("sharding", total) as bar:
+    source = sources.open_source(ctx.inputs["source"].path, cfg.source_format, _options(cfg))
+    ctx.log.info("reading %s as %s", source.path, source.name)
+    for note in source.notes():
+        ctx.log.warning("%s", note)
+    settings = shards.Settings(source, ctx.entry, cfg.samples_per_shard)
+    with ctx.progress("sharding", source.count()) as bar:
         metrics = shards.write_shards(settings, cfg.workers, cfg.quarantine_limit, bar.advance)
     for reason, count in metrics["quarantine_reasons"].items():
         ctx.log.warning("quarantined %d x %s", count, reason)
@@ -44,10 +50,16 @@ def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
     return metrics
 
 
-def _source_files(path: Path) -> tuple[Path, Iterable[Path]]:
-    from llava_steps.data.rawllava import content_files
+def _options(cfg: TarShards) -> Options:
+    from llava_steps.data.sources import Options
 
-    return content_files(path)
+    return Options(cfg.columns, cfg.question, cfg.max_pixels, cfg.other_images, cfg.decode_images)
+
+
+def _source_files(path: Path, cfg: TarShards) -> tuple[Path, Iterable[Path]]:
+    from llava_steps.data.sources import content_files
+
+    return content_files(path, cfg.source_format, _options(cfg))
 
 
 STEP = Step(

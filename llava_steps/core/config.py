@@ -70,7 +70,26 @@ class DemoAssets(StepConfig):
 class TarShards(StepConfig):
     """Raw images and conversations to tar shards in the webdataset layout."""
 
-    source: str = source(help="LLaVA JSON or JSONL file; images are relative to its folder")
+    source: str = source(
+        help="LLaVA JSON or JSONL beside its images; parquet with embedded images; CSV, TSV or "
+        "JSONL beside its images; webdataset tars; a file or a folder"
+    )
+    source_format: Literal["auto", "llava", "parquet", "table", "webdataset"] = value(
+        "auto", "kind of source; auto: told from the names of the files"
+    )
+    columns: dict[str, str] = value(
+        {},
+        "columns of table, parquet or JSON with names of their own, as FIELD=COLUMN; fields: id, "
+        "image, conversations, question, answer",
+    )
+    question: str = value("", "question for texts that have none, such as captions")
+    other_images: Literal["refuse", "jpeg"] = value(
+        "refuse",
+        "images that are no JPEG: quarantined, or turned into JPEG; JPEG files stay as they are",
+    )
+    decode_images: bool = value(
+        False, "decode every image in full; otherwise plain JPEG files are checked by structure"
+    )
     samples_per_shard: PositiveInt = value(
         1000, "samples in each tar; shard k holds [k*N, (k+1)*N)"
     )

@@ -77,7 +77,9 @@ class Step(Generic[C]):
     """Source fields that may stay empty."""
     resolve: Mapping[str, Callable[[str], Path]] = field(default_factory=dict)
     """For a source field: from the given text to a local path (a hub id, say)."""
-    parts: Mapping[str, Callable[[Path], tuple[Path, Iterable[Path]]]] = field(default_factory=dict)
+    parts: Mapping[str, Callable[[Path, C], tuple[Path, Iterable[Path]]]] = field(
+        default_factory=dict
+    )
     """For a source field outside the store: (root, files) that its content consists of."""
     members: Mapping[str, Callable[[Path], Sequence[Path]]] = field(default_factory=dict)
     """For a source field that may be a file: what the file names, whose content counts as well."""
@@ -204,7 +206,7 @@ def _evaluate(
             "attempts": attempt,
             "wall_s": round(time.monotonic() - start, 3),
         }
-        _still_the_same(step, inputs, known, entry)
+        _still_the_same(step, config, inputs, known, entry)
         store.seal(entry, description, step.volatile, known.file)
         known.save()
         store.publish(entry, out)
@@ -245,14 +247,14 @@ def _inputs(step: Step[C], config: C, digests: Digests) -> dict[str, Input]:
             digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
             found[key] = Input(entry / inside, digest, manifest, entry, text)
         else:
-            found[key] = Input(path, _digest(step, key, path, digests), shown=text)
+            found[key] = Input(path, _digest(step, config, key, path, digests), shown=text)
     digests.save()
     return found
 
 
-def _digest(step: Step[C], key: str, path: Path, digests: Digests) -> str:
+def _digest(step: Step[C], config: C, key: str, path: Path, digests: Digests) -> str:
     if key in step.parts:
-        return digests.files(*step.parts[key](path))
+        return digests.files(*step.parts[key](path, config))
     if key in step.members and path.is_file():
         named = [_member_digest(member, digests) for member in step.members[key](path)]
         return fsio.sha256_json([digests.file(path), named])
@@ -269,13 +271,13 @@ def _member_digest(path: Path, digests: Digests) -> str:
 
 
 def _still_the_same(
-    step: Step[C], inputs: Mapping[str, Input], digests: Digests, entry: Path
+    step: Step[C], config: C, inputs: Mapping[str, Input], digests: Digests, entry: Path
 ) -> None:
     """Compare the inputs once more, before a value made from them is sealed under their name."""
     for key, item in inputs.items():
         if item.entry is not None and item.manifest is not None:
             store.check(item.entry, item.manifest, digests.file)
-        elif _digest(step, key, item.path, digests) != item.digest:
+        elif _digest(step, config, key, item.path, digests) != item.digest:
             # What was read from both versions must not be found by the next attempt either.
             for made in entry.iterdir():
                 if made.name != store.WORK:

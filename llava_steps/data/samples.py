@@ -143,18 +143,21 @@ def to_parts(sample: Sample) -> list[tuple[str, bytes]]:
         parts.append(("json", text.encode()))
     except UnicodeEncodeError as error:
         raise SampleError("lone surrogate: in a field besides the conversation") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise SampleError(f"not JSON: {error}") from error
     return parts
 
 
-def from_parts(key: str, parts: Mapping[str, bytes], fields: FieldMap = SEED) -> Sample:
+def from_parts(
+    key: str, parts: Mapping[str, bytes], fields: FieldMap = SEED, question: str = ""
+) -> Sample:
     """The sample stored under `key`.
 
     Args:
         key: key in the tar, used as id when the data has none.
         parts: part name (text after the key's dot) to bytes.
         fields: where image, question and answer stand in data without `conversations`.
+        question: question of samples that have none.
 
     Raises:
         SampleError: a part is missing or broken, or the conversation is not usable.
@@ -164,7 +167,7 @@ def from_parts(key: str, parts: Mapping[str, bytes], fields: FieldMap = SEED) ->
     if "conversations" in meta:
         turns = parse_turns(meta["conversations"])
     else:
-        turns = _seed_turns(parts, len(images), fields)
+        turns = _seed_turns(parts, len(images), fields, question)
     check_turns(turns, len(images))
     extra = {name: meta[name] for name in meta if name not in RESERVED and name != "id"}
     return Sample(str(meta.get("id", key)), turns, images, extra)
@@ -207,13 +210,18 @@ def _meta(parts: Mapping[str, bytes]) -> dict[str, Any]:
     return meta
 
 
-def _seed_turns(parts: Mapping[str, bytes], images: int, fields: FieldMap) -> tuple[Turn, ...]:
+def _seed_turns(
+    parts: Mapping[str, bytes], images: int, fields: FieldMap, instead: str
+) -> tuple[Turn, ...]:
     """One question and one answer, found by the field map."""
     texts = []
     for name, options in (("question", fields.context), ("answer", fields.answers)):
         try:
             value = look_up(parts, options)
         except LookupError as error:
+            if name == "question" and instead:
+                texts.append(instead)
+                continue
             raise SampleError(f"missing {name}: no {error}; there are {sorted(parts)}") from error
         except (ValueError, RecursionError) as error:
             raise SampleError(f"unreadable {name}: {error}") from error

@@ -18,6 +18,9 @@ class Refused:
     """A record that did not become a sample."""
 
     index: int
+    file: str
+    place: int
+    """Number of the record in its file."""
     id: str
     message: str
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import fsio
-from llava_steps.data import pool, rawllava, sources, tars
+from llava_steps.data import pool, tars
 from llava_steps.data.metadata import SHARDS
 from llava_steps.data.samples import SampleError, to_parts
 from llava_steps.data.shardplan import Part, Plan, Refused, Shard, Written
+from llava_steps.data.sources import Chunk, Source
 
 QUARANTINE = "quarantine.jsonl"
 KEY_DIGITS = 9
@@ -34,10 +35,9 @@ _COPY = 1 << 22
 class Settings:
     """What workers need to know; see `TarShards` for the meaning."""
 
-    source: Path
+    source: Source
     entry: Path
     samples_per_shard: int
-    max_pixels: int
 
 
 def write_shards(
@@ -59,17 +59,17 @@ def write_shards(
     _clean(entry)
     plan = Plan(settings.samples_per_shard)
     lines = []
-    chunks = sources.chunks(settings.source, settings.samples_per_shard)
+    chunks = settings.source.chunks(settings.samples_per_shard)
     for part in pool.ordered(partial(make_part, settings), chunks, workers):
         for refused in plan.add(part):
             row = {
-                "file": settings.source.name, "index": refused.index, "id": refused.id,
-                "reason": refused.message,
+                "file": refused.file, "place": refused.place, "index": refused.index,
+                "id": refused.id, "reason": refused.message,
             }  # fmt: skip
             lines.append(json.dumps(row, sort_keys=True) + "\n")
         advance(part.records)
     fsio.write_bytes(entry / QUARANTINE, "".join(lines).encode())
-    plan.check(quarantine_limit, settings.source, entry / QUARANTINE)
+    plan.check(quarantine_limit, settings.source.path, entry / QUARANTINE)
     rows = []
     shards = list(plan.shards())
     finished = pool.ordered(partial(finish_shard, entry), shards, workers)
@@ -90,7 +90,7 @@ def write_shards(
     }
 
 
-def make_part(settings: Settings, chunk: sources.Chunk) -> Part:
+def make_part(settings: Settings, chunk: Chunk) -> Part:
     """Write the usable records of `chunk` to a part file, a whole tar; runs in a worker."""
     path = settings.entry / f"{fsio.TEMPORARY}part-{chunk.start:0{KEY_DIGITS}d}"
     samples, refused, size = [], [], 0
@@ -101,25 +101,21 @@ def make_part(settings: Settings, chunk: sources.Chunk) -> Part:
             digest.update(data)
             return file.write(data)
 
-        for index, record in enumerate(chunk.records, chunk.start):
-            name = ""
+        for row in settings.source.rows(chunk):
             try:
-                value = sources.parse(record)
-                name = _name(value)
-                sample = rawllava.to_sample(
-                    value, index, settings.source.parent, settings.max_pixels
-                )
+                sample = settings.source.sample(row)
                 parts = to_parts(sample)
             except SampleError as error:
-                refused.append(Refused(index, name, str(error)))
+                label = settings.source.label(row)
+                refused.append(Refused(row.index, row.file, row.place, label, str(error)))
                 continue
             for part, data in parts:
-                size += write(tars.member(f"{index:0{KEY_DIGITS}d}.{part}", data))
-            samples.append(Written(index, sample.id, size))
+                size += write(tars.member(f"{row.index:0{KEY_DIGITS}d}.{part}", data))
+            samples.append(Written(row.index, sample.id, size))
         write(tars.ending(size))
         file.flush()
         os.fsync(file.fileno())
-    return Part(path, len(chunk.records), tuple(samples), tuple(refused), digest.hexdigest())
+    return Part(path, chunk.size, tuple(samples), tuple(refused), digest.hexdigest())
 
 
 def finish_shard(entry: Path, shard: Shard) -> dict[str, Any]:
@@ -162,11 +158,6 @@ def _assemble(shard: Shard, target: Path) -> str:
         out.flush()
         os.fsync(out.fileno())
     return digest.hexdigest()
-
-
-def _name(value: Any) -> str:
-    """The record's id for the quarantine list, whatever it is."""
-    return str(value.get("id", ""))[:200] if isinstance(value, dict) else ""
 
 
 def _clean(entry: Path) -> None:

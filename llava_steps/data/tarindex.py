@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
     seen: set[str] = set()
     key, end = "", 0
     for member in tars.members(path):
-        base, part = _split_name(path, member.name, fields)
+        base, part = split_name(path, member.name, fields.image_parts)
         if base != key:
             if base in closed:
                 raise InputError(f"{path}: the parts of sample {base!r} do not stand together")
@@ -112,7 +113,7 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
     return TarIndex(name, path.stat().st_size, fsio.sha256_file(path), rows, tuple(parts))
 
 
-def _split_name(path: Path, name: str, fields: FieldMap) -> tuple[str, str]:
+def split_name(path: Path, name: str, image_parts: Collection[str]) -> tuple[str, str]:
     """Key and part of a member's name, as energon splits them, or InputError."""
     if name.startswith("/") or ".." in name.split("/"):
         raise InputError(f"{path}: member {name!r} points outside the archive")
@@ -123,7 +124,7 @@ def _split_name(path: Path, name: str, fields: FieldMap) -> tuple[str, str]:
             "in the key, such as 000001.jpg"
         )
     number, dot, kind = match[2].rpartition(".")
-    further_image = number.isdecimal() and kind in fields.image_parts
+    further_image = number.isdecimal() and kind in image_parts
     if dot and not further_image:
         raise InputError(
             f"{path}: the key of member {name!r} has a dot; everything behind the first dot counts "

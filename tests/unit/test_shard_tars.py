@@ -18,8 +18,8 @@ from llava_steps.core.config import TarShards
 from llava_steps.core.errors import InputError
 from llava_steps.data import shards
 from llava_steps.data.decode import check_jpeg, decode
-from llava_steps.data.rawllava import content_files
 from llava_steps.data.samples import SampleError
+from llava_steps.data.sources import Options, content_files, open_source
 from llava_steps.shard_tars import run
 
 
@@ -359,7 +359,7 @@ def test_the_files_of_a_source_are_its_content(tmp_path: Path) -> None:
     records = make_source(tmp_path, 4)
     records.append({"id": "x", "image": "../secret.jpg"})
     source = write(tmp_path, records)
-    root, files = content_files(source)
+    root, files = content_files(source, "auto", Options())
     names = {path.relative_to(root).as_posix() for path in files}
     expected = {f"images/{p.name}" for p in (tmp_path / "images").iterdir()}
     assert names == expected | {"train.json"}
@@ -368,8 +368,8 @@ def test_the_files_of_a_source_are_its_content(tmp_path: Path) -> None:
 def test_memory_holds_one_sample_a_worker(tmp_path: Path) -> None:
     """A part is written sample by sample: reading ahead would show in the size of the task."""
     source = write(tmp_path, make_source(tmp_path, 3))
-    settings = shards.Settings(source, tmp_path, 4, 10**6)
-    chunk = next(iter(shards.sources.chunks(source, 4)))
+    settings = shards.Settings(open_source(source), tmp_path, 4)
+    chunk = next(settings.source.chunks(4))
     part = shards.make_part(settings, chunk)
     assert [s.index for s in part.samples] == [0, 1, 2]
     assert part.path.stat().st_size % 10240 == 0

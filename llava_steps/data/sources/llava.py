@@ -1,0 +1,111 @@
+"""LLaVA JSON (a list of records) and JSONL (a record a line), images beside them.
+
+Also of the shape {"messages": [...], "images": [...]}. Lines are parsed by the workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core.errors import InputError
+from llava_steps.data.samples import Sample, SampleError
+from llava_steps.data.sources import record
+from llava_steps.data.sources.base import Chunk, Row, Source
+
+LINES = (".jsonl", ".ndjson")
+
+
+class Llava(Source):
+    """`id`, `image` and `conversations`, as LLaVA's own files have them."""
+
+    name = "llava"
+
+    def count(self) -> int:
+        return sum(1 for _ in self._records())
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        records, start = iter(self._records()), 0
+        while found := tuple(islice(records, size)):
+            yield Chunk(start, len(found), found)
+            start += len(found)
+
+    def rows(self, chunk: Chunk) -> Iterator[Row]:
+        for index, value in enumerate(chunk.work, chunk.start):
+            yield Row(index, self.path.name, index, value)
+
+    def sample(self, row: Row) -> Sample:
+        return record.to_sample(
+            parse(row.value), row.index, self.options,
+            lambda name: record.read_image(self.root, name, self.options.max_pixels),
+        )  # fmt: skip
+
+    def label(self, row: Row) -> str:
+        try:
+            value = parse(row.value)
+        except SampleError:
+            return ""
+        return str(value.get("id", ""))[:200] if isinstance(value, dict) else ""
+
+    def files(self) -> Iterable[Path]:
+        found = {self.path}
+        for item in self._records():
+            try:
+                value = parse(item)
+            except SampleError:
+                continue  # sharding will say so; here only the readable images matter
+            if isinstance(value, dict) and (name := record.column("image", value, self.options)):
+                found.update(record.image_files(self.root, value[name]))
+        return found
+
+    def _records(self) -> Iterable[Any]:
+        if self.path.suffix.lower() in LINES:
+            return lines(self.path)
+        found = self.path.stat()
+        return _json(self.path, found.st_mtime_ns, found.st_size)
+
+
+def parse(value: Any) -> Any:
+    """The JSON value of a record.
+
+    Raises:
+        SampleError: a line that is not JSON in UTF-8.
+    """
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return json.loads(value.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise SampleError(f"not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"not JSON: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _json(path: Path, changed: int, size: int) -> Sequence[Any]:
+    """The list in a file; it is asked for several times, and large ones take a while to parse."""
+    try:
+        records = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not JSON in UTF-8: {error}; for one record a line use .jsonl"
+        ) from error
+    if not isinstance(records, list):
+        raise InputError(f"{path} must hold a list of records, it holds a {type(records).__name__}")
+    return records
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that are not empty, without its byte order mark."""
+    with open(path, "rb") as file:
+        first = True
+        for line in file:
+            line = line.strip()
+            if first:
+                line, first = line.removeprefix(b"\xef\xbb\xbf"), False
+            if line:
+                yield line

@@ -1,0 +1,198 @@
+"""A record with named columns to a checked sample: what LLaVA files, tables and parquet share."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.data.decode import check_jpeg, to_jpeg
+from llava_steps.data.samples import (
+    PLACEHOLDER,
+    Sample,
+    SampleError,
+    Turn,
+    check_text,
+    check_turns,
+    parse_turns,
+)
+from llava_steps.data.sources.base import Options
+
+COLUMNS = {
+    "id": ("id",),
+    "image": ("image", "images", "file_name"),
+    "conversations": ("conversations", "messages"),
+    "question": ("question",),
+    "answer": ("answer", "text", "caption"),
+}
+"""Field -> names of the column that it is read from, the first that a record has."""
+
+_BYTES_PER_PIXEL = 4
+"""A file with more bytes than this per allowed pixel is not read at all."""
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raise ConfigError when `tar_shards.columns` names a field that there is not."""
+    if unknown := set(columns) - set(COLUMNS):
+        raise ConfigError(
+            f"tar_shards.columns: {sorted(unknown)} are no fields; there are {list(COLUMNS)}, "
+            "written as FIELD: NAME OF THE COLUMN"
+        )
+
+
+def column(field: str, names: Collection[str], options: Options) -> str | None:
+    """Name of the column that holds `field`, None when there is none among `names`."""
+    wanted = options.columns.get(field)
+    candidates = COLUMNS[field] if wanted is None else (wanted,)
+    return next((name for name in candidates if name in names), None)
+
+
+def check_header(path: Path, names: Collection[str], options: Options) -> None:
+    """Raise InputError when a fixed set of columns cannot give samples."""
+    missing = [n for n in options.columns.values() if n not in names]
+    has = {field for field in COLUMNS if column(field, names, options)}
+    if missing or not has & {"conversations", "answer"}:
+        what = f"has no column {missing}" if missing else "has no column of conversations or texts"
+        raise InputError(
+            f"{path} {what}; there are {list(names)}. Say which is which with tar_shards.columns, "
+            f"such as `answer: {next(iter(names), 'text')}`"
+        )
+    if has.isdisjoint({"conversations", "question"}) and not options.question:
+        raise InputError(
+            f"{path} has texts without questions; set tar_shards.question to the question to ask "
+            "for each of them, such as `Describe the image.`, or name a column of questions in "
+            "tar_shards.columns"
+        )
+
+
+def to_sample(
+    value: Any, index: int, options: Options, load: Callable[[Any], bytes], spare: bool = False
+) -> Sample:
+    """The sample of record `index`.
+
+    Args:
+        value: decoded record, names to values.
+        index: number of the record, used as id when it has none.
+        options: columns, limits and what is done with images that are no JPEG.
+        load: gives an image's bytes for what stands in the image column; raises SampleError.
+        spare: leave out further columns whose names the tar contract reserves.
+
+    Raises:
+        SampleError: any reason for which this record cannot be trained on.
+    """
+    if not isinstance(value, dict):
+        raise SampleError(f"not an object: the record is a {type(value).__name__}")
+    found = {field: column(field, value, options) for field in COLUMNS}
+    name = value[found["id"]] if found["id"] else index
+    if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
+        raise SampleError(f"unusable id: {ascii(name)[:60]}")
+    check_text(str(name), "id")
+    images = _as_list(value[found["image"]]) if found["image"] else []
+    if found["conversations"] or not found["answer"]:
+        turns = parse_turns(value.get(found["conversations"] or "conversations"))
+        used = {"id", "image", "conversations"}
+    else:
+        question = value[found["question"]] if found["question"] else options.question
+        turns = pair(question, value[found["answer"]], len(images))
+        used = set(COLUMNS)
+    check_turns(turns, len(images))
+    loaded = tuple(accept(load(image), options, image) for image in images)
+    taken = {found[field] for field in used}
+    if spare:
+        taken |= {"question", "images", "conversations"}
+    extra = {key: item for key, item in value.items() if key not in taken}
+    return Sample(str(name), turns, loaded, extra)
+
+
+def pair(question: Any, answer: Any, images: int) -> tuple[Turn, ...]:
+    """One question and one answer; the images stand before the question unless it places them.
+
+    Raises:
+        SampleError: one of them is no text.
+    """
+    for what, text in (("question", question), ("answer", answer)):
+        if not isinstance(text, str):
+            raise SampleError(f"not a text: the {what} is {ascii(text)[:40]}")
+    if PLACEHOLDER not in question:
+        question = f"{PLACEHOLDER}\n" * images + question
+    return (Turn("user", question), Turn("assistant", answer))
+
+
+def accept(data: bytes, options: Options, name: Any) -> bytes:
+    """The bytes that go into the tar: a JPEG as it is, others as `other_images` says.
+
+    Raises:
+        SampleError: unusable, with the image's name.
+    """
+    try:
+        if len(data) > options.max_pixels * _BYTES_PER_PIXEL:
+            raise SampleError(f"image file too large: {len(data)} bytes")
+        if options.other_images == "jpeg" and not data.startswith(b"\xff\xd8\xff"):
+            return to_jpeg(data, options.max_pixels)
+        check_jpeg(data, options.max_pixels, options.decode_images)
+        return data
+    except SampleError as error:
+        where = f" ({name})" if isinstance(name, str) else ""
+        raise SampleError(f"{error}{where}") from error
+
+
+def inside(root: Path, name: Any) -> str:
+    """Path of an image below `root`.
+
+    Raises:
+        SampleError: not a relative path, or one that leaves `root`.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise SampleError(f"unusable image path: {ascii(name)[:80]}")
+    check_text(name, "image path")
+    if os.path.isabs(name) or (".." in name and ".." in name.split("/")):
+        raise SampleError(f"image path outside the data: {name}")
+    return f"{root}/{name}"
+
+
+def read_image(root: Path, name: Any, max_pixels: int) -> bytes:
+    """The bytes of an image file that may have `max_pixels` pixels.
+
+    Raises:
+        SampleError: outside the root, not there, not a plain file, or too large.
+    """
+    path = inside(root, name)
+    try:
+        # Without waiting: opening a pipe would else last until somebody writes to it.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode):
+                raise SampleError(f"not a plain file: {name}")
+            if found.st_size > max_pixels * _BYTES_PER_PIXEL:
+                raise SampleError(f"image file too large: {found.st_size} bytes ({name})")
+            data = os.read(file, found.st_size)
+            while len(data) < found.st_size and (more := os.read(file, found.st_size - len(data))):
+                data += more
+            return data
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise SampleError(f"unreadable file: {error.strerror} ({name})") from error
+
+
+def image_files(root: Path, names: Any) -> list[Path]:
+    """The files that an image column names, as far as there are any."""
+    found = []
+    for name in _as_list(names):
+        try:
+            path = Path(inside(root, name))
+            if path.is_file():
+                found.append(path)
+        except (SampleError, OSError):
+            continue  # whoever reads the sample refuses it whatever that file's content is
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or value == "":
+        return []
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,132 @@
+"""A folder of images with a table of texts: CSV, TSV or JSONL.
+
+The first line of CSV and TSV names the columns. CSV is quoted as RFC 4180 has it; in TSV nothing
+is quoted, a line is a record. Image paths are relative to the table's folder.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core.errors import InputError
+from llava_steps.data.samples import Sample, SampleError
+from llava_steps.data.sources import llava, record
+from llava_steps.data.sources.base import Chunk, Options, Row, Source
+
+SUFFIXES = (".csv", ".tsv", *llava.LINES)
+_LONGEST_FIELD = 1 << 24
+
+
+class Table(Source):
+    """`image` or `file_name` beside `text`, `caption` or `question` and `answer`."""
+
+    name = "table"
+
+    def __init__(self, path: Path, options: Options) -> None:
+        super().__init__(path, options)
+        kind = path.suffix.lower()
+        self.header: tuple[str, ...] | None = None
+        if kind not in SUFFIXES:
+            raise InputError(f"{path}: a table is one of {', '.join(SUFFIXES)}")
+        if kind not in llava.LINES:
+            self.header = tuple(next(self._fields(), ()))
+            if len(set(self.header)) < len(self.header) or not self.header:
+                raise InputError(f"{path}: the first line must name the columns, each once")
+            record.check_header(path, self.header, options)
+
+    def count(self) -> int:
+        return sum(1 for _ in self._records())
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        records, start = iter(self._records()), 0
+        while found := tuple(islice(records, size)):
+            yield Chunk(start, len(found), found)
+            start += len(found)
+
+    def rows(self, chunk: Chunk) -> Iterator[Row]:
+        for index, value in enumerate(chunk.work, chunk.start):
+            yield Row(index, self.path.name, index, value)
+
+    def sample(self, row: Row) -> Sample:
+        return record.to_sample(
+            self._value(row.value), row.index, self.options,
+            lambda name: record.read_image(self.root, name, self.options.max_pixels),
+            spare=True,
+        )  # fmt: skip
+
+    def label(self, row: Row) -> str:
+        try:
+            value = self._value(row.value)
+        except SampleError:
+            return ""
+        return str(value.get("id", ""))[:200] if isinstance(value, dict) else ""
+
+    def files(self) -> Iterable[Path]:
+        found = {self.path}
+        for item in self._records():
+            try:
+                value = self._value(item)
+            except SampleError:
+                continue  # sharding will say so
+            if isinstance(value, dict) and (name := record.column("image", value, self.options)):
+                found.update(record.image_files(self.root, value[name]))
+        return found
+
+    def _value(self, item: Any) -> Any:
+        """A record by column names.
+
+        Raises:
+            SampleError: another number of fields than the header has, or not UTF-8.
+        """
+        if self.header is None:
+            return llava.parse(item)
+        if len(item) != len(self.header):
+            raise SampleError(
+                f"wrong number of columns: {len(item)}, the first line has {len(self.header)}"
+            )
+        for name, text in zip(self.header, item, strict=True):
+            if not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
+                raise SampleError(f"not UTF-8: column {name}")
+        return dict(zip(self.header, item, strict=True))
+
+    def _records(self) -> Iterable[Any]:
+        return llava.lines(self.path) if self.header is None else islice(self._fields(), 1, None)
+
+    def _fields(self) -> Iterator[list[str]]:
+        """All lines of a CSV or TSV; bytes that are not UTF-8 become lone surrogates."""
+        csv.field_size_limit(_LONGEST_FIELD)
+        form: dict[str, Any] = {"strict": True}
+        if self.path.suffix.lower() == ".tsv":
+            form |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        with open(self.path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            if file.read(1) != "\ufeff":
+                file.seek(0)
+            reader = csv.reader(file, **form)
+            try:
+                for fields in reader:
+                    if fields:
+                        yield fields
+            except csv.Error as error:
+                raise InputError(
+                    f"{self.path} cannot be read as {self.path.suffix[1:].upper()} at line "
+                    f"{reader.line_num}: {error}; mend the quotes there"
+                ) from error
+
+
+def table_in(folder: Path) -> Path:
+    """The one table of a folder.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if len(found) != 1:
+        raise InputError(
+            f"{folder} holds {len(found)} tables {[p.name for p in found[:5]]}; name the one to "
+            "read in tar_shards.source"
+        )
+    return found[0]

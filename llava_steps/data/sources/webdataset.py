@@ -1,0 +1,111 @@
+"""Webdataset tars that others have made: KEY.jpg, KEY.txt, KEY.json.
+
+A question is taken from `json[question]`, an answer from `txt`, whole dialogues from
+`json[conversations]`. A tar that is damaged or unclear anywhere is refused as a whole: what cannot
+be counted cannot be accounted for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from llava_steps.core.errors import InputError
+from llava_steps.data import tars
+from llava_steps.data.fields import FieldMap
+from llava_steps.data.samples import Sample, SampleError, from_parts
+from llava_steps.data.sources import record
+from llava_steps.data.sources.base import Chunk, Options, Row, Source
+from llava_steps.data.tarindex import split_name
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+FIELDS = FieldMap(
+    tuple((name,) for name in IMAGES), (("json", "question"),), (("txt",), ("json", "answer"))
+)
+_LARGEST_TEXT = 1 << 24
+Parts = tuple[tuple[str, int, int], ...]
+"""(part, offset, size) of each part of a sample."""
+
+
+class Webdataset(Source):
+    """A tar, or all below a directory in the order of their names."""
+
+    name = "webdataset"
+
+    def __init__(self, path: Path, options: Options) -> None:
+        super().__init__(path, options)
+        if options.columns:
+            raise InputError(f"{path}: tar_shards.columns are for tables, parquet and JSON")
+        paths = [path] if path.is_file() else list(path.rglob("*.tar"))
+        if not paths:
+            raise InputError(f"{path} holds no .tar files")
+        self.names = tuple(sorted(p.relative_to(self.root).as_posix() for p in paths))
+
+    def count(self) -> int:
+        return sum(1 for name in self.names for _ in self._samples(name))
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        start, work = 0, []
+        for name in self.names:
+            for place, (key, parts) in enumerate(self._samples(name)):
+                work.append((name, place, key, parts))
+                if len(work) == size:
+                    yield Chunk(start, size, tuple(work))
+                    start, work = start + size, []
+        if work:
+            yield Chunk(start, len(work), tuple(work))
+
+    def rows(self, chunk: Chunk) -> Iterator[Row]:
+        for index, (name, place, key, parts) in enumerate(chunk.work, chunk.start):
+            yield Row(index, name, place, (key, parts))
+
+    def sample(self, row: Row) -> Sample:
+        key, parts = row.value
+        limit = 4 * self.options.max_pixels
+        content = {}
+        with open(self.root / row.file, "rb") as file:
+            for part, offset, size in parts:
+                if part.rpartition(".")[2] in IMAGES:
+                    if size > limit:
+                        raise SampleError(f"image file too large: {size} bytes ({part})")
+                elif part not in ("txt", "json"):
+                    continue
+                elif size > _LARGEST_TEXT:
+                    raise SampleError(f"text too large: {size} bytes ({part})")
+                file.seek(offset)
+                content[part] = file.read(size)
+        found = from_parts(key, content, FIELDS, self.options.question)
+        images = tuple(record.accept(data, self.options, None) for data in found.images)
+        return Sample(found.id, found.turns, images, found.extra)
+
+    def label(self, row: Row) -> str:
+        return str(row.value[0])
+
+    def files(self) -> Iterable[Path]:
+        return [self.root / name for name in self.names]
+
+    def _samples(self, name: str) -> Iterator[tuple[str, Parts]]:
+        """Key and parts of the samples of a tar.
+
+        Raises:
+            InputError: damaged, or names that other readers would take for other samples.
+        """
+        path = self.root / name
+        key, seen = "", set()
+        parts: list[tuple[str, int, int]] = []
+        for member in tars.members(path):
+            base, part = split_name(path, member.name, IMAGES)
+            if base != key:
+                if parts:
+                    yield key, tuple(parts)
+                if base in seen:
+                    raise InputError(f"{path}: the parts of sample {base!r} do not stand together")
+                seen.add(base)
+                key, parts = base, []
+            if any(part == known for known, _, _ in parts):
+                raise InputError(
+                    f"{path}: {member.name!r} is there twice in a row; samples would merge"
+                )
+            parts.append((part, member.data, member.size))
+        if parts:
+            yield key, tuple(parts)
