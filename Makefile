@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert chaos faults soak-data bench-data format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert chaos faults layouts soak-data bench-data format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -62,6 +62,11 @@ SIGNALS ?= 50
 chaos: ## kill and stop trainings at random moments: they end as if left alone
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.chaos --kills $(KILLS) --signals $(SIGNALS)
+
+PAIRS ?= 0
+layouts: ## train in every parallel layout, and go on from each other's checkpoints
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.layouts --pairs $(PAIRS)
 
 EVERY ?= 1
 faults: ## a kill, a full disk, a broken disk in every file operation of a save

@@ -11,6 +11,7 @@ and ends with exit code 75. Progress: metrics.jsonl in the store entry, linked a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ from llava_steps.core import commit
 from llava_steps.core.blend import read_blend
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import DivergedError
-from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import check_layout
 from llava_steps.core.run import Context, Step, main
 
 if TYPE_CHECKING:
@@ -29,11 +28,16 @@ if TYPE_CHECKING:
 
 def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
     """Start the workers, wait for them, keep the final checkpoint and summarise the metrics."""
+    from llava_steps.training import preflight
     from llava_steps.training.job import Job
     from llava_steps.training.launch import launch
 
     hf_dir = ctx.inputs["tokenizer_load_dir"].path.resolve()
-    check_layout(Geometry.load(hf_dir), cfg.tensor_model_parallel, cfg.pipeline_model_parallel)
+    preflight.check(cfg, hf_dir)
+    job_id = cfg.slurm_job_id or os.environ.get("SLURM_JOB_ID", "")
+    for what, text in (("Slurm job", job_id), ("job output", cfg.slurm_output_name)):
+        if text:
+            ctx.log.info("%s %s", what, text)
     job = Job(
         stage=cfg,
         entry=ctx.entry,

@@ -53,6 +53,10 @@ def _pair(text: str) -> tuple[str, str]:
     return name, where
 
 
+SHORT = {"gpus": "-g", "rank": "-r", "master_addr": "-m", "master_port": "-p"}
+"""Short flags that people know from the scripts this replaces."""
+
+
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
     """Give `parser` one flag for every field of `model`."""
     groups = {
@@ -83,7 +87,8 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         group = groups[role(field)]
         long = flag_name(name, field)
         spelled = "--" + name.replace("_", "-")
-        group.add_argument(*dict.fromkeys([long, spelled]), **spec)
+        short = [SHORT[name]] if name in SHORT else []
+        group.add_argument(*short, *dict.fromkeys([long, spelled]), **spec)
 
 
 def settings(model: type[C], given: dict[str, Any]) -> C:

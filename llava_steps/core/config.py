@@ -187,8 +187,26 @@ class Stage(StepConfig):
     recompute: Literal["none", "core_attn", "full"] = value(
         "none", "activations that the backward pass computes again instead of keeping them"
     )
+    fp8: bool = value(False, "FP8 compute; not there yet, and refused")
     layer_spec: Literal["local"] = value("local", "layer implementation")
     deterministic: bool = value(True, "refuse kernels that give other bits in a second run")
+
+    load_optim: bool = value(
+        False,
+        "go on with the training that megatron_load_dir was saved by: optimizer, step and place in "
+        "the data too, in any parallel layout; a checkpoint inside an unfinished one will do",
+    )
+    save_optim: bool = value(True, "keep the optimizer in the final checkpoint, for load_optim")
+    dist_optim: bool = value(True, "optimizer sharded over data parallel ranks; always on")
+    image_token_id: Count | None = value(
+        None, "refuse to train unless this is the id of <image> in tokenizer_load_dir"
+    )
+    pad_token_id: Count | None = value(
+        None, "refuse to train unless this is the id of padding in tokenizer_load_dir"
+    )
+    no_add_class_token: bool = value(
+        False, "refuse to train unless the model leaves the tower's class token out"
+    )
 
     skip_train_iteration_range: list[StepRange] = value(
         [],
@@ -236,9 +254,16 @@ class Stage(StepConfig):
     name: str = quiet("", "label of the run in logs and trackers")
     wandb: bool = quiet(False, "log to Weights & Biases (offline unless WANDB_MODE says otherwise)")
     wandb_project: str = quiet("llava-steps", "W&B project")
+    lang: Literal["", "jp", "en"] = quiet("", "main language, a tag in trackers")
+    slurm_job_id: str = quiet("", "job id in logs and trackers; SLURM_JOB_ID unless given")
+    slurm_output_name: str = quiet("", "output file of the job, a note in logs and trackers")
+    debug: bool = quiet(False, "verbose collectives (torch, NCCL) and C++ stacks in the logs")
+    gpu_ids: str = quiet("", "GPUs to use, as 0,1,2; all visible ones unless given")
+    interface: str = quiet("", "network interface of NCCL and Gloo, such as eth0")
     backend: Literal["auto", "nccl", "gloo"] = quiet("auto", "collectives; auto: nccl with GPUs")
     master_addr: str = quiet("127.0.0.1", "address of the first node")
-    master_port: Count = quiet(0, "port on the first node; 0: free choice on a single node")
+    master_port: Count = quiet(0, "port on the first node; 0: a file on a single node")
+    rdzv_port: Count = quiet(0, "port at which the processes meet, instead of master_port")
     rank: Count = quiet(0, "number of this node", flag="--rank")
 
     @property
@@ -287,6 +312,19 @@ class Stage(StepConfig):
             )
         if not self.packing and (self.pack_length or self.pad_to != "row"):
             raise ValueError("pack_length and pad_to are for packing; set packing or remove them")
+        if self.fp8:
+            raise ValueError(
+                "fp8 needs Transformer Engine layers, which are not there yet; use bf16"
+            )
+        if not self.dist_optim:
+            raise ValueError(
+                "dist_optim is always on; with one data parallel rank it costs nothing"
+            )
+        ids = self.gpu_ids.split(",") if self.gpu_ids else []
+        if ids and (not all(i.strip().isdigit() for i in ids) or len(set(ids)) < self.gpus):
+            raise ValueError(
+                f"gpu_ids {self.gpu_ids!r} must list at least gpus = {self.gpus} different numbers"
+            )
         if self.sequence_parallel and self.tensor_model_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel > 1")
         if self.lr_schedule == "wsd" and not (

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from llava_steps.core import errors
+from llava_steps.core.config import Stage
 from llava_steps.core.errors import StepError, StoppedError
 from llava_steps.training.job import Failure, Job
 from llava_steps.training.stop import SIGNALS
@@ -47,7 +48,7 @@ def launch(job: Job) -> None:
             forward.add(
                 subprocess.Popen(
                     [sys.executable, "-m", "llava_steps.training.worker", str(path)],
-                    env=_environment(stage.gpus, rank, scratch),
+                    env=_environment(stage, rank, scratch),
                 )
             )
             for rank in range(stage.gpus)
@@ -75,19 +76,29 @@ def _scratch(work: Path) -> Iterator[Path]:
     note.unlink()
 
 
-def _environment(processes: int, rank: int, scratch: Path) -> Mapping[str, str]:
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+def _environment(stage: Stage, rank: int, scratch: Path) -> Mapping[str, str]:
+    threads = max(1, len(os.sched_getaffinity(0)) // stage.gpus)
     own = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "LLAVA_STEPS_RENDEZVOUS": str(scratch / "store"),
+        "WORLD_SIZE": str(stage.gpus),
+        "LOCAL_WORLD_SIZE": str(stage.gpus),
+        "LLAVA_STEPS_RENDEZVOUS": _rendezvous(stage, scratch),
         "LLAVA_STEPS_LAUNCHER": str(os.getpid()),
         # Workers leave without tidying up (see worker.py); what they leave lies here.
         "TMPDIR": str(scratch),
         BEATS: str(scratch),
     }
+    if stage.gpu_ids:
+        own["CUDA_VISIBLE_DEVICES"] = stage.gpu_ids
+    if stage.interface:
+        own |= {"NCCL_SOCKET_IFNAME": stage.interface, "GLOO_SOCKET_IFNAME": stage.interface}
+    if stage.debug:
+        own |= {
+            "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
+            "TORCH_SHOW_CPP_STACKTRACES": "1",
+            "NCCL_DEBUG": "INFO",
+        }
     # What the user's environment says about threads and the hub wins over our choice.
     chosen = {
         "OMP_NUM_THREADS": str(threads),
@@ -96,6 +107,12 @@ def _environment(processes: int, rank: int, scratch: Path) -> Mapping[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     return chosen | dict(os.environ) | own
+
+
+def _rendezvous(stage: Stage, scratch: Path) -> str:
+    """Where the processes meet: a port that was asked for, or a file that nobody else can find."""
+    port = stage.rdzv_port or stage.master_port
+    return f"tcp://{stage.master_addr}:{port}" if port else f"file://{scratch / 'store'}"
 
 
 def _wait(workers: list[subprocess.Popen[bytes]], watch: Watch, logs: Path) -> list[int]:

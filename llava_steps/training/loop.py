@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llava_steps.core import commit
-from llava_steps.core.errors import DivergedError, StoppedError
+from llava_steps.core.errors import ConfigError, DivergedError, StoppedError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.log import Progress
 from llava_steps.data.batch import MicroBatch
@@ -118,8 +118,11 @@ def build(job: Job) -> Llava:
 def restore_or_start(
     job: Job, model: Llava, optimizer: Optimizer, log: logging.Logger
 ) -> tuple[Counters, TrainLoader]:
-    """Load the newest checkpoint, or the weights to start from; open the loader there."""
+    """Load the newest checkpoint, or what to start from; open the loader there."""
     found = state.find(job.entry, log)
+    goes_on = found is None and job.stage.load_optim
+    if goes_on:
+        found = state.verified(commit.latest_commit(job.checkpoint))
     if found is None:
         load_weights(model, state.verified(commit.latest_commit(job.checkpoint)) / state.WEIGHTS)
         optimizer.reload_weights()
@@ -128,6 +131,11 @@ def restore_or_start(
     counters, kept = state.load(found, job.stage, model, optimizer)
     loader = open_loader(job, kept["consumed_samples"])
     loader.check_state(kept)
+    if goes_on and counters.step >= job.stage.train_steps:
+        raise ConfigError(
+            f"train_steps {job.stage.train_steps}: {found} has done {counters.step} steps already; "
+            "load_optim goes on from there, so set train_steps higher"
+        )
     log.info("resuming after step %d from %s", counters.step, found.name)
     return counters, loader
 

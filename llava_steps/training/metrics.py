@@ -49,6 +49,10 @@ class Lines:
         self._file.close()
 
 
+def _job_id(stage: Stage) -> str:
+    return stage.slurm_job_id or os.environ.get("SLURM_JOB_ID", "")
+
+
 class Tracker:
     """Weights & Biases, when the settings ask for it; its failures are logged, never fatal.
 
@@ -71,7 +75,8 @@ class Tracker:
                 resume="allow",
                 dir=str(work),
                 mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-                config=stage.model_dump(),
+                config=stage.model_dump() | {"slurm_job_id": _job_id(stage)},
+                tags=[f"stage{stage.stage}", *([stage.lang] if stage.lang else [])],
                 settings=wandb.Settings(console="off", save_code=False, disable_git=True),
             )
         except Exception as error:

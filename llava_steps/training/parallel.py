@@ -35,9 +35,10 @@ def processes(stage: Stage) -> Iterator[None]:
     backend = choose_backend(stage.backend)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    path = os.environ["LLAVA_STEPS_RENDEZVOUS"]
-    store = dist.FileStore(path, world)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    where = os.environ["LLAVA_STEPS_RENDEZVOUS"]
+    dist.init_process_group(
+        backend, init_method=where, rank=rank, world_size=world, timeout=TIMEOUT
+    )
     try:
         ps.initialize_model_parallel(
             stage.tensor_model_parallel,

@@ -58,13 +58,14 @@ def save(
         fsio.remove_temporaries(root)
     check_space(root, model, optimizer)
     if dist.get_rank() == 0:
-        for name in (WEIGHTS, OPTIMIZER, RNG):
+        for name in (WEIGHTS, RNG):
             (temporary / name).mkdir(parents=True)
     dist.barrier()
     try:
         save_weights(model, temporary / WEIGHTS)
-        sharded = optimizer.sharded_state(model.sharded_state_dict(), loading=False)
-        save_sharded(sharded, temporary / OPTIMIZER)
+        if stage.save_optim or counters.step < stage.train_steps:
+            sharded = optimizer.sharded_state(model.sharded_state_dict(), loading=False)
+            save_sharded(sharded, temporary / OPTIMIZER)
         fsio.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
     except OSError as error:
         # Of a failed write the system does not say where; whoever has to make room wants to know.
@@ -159,18 +160,25 @@ def verified(path: Path) -> Path:
 def load(
     path: Path, stage: Stage, model: Llava, optimizer: Optimizer
 ) -> tuple[Counters, dict[str, Any]]:
-    """Restore a verified checkpoint of this very training; returns (counters, loader state)."""
+    """Restore a verified checkpoint of a training; returns (counters, loader state).
+
+    In the layout that it was saved in everything is as it was, bit for bit; in another one the
+    generators start anew from the seed. Raises InputError when it holds weights alone.
+    """
+    for name in (STATE, OPTIMIZER):
+        if not (path / name).exists():
+            raise InputError(
+                f"{path} has no {name}: it was not saved by a training, or without save_optim; "
+                "leave load_optim out to start from its weights"
+            )
     state = json.loads((path / STATE).read_bytes())
-    if state["layout"] != layout(stage):
-        raise InputError(
-            f"{path} was saved with {state['layout']}, this training runs with {layout(stage)}"
-        )
     load_weights(model, path / WEIGHTS)
     wanted = optimizer.sharded_state(model.sharded_state_dict(), loading=True)
     loaded = dist_checkpointing.load(wanted, str(path / OPTIMIZER))
     counters = Counters(**{f.name: state[f.name] for f in fields(Counters)})
     optimizer.load_sharded_state(loaded, counters.updates)
-    _restore_rng(load_file(path / RNG / _rank_file()))
+    if state["layout"] == layout(stage):
+        _restore_rng(load_file(path / RNG / _rank_file()))
     return counters, state["loader"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_steps.core.config import Stage
 from llava_steps.model.build import padded
 from llava_steps.training import launch
 from tests import reference
@@ -58,7 +59,7 @@ def test_workers_keep_the_users_environment(monkeypatch: pytest.MonkeyPatch) -> 
     mine = {"PATH": "/my/bin", "HF_HOME": "/my/hub", "WANDB_API_KEY": "k", "HF_HUB_OFFLINE": "0"}
     for name, value in mine.items():
         monkeypatch.setenv(name, value)
-    environment = launch._environment(2, 1, Path("/tmp/store"))
+    environment = launch._environment(Stage(gpus=2, global_batch_size=2), 1, Path("scratch"))
     assert {name: environment[name] for name in mine} == mine
     assert environment["RANK"] == "1" and environment["WORLD_SIZE"] == "2"
 

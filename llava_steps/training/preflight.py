@@ -1,0 +1,47 @@
+"""What can be refused before any process starts: layouts and ids that do not fit the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llava_steps.core.config import Stage
+from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.geometry import Geometry
+from llava_steps.core.layout import check_layout
+
+
+def check(stage: Stage, hf_dir: Path) -> None:
+    """ConfigError, with the fix, unless the model in `hf_dir` can be trained as `stage` says."""
+    geometry = Geometry.load(hf_dir)
+    check_layout(geometry, stage.tensor_model_parallel, stage.pipeline_model_parallel)
+    if stage.image_token_id is not None and stage.image_token_id != geometry.image_token_id:
+        raise ConfigError(
+            f"--image-token-id {stage.image_token_id}: {hf_dir} has {geometry.image_token_id} for "
+            "<image>; leave the option out, the id is read from there"
+        )
+    if stage.pad_token_id is not None and stage.pad_token_id != (found := pad_token(hf_dir)):
+        raise ConfigError(
+            f"--pad-token-id {stage.pad_token_id}: the tokenizer of {hf_dir} pads with {found}; "
+            "leave the option out, the id is read from there"
+        )
+    keeps_class = geometry.select_strategy == "full" and "siglip" not in geometry.vision_family
+    if stage.no_add_class_token and keeps_class:
+        raise ConfigError(
+            f"--no-add-class-token: {hf_dir} was built with vision_feature_select_strategy full, "
+            "which keeps the class token; build it with default"
+        )
+
+
+def pad_token(hf_dir: Path) -> int | None:
+    """Id of the padding token of the tokenizer in `hf_dir`; None when it has none."""
+    from tokenizers import Tokenizer
+
+    try:
+        settings = json.loads((hf_dir / "tokenizer_config.json").read_bytes())
+        tokenizer = Tokenizer.from_file(str(hf_dir / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise InputError(f"{hf_dir}: the tokenizer cannot be read: {error}") from error
+    token = settings.get("pad_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    return None if text is None else tokenizer.token_to_id(text)
