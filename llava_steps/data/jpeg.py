@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
+
 _SOI = b"\xff\xd8"
 _EOI = b"\xff\xd9"
 _SOF, _DHT, _SOS, _DQT, _DRI = (0xC0, 0xC1), 0xC4, 0xDA, 0xDB, 0xDD
 _SKIPPED = (0xE0, 0xEE, 0xFE)
 """JFIF, Adobe and comments. Other application data (EXIF, several pictures) matters to Pillow."""
-_RESTART = tuple(bytes((0xFF, 0xD0 + n)) for n in range(8))
 _BLOCKS_IN_UNIT = 10
 
 
@@ -67,10 +68,13 @@ def _entropy(data: bytes, start: int, restarts: bool) -> bool:
     """Whether nothing but coded data and restarts stand before an end that ends the file."""
     if not data.endswith(_EOI) or len(data) - start < 3:
         return False
-    marks = data.count(b"\xff", start) - data.count(b"\xff\x00", start) - 1
-    if marks and restarts:
-        marks -= sum(data.count(mark, start) for mark in _RESTART)
-    return marks == 0
+    coded = np.frombuffer(data, np.uint8, offset=start)
+    marks = coded[:-1] == 0xFF
+    marks &= coded[1:] != 0
+    if np.count_nonzero(marks) == 1:  # the end
+        return True
+    kinds = coded[1:][marks][:-1]
+    return restarts and bool(((kinds >= 0xD0) & (kinds <= 0xD7)).all())
 
 
 def _frame(text: bytes) -> tuple[tuple[int, int], dict[int, int]] | None:

@@ -31,6 +31,9 @@ RESERVED = frozenset({"question", "images", "conversations"})
 """Names in the .json part that the tar contract gives a meaning."""
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True)
+
+
 class SampleError(InputError):
     """One sample cannot be used.
 
@@ -110,6 +113,8 @@ def check_turns(turns: tuple[Turn, ...], images: int) -> None:
 
 def check_text(text: str, where: str) -> None:
     """Raise SampleError when a text cannot be written as UTF-8."""
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -139,8 +144,7 @@ def to_parts(sample: Sample) -> list[tuple[str, bytes]]:
         "conversations": [{"role": t.role, "content": t.content} for t in sample.turns],
     }
     try:
-        text = json.dumps(meta, ensure_ascii=False, allow_nan=False, sort_keys=True)
-        parts.append(("json", text.encode()))
+        parts.append(("json", _JSON.encode(meta).encode()))
     except UnicodeEncodeError as error:
         raise SampleError("lone surrogate: in a field besides the conversation") from error
     except (ValueError, TypeError, RecursionError) as error:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,9 @@ from llava_steps.data.sources import Chunk, Source
 QUARANTINE = "quarantine.jsonl"
 KEY_DIGITS = 9
 _COPY = 1 << 22
+_SMALL = 4096
+_PIECES = 1000
+"""Most that one `writev` takes."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,20 @@ def write_shards(
     plan = Plan(settings.samples_per_shard)
     lines = []
     chunks = settings.source.chunks(settings.samples_per_shard)
-    for part in pool.ordered(partial(make_part, settings), chunks, workers):
-        for refused in plan.add(part):
-            row = {
-                "file": refused.file, "place": refused.place, "index": refused.index,
-                "id": refused.id, "reason": refused.message,
-            }  # fmt: skip
-            lines.append(json.dumps(row, sort_keys=True) + "\n")
-        advance(part.records)
+    # To stable storage beside the work; else the one who seals the entry waits for all of it.
+    with ThreadPoolExecutor(1) as disk:
+        flushed = []
+        for part in pool.ordered(partial(make_part, settings), chunks, workers):
+            flushed.append(disk.submit(fsio.fsync_path, part.path))
+            for refused in plan.add(part):
+                row = {
+                    "file": refused.file, "place": refused.place, "index": refused.index,
+                    "id": refused.id, "reason": refused.message,
+                }  # fmt: skip
+                lines.append(json.dumps(row, sort_keys=True) + "\n")
+            advance(part.records)
+        for done in flushed:
+            done.result()
     fsio.write_bytes(entry / QUARANTINE, "".join(lines).encode())
     plan.check(quarantine_limit, settings.source.path, entry / QUARANTINE)
     rows = []
@@ -93,14 +103,8 @@ def write_shards(
 def make_part(settings: Settings, chunk: Chunk) -> Part:
     """Write the usable records of `chunk` to a part file, a whole tar; runs in a worker."""
     path = settings.entry / f"{fsio.TEMPORARY}part-{chunk.start:0{KEY_DIGITS}d}"
-    samples, refused, size = [], [], 0
-    with open(path, "wb") as file:
-        digest = hashlib.sha256()
-
-        def write(data: bytes) -> int:
-            digest.update(data)
-            return file.write(data)
-
+    samples, refused = [], []
+    with _Writer(path) as out:
         for row in settings.source.rows(chunk):
             try:
                 sample = settings.source.sample(row)
@@ -109,13 +113,57 @@ def make_part(settings: Settings, chunk: Chunk) -> Part:
                 label = settings.source.label(row)
                 refused.append(Refused(row.index, row.file, row.place, label, str(error)))
                 continue
-            for part, data in parts:
-                size += write(tars.member(f"{row.index:0{KEY_DIGITS}d}.{part}", data))
-            samples.append(Written(row.index, sample.id, size))
-        write(tars.ending(size))
-        file.flush()
-        os.fsync(file.fileno())
-    return Part(path, chunk.size, tuple(samples), tuple(refused), digest.hexdigest())
+            key = f"{row.index:0{KEY_DIGITS}d}."
+            out.write(_members(key, parts))
+            samples.append(Written(row.index, sample.id, out.size))
+        out.write([tars.ending(out.size)])
+    return Part(path, chunk.size, tuple(samples), tuple(refused), out.sha256)
+
+
+def _members(key: str, parts: list[tuple[str, bytes]]) -> list[bytes]:
+    """What the parts look like in a tar; small pieces joined, large ones as they are."""
+    pieces: list[bytes] = []
+    small: list[bytes] = []
+    for part, data in parts:
+        header, _, padding = tars.member(key + part, data)
+        if len(data) < _SMALL:
+            small += (header, data, padding)
+        else:
+            pieces += (b"".join((*small, header)), data)
+            small = [padding]
+    pieces.append(b"".join(small))
+    return pieces
+
+
+class _Writer:
+    """A file with its size and sha256."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, pieces: list[bytes]) -> None:
+        """Append some pieces with one system call."""
+        for piece in pieces:
+            self._digest.update(piece)
+        length = sum(map(len, pieces))
+        if len(pieces) > _PIECES or os.writev(self._file.fileno(), pieces) != length:
+            self._file.seek(self.size)  # a full disk says so here
+            data = memoryview(b"".join(pieces))
+            while data:
+                data = data[self._file.write(data) :]
+        self.size += length
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def finish_shard(entry: Path, shard: Shard) -> dict[str, Any]:

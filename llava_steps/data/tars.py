@@ -19,18 +19,32 @@ from llava_steps.core.errors import InputError
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)
 _RECORD = tarfile.RECORDSIZE
-_MODE = 0o644
+_OWNER = b"0000644\0" + 2 * b"0000000\0"
+"""Mode, user and group."""
+_TIME = b"00000000000\0"
+_REST = (b"0" + bytes(100) + b"ustar\x0000").ljust(356, b"\0")
+_SUM = sum(_OWNER) + sum(_TIME) + 8 * ord(" ") + sum(_REST)
+"""Checksum of a header without its name and size."""
+_PADDING = [bytes(length) for length in range(BLOCK)]
 _LONGEST_EXTENSION = 1 << 20
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _GLOBAL = (b"path", b"size", b"linkpath")
 
 
-def member(name: str, data: bytes) -> bytes:
+def header(name: str, size: int) -> bytes:
+    """USTAR header of one regular file; ValueError unless the name is plain and short."""
+    raw = name.encode("ascii")
+    if len(raw) > 100 or not 0 <= size < 1 << 33:
+        raise ValueError(f"no USTAR header for {name!r} of {size} bytes")
+    length = b"%011o\0" % size
+    return b"%b%b%b%b%06o\0 %b" % (
+        raw.ljust(100, b"\0"), _OWNER, length, _TIME, _SUM + sum(raw) + sum(length), _REST
+    )  # fmt: skip
+
+
+def member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
     """Header, data and padding of one regular file."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    info.mode = _MODE
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+    return header(name, len(data)), data, _PADDING[-len(data) % BLOCK]
 
 
 def ending(size: int) -> bytes:

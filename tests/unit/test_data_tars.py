@@ -25,7 +25,9 @@ def test_bytes_equal_those_of_tarfile(contents: list[bytes]) -> None:
             info = tarfile.TarInfo(f"{number:09d}.jpg")
             info.size, info.mode = len(data), 0o644
             tar.addfile(info, io.BytesIO(data))
-    body = b"".join(tars.member(f"{n:09d}.jpg", data) for n, data in enumerate(contents))
+    body = b"".join(
+        piece for n, data in enumerate(contents) for piece in tars.member(f"{n:09d}.jpg", data)
+    )
     assert body + tars.ending(len(body)) == out.getvalue()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def column(field: str, names: Collection[str], options: Options) -> str | None:
     return next((name for name in candidates if name in names), None)
 
 
+@lru_cache(maxsize=256)
+def _columns(
+    names: tuple[str, ...], given: tuple[tuple[str, str], ...]
+) -> Mapping[str, str | None]:
+    """Field -> its column, None where there is none."""
+    return {field: column(field, names, Options(dict(given))) for field in COLUMNS}
+
+
 def check_header(path: Path, names: Collection[str], options: Options) -> None:
     """Raise InputError when a fixed set of columns cannot give samples."""
     missing = [n for n in options.columns.values() if n not in names]
@@ -85,7 +94,7 @@ def to_sample(
     """
     if not isinstance(value, dict):
         raise SampleError(f"not an object: the record is a {type(value).__name__}")
-    found = {field: column(field, value, options) for field in COLUMNS}
+    found = _columns(tuple(value), tuple(options.columns.items()))
     name = value[found["id"]] if found["id"] else index
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise SampleError(f"unusable id: {ascii(name)[:60]}")
