@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert chaos faults layouts soak-data bench-data format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert chaos faults layouts soak-data fuzz-data bench-data format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -78,9 +78,19 @@ soak-data: ## stop the loader at STOPS random steps and go on in other layouts
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.soak_data --stops $(STOPS)
 
-bench-data: ## speed of the loader, fill of packed rows, time to resume
+COUNT ?= 2000
+SEED ?= 0
+fuzz-data: ## COUNT damaged images, texts and tars: nothing lost, nothing written elsewhere
 	@.ci/environment test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.loading
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.fuzz_data --count $(COUNT) --seed $(SEED)
+
+SAMPLES ?= 12000
+bench-data: ## speed of sharding (8 GB in ROOM) and of the loader, fill of packed rows, time to resume
+	@.ci/environment test
+	@status=0; export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m tests.benchmarks.sharding --samples $(SAMPLES) --directory $(ROOM) || status=1; \
+	$(BIN)/python -m tests.benchmarks.loading || status=1; \
+	exit $$status
 
 format: ## put code into the style that `make check` wants
 	@.ci/environment test

@@ -7,32 +7,45 @@ of texts, or webdataset tars; `--source-format` says which, if it cannot be told
 checked; what can be used is written to 000000.tar, 000001.tar, ... and the rest listed with its
 reason in quarantine.jsonl; above `--quarantine-limit` the step fails. The same input and settings
 give the same bytes, whatever the number of workers.
+
+Over several machines, such as a Slurm array of 8 jobs: `--part 1/8 --save-dir parts/1` to
+`--part 8/8 --save-dir parts/8`, then once `--parts parts` without `--part`. The bytes are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.config import TarShards
+from llava_steps.core.errors import InputError
 from llava_steps.core.run import Context, Step, main
 
 if TYPE_CHECKING:
+    from llava_steps.data import shards
+    from llava_steps.data.shardplan import Part
     from llava_steps.data.sources import Options
 
 
 def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
     """Write the shards into `ctx.entry`; metrics say how many samples went where."""
-    from llava_steps.data import shards, sources
+    from llava_steps.data import shardparts, shards, sources
 
     source = sources.open_source(ctx.inputs["source"].path, cfg.source_format, _options(cfg))
     ctx.log.info("reading %s as %s", source.path, source.name)
     for note in source.notes():
         ctx.log.warning("%s", note)
     settings = shards.Settings(source, ctx.entry, cfg.samples_per_shard)
+    if cfg.part:
+        size = shardparts.share_size(source.count(), cfg.samples_per_shard, cfg.part)
+        with ctx.progress(f"sharding, share {cfg.part}", size) as bar:
+            return shardparts.write_share(settings, cfg.part, cfg.workers, bar.advance)
+    made = _shares(ctx, cfg, settings) if cfg.parts else None
     with ctx.progress("sharding", source.count()) as bar:
-        metrics = shards.write_shards(settings, cfg.workers, cfg.quarantine_limit, bar.advance)
+        metrics = shards.write_shards(
+            settings, cfg.workers, cfg.quarantine_limit, bar.advance, made
+        )
     for reason, count in metrics["quarantine_reasons"].items():
         ctx.log.warning("quarantined %d x %s", count, reason)
     if metrics["duplicate_ids"]:
@@ -48,6 +61,20 @@ def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
         metrics["samples_quarantined"],
     )
     return metrics
+
+
+def _shares(ctx: Context, cfg: TarShards, settings: shards.Settings) -> Iterator[Part]:
+    from llava_steps.core.codeversion import code_version
+    from llava_steps.data import shardparts
+
+    folder = Path(cfg.parts)
+    if not folder.is_dir():
+        raise InputError(f"parts: {folder} is no directory with the results of the shares")
+    # A limit on what is refused is for the whole; the shares differ in their number alone.
+    wanted = cfg.model_dump(exclude={"source", "part", "parts", "workers", "quarantine_limit"})
+    chunks = settings.source.chunks(settings.samples_per_shard)
+    code = code_version("llava_steps.shard_tars")
+    return shardparts.read_shares(folder, wanted, ctx.inputs["source"].digest, code, chunks)
 
 
 def _options(cfg: TarShards) -> Options:

@@ -95,7 +95,22 @@ class TarShards(StepConfig):
     )
     max_pixels: PositiveInt = value(25_000_000, "larger images are quarantined before decoding")
     quarantine_limit: Fraction = value(0.01, "share of refused samples above which the step fails")
+    part: str = value(
+        "",
+        "I/N: only share I of N of the work, for a job of its own; a call with `parts` ends it",
+        pattern=r"^([1-9]\d*/[1-9]\d*)?$",
+    )
+    parts: str = quiet("", "directory of the results of all calls with `part`: put them together")
     workers: PositiveInt = quiet(2, "processes that read and check images")
+
+    @model_validator(mode="after")
+    def _share(self) -> TarShards:
+        number, _, count = self.part.partition("/")
+        if self.part and int(number) > int(count):
+            raise ValueError(f"part {self.part}: there are shares 1/{count} to {count}/{count}")
+        if self.part and self.parts:
+            raise ValueError("part makes one share, parts puts all of them together: give one")
+        return self
 
 
 class EnergonDataset(StepConfig):

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_steps.core.errors import IntegrityError
+
 TEMPORARY = ".tmp-"
 """Prefix of names that a crash may leave behind and that every reader ignores."""
 
@@ -79,6 +81,23 @@ def files_below(root: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
         for name in sorted(names):
             if not name.startswith(TEMPORARY) and not (top and name in skipped):
                 yield Path(directory, name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Show a file under a second name: a hard link, or a copy where links cannot be made.
+
+    Raises:
+        IntegrityError: the copy differs.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another device, a file system without links, too many of them
+        temporary = target.with_name(f"{TEMPORARY}{target.name}")
+        shutil.copyfile(source, temporary)
+        fsync_path(temporary)
+        if sha256_file(temporary) != sha256_file(source):
+            raise IntegrityError(f"{target} differs from {source} after copying") from None
+        os.replace(temporary, target)
 
 
 def fsync_tree(root: Path) -> None:

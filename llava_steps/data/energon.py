@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -132,17 +131,9 @@ def _compare(tar_dir: Path, index: TarIndex, row: dict[str, Any]) -> None:
 
 
 def _place(source: Path, target: Path) -> None:
-    """Hard-link a tar into the dataset; copy it where links cannot be made."""
+    """Show a tar in the dataset."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another device, a file system without links, too many of them
-        temporary = target.with_name(f"{fsio.TEMPORARY}{target.name}")
-        shutil.copyfile(source, temporary)
-        fsio.fsync_path(temporary)
-        if fsio.sha256_file(temporary) != fsio.sha256_file(source):
-            raise IntegrityError(f"{target} differs from {source} after copying") from None
-        os.replace(temporary, target)
+    fsio.link_or_copy(source, target)
 
 
 def _write_metadata(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -49,8 +49,16 @@ def write_shards(
     workers: int,
     quarantine_limit: float,
     advance: Callable[[int], None] = lambda _: None,
+    made: Iterable[Part] | None = None,
 ) -> dict[str, Any]:
     """Write all shards, `quarantine.jsonl` and `shards.json` into `settings.entry`.
+
+    Args:
+        settings: source and destination.
+        workers: processes.
+        quarantine_limit: share of refused samples above which nothing is kept.
+        advance: called with the number of records that were done.
+        made: parts of all chunks that other jobs have made; they stay as they are.
 
     Returns:
         Metrics: samples_in, samples_written, samples_quarantined, quarantine_reasons, duplicate_ids
@@ -63,11 +71,15 @@ def write_shards(
     _clean(entry)
     plan = Plan(settings.samples_per_shard)
     lines = []
-    chunks = settings.source.chunks(settings.samples_per_shard)
+    if made is None:
+        chunks = settings.source.chunks(settings.samples_per_shard)
+        parts: Iterable[Part] = pool.ordered(partial(make_part, settings), chunks, workers)
+    else:
+        parts = made
     # To stable storage beside the work; else the one who seals the entry waits for all of it.
     with ThreadPoolExecutor(1) as disk:
         flushed = []
-        for part in pool.ordered(partial(make_part, settings), chunks, workers):
+        for part in parts:
             flushed.append(disk.submit(fsio.fsync_path, part.path))
             for refused in plan.add(part):
                 row = {
@@ -82,10 +94,10 @@ def write_shards(
     plan.check(quarantine_limit, settings.source.path, entry / QUARANTINE)
     rows = []
     shards = list(plan.shards())
-    finished = pool.ordered(partial(finish_shard, entry), shards, workers)
+    finished = pool.ordered(partial(finish_shard, entry, made is not None), shards, workers)
     for shard, row in zip(shards, finished, strict=True):
         rows.append(row)
-        for path in shard.last_of:
+        for path in shard.last_of if made is None else ():
             path.unlink(missing_ok=True)
     fsio.remove_temporaries(entry)
     fsio.write_json(entry / SHARDS, {"shards": rows})
@@ -166,11 +178,17 @@ class _Writer:
         self._file.close()
 
 
-def finish_shard(entry: Path, shard: Shard) -> dict[str, Any]:
-    """Give a shard its final name; its row of `shards.json`; runs in a worker."""
+def finish_shard(entry: Path, keep: bool, shard: Shard) -> dict[str, Any]:
+    """Give a shard its final name; its row of `shards.json`; runs in a worker.
+
+    With `keep` the part files stay where they are.
+    """
     final = entry / f"{shard.number:06d}.tar"
-    if shard.sha256 is not None:
+    if shard.sha256 is not None and not keep:
         os.replace(shard.ranges[0].path, final)
+        sha256 = shard.sha256
+    elif shard.sha256 is not None:
+        fsio.link_or_copy(shard.ranges[0].path, final)
         sha256 = shard.sha256
     else:
         temporary = entry / f"{fsio.TEMPORARY}{final.name}"

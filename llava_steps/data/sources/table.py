@@ -36,6 +36,8 @@ class Table(Source):
             self.header = tuple(next(self._fields(), ()))
             if len(set(self.header)) < len(self.header) or not self.header:
                 raise InputError(f"{path}: the first line must name the columns, each once")
+            if any(_broken(name) for name in self.header):
+                raise InputError(f"{path}: the first line is not UTF-8; write the table in UTF-8")
             record.check_header(path, self.header, options)
 
     def count(self) -> int:
@@ -89,7 +91,7 @@ class Table(Source):
                 f"wrong number of columns: {len(item)}, the first line has {len(self.header)}"
             )
         for name, text in zip(self.header, item, strict=True):
-            if not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
+            if _broken(text):
                 raise SampleError(f"not UTF-8: column {name}")
         return dict(zip(self.header, item, strict=True))
 
@@ -115,6 +117,11 @@ class Table(Source):
                     f"{self.path} cannot be read as {self.path.suffix[1:].upper()} at line "
                     f"{reader.line_num}: {error}; mend the quotes there"
                 ) from error
+
+
+def _broken(text: str) -> bool:
+    """Whether a text was no UTF-8: its bytes then are lone surrogates."""
+    return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
 
 
 def table_in(folder: Path) -> Path:

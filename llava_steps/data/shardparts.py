@@ -1,0 +1,123 @@
+"""Shares of a source, made by jobs of their own, that a last call puts together.
+
+Share i of n takes every n-th chunk of records. Its result is one part file a chunk, byte for byte
+what the workers of an undivided call write, and `parts.json` with the books; so the shards are the
+same as those of an undivided call, in every byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core import fsio, store
+from llava_steps.core.errors import InputError
+from llava_steps.data import pool, shards
+from llava_steps.data.shardplan import Part, Refused, Written
+from llava_steps.data.sources import Chunk
+
+BOOKS = "parts.json"
+
+
+def share_size(records: int, samples_per_shard: int, share: str) -> int:
+    """Records of share "i/n" of a source with so many records."""
+    number, _, count = share.partition("/")
+    starts = range((int(number) - 1) * samples_per_shard, records, int(count) * samples_per_shard)
+    return sum(min(samples_per_shard, records - start) for start in starts)
+
+
+def write_share(
+    settings: shards.Settings,
+    share: str,
+    workers: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Write the part files of share "i/n" and their books into `settings.entry`.
+
+    Returns:
+        Metrics: samples_in, samples_written and samples_quarantined of this share.
+
+    Raises:
+        InputError: there are fewer chunks of records than shares.
+    """
+    number, _, count = share.partition("/")
+    for path in settings.entry.glob("part-*"):
+        path.unlink()  # of an attempt that was killed
+    fsio.remove_temporaries(settings.entry)
+    chunks = settings.source.chunks(settings.samples_per_shard)
+    own = islice(chunks, int(number) - 1, None, int(count))
+    rows = []
+    for part in pool.ordered(partial(shards.make_part, settings), own, workers):
+        start = part.path.name.removeprefix(f"{fsio.TEMPORARY}part-")
+        part.path.rename(settings.entry / f"part-{start}.tar")
+        name = f"part-{start}.tar"
+        rows.append({"start": int(start)} | asdict(part) | {"path": name})
+        advance(part.records)
+    if not rows:
+        raise InputError(
+            f"{settings.source.path} has too few records for {count} shares of whole shards; "
+            "take fewer shares or a smaller samples_per_shard"
+        )
+    fsio.write_json(settings.entry / BOOKS, rows)
+    return {
+        "samples_in": sum(row["records"] for row in rows),
+        "samples_written": sum(len(row["samples"]) for row in rows),
+        "samples_quarantined": sum(len(row["refused"]) for row in rows),
+    }
+
+
+def read_shares(
+    folder: Path, config: Mapping[str, Any], digest: str, code: str, chunks: Iterator[Chunk]
+) -> Iterator[Part]:
+    """The parts of all shares below `folder`, in the order of `chunks`.
+
+    Args:
+        folder: each directory in it is the result of one share.
+        config: settings that the shares must have been made with.
+        digest: content of the source that they must have been made from.
+        code: version of the code that they must have been made with.
+        chunks: all chunks of the source.
+
+    Raises:
+        InputError: a share is missing, or was made from other data or with other settings.
+        IntegrityError: a share is not what its manifest says.
+    """
+    found: dict[int, Part] = {}
+    for directory in sorted(path for path in folder.iterdir() if path.is_dir()):
+        manifest = store.read_manifest(directory)
+        if manifest is None:
+            raise InputError(f"{directory} is not finished: run that share again")
+        made = {key: manifest["config"].get(key) for key in config}
+        differing = sorted(key for key in config if made[key] != config[key])
+        if manifest.get("inputs", {}).get("source", {}).get("digest") != digest:
+            differing.append("the data")
+        if manifest.get("code") != code:
+            differing.append("the code")
+        if differing:
+            raise InputError(
+                f"{directory} was made from something else: {', '.join(differing)} differ; run "
+                "that share again, or remove it"
+            )
+        entry = store.entry_of(directory, manifest)
+        store.check(entry, manifest)
+        for row in json.loads((entry / BOOKS).read_bytes()):
+            found[row["start"]] = Part(
+                entry / row["path"],
+                row["records"],
+                tuple(Written(**sample) for sample in row["samples"]),
+                tuple(Refused(**refused) for refused in row["refused"]),
+                row["sha256"],
+            )
+    for chunk in chunks:
+        part = found.get(chunk.start)
+        if part is None or part.records != chunk.size:
+            raise InputError(
+                f"{folder} has no share with the records from {chunk.start} on; run the shares "
+                "that are missing"
+            )
+        yield part
