@@ -18,6 +18,8 @@ _SOF, _DHT, _SOS, _DQT, _DRI = (0xC0, 0xC1), 0xC4, 0xDA, 0xDB, 0xDD
 _SKIPPED = (0xE0, 0xEE, 0xFE)
 """JFIF, Adobe and comments. Other application data (EXIF, several pictures) matters to Pillow."""
 _BLOCKS_IN_UNIT = 10
+_LONGEST = 65_500
+"""Pixels on a side that libjpeg takes."""
 
 
 def simple(data: bytes) -> tuple[int, int] | None:
@@ -89,7 +91,11 @@ def _frame(text: bytes) -> tuple[tuple[int, int], dict[int, int]] | None:
             return None
         components[text[place]] = text[place + 2]
         blocks += across * down
-    if not (width and height) or len(components) != text[5] or blocks > _BLOCKS_IN_UNIT:
+    if (
+        not (0 < width <= _LONGEST and 0 < height <= _LONGEST)
+        or len(components) != text[5]
+        or blocks > _BLOCKS_IN_UNIT
+    ):
         return None
     return (width, height), components
 

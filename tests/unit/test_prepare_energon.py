@@ -420,3 +420,21 @@ def test_datasets_prepared_by_energon_itself_can_be_read(tmp_path: Path) -> None
     reader = SampleReader(make_energon(tmp_path / "ds", 10, 4), "train")
     assert [reader[n].id for n in range(10)] == [f"id-{n}" for n in range(10)]
     assert all(reader.raw(n).parts == sample_parts(n) for n in range(10))
+
+
+def test_a_prepared_dataset_is_used_in_place_and_not_touched(tmp_path: Path) -> None:
+    """Made by energon itself, without shards.json, on a read-only file system for all we know."""
+    from data_fixtures import make_energon
+
+    root = make_energon(tmp_path / "ds", 6, 3)
+
+    def state() -> dict[str, tuple[int, bytes]]:
+        return {
+            str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+            for path in (root, *root.rglob("*"))
+        }
+
+    before = state()
+    reader = SampleReader(root, "train")
+    assert len([reader[n] for n in range(6)]) == 6 and reader.digest
+    assert state() == before

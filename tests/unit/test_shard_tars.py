@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -52,9 +54,9 @@ def make_source(folder: Path, count: int) -> list[dict[str, Any]]:
     return records
 
 
-def write(folder: Path, records: list[Any], name: str = "train.json") -> Path:
+def write(folder: Path, records: list[Any], name: str = "train.json", ascii: bool = False) -> Path:
     path = folder / name
-    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(records, ensure_ascii=ascii), encoding="utf-8")
     return path
 
 
@@ -292,6 +294,39 @@ def test_too_many_refused_samples_fail_the_step_and_say_why(tmp_path: Path) -> N
     assert len((tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()) == 1
     assert not (tmp_path / "out" / "shards.json").exists()
     assert shard(source, tmp_path / "out", quarantine_limit=0.1)["samples_written"] == 9
+
+
+def test_the_ten_commonest_reasons_are_told(tmp_path: Path) -> None:
+    kinds: list[Any] = [
+        None, {}, {"id": ""}, {"conversations": [gpt("a")]}, {"conversations": [human("a")]},
+        {"conversations": [human("a"), gpt("")]}, {"conversations": [human(""), gpt("b")]},
+        {"conversations": [human("a"), gpt("\ud800")]}, {"conversations": ONE},
+        {"conversations": ONE, "image": "/x"}, {"conversations": ONE, "image": "x"},
+        {"conversations": [human("a"), gpt("<image>")], "image": "x"},
+    ]  # fmt: skip
+    records = [kind for number, kind in enumerate(kinds, 1) for _ in range(number)]
+    with pytest.raises(InputError) as caught:
+        shard(write(tmp_path, records[:-1], ascii=True), tmp_path / "out")
+    told = str(caught.value).partition("): ")[2].partition(". Each")[0].split("; ")
+    counts = [int(reason.partition(" x ")[0]) for reason in told]
+    assert counts == [11, 11, *range(10, 2, -1)] and len(told) == 10
+
+
+def test_bytes_do_not_depend_on_time_zone_hash_seed_or_umask(tmp_path: Path) -> None:
+    source = write(tmp_path, make_source(tmp_path, 5))
+    script = (
+        "import os, sys; from pathlib import Path; os.umask(int(sys.argv[3], 8));"
+        "from llava_steps.data import shards, sources;"
+        "source = sources.open_source(Path(sys.argv[1]));"
+        "shards.write_shards(shards.Settings(source, Path(sys.argv[2]), 2), 1, 0.0)"
+    )
+    for name, zone, umask in (("1", "Asia/Tokyo", "077"), ("2", "America/New_York", "000")):
+        out = tmp_path / name
+        out.mkdir()
+        environment = {**os.environ, "TZ": zone, "PYTHONHASHSEED": name}
+        command = [sys.executable, "-c", script, str(source), str(out), umask]
+        subprocess.run(command, check=True, env=environment)
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[", "[]", '{"id": 1}', "\xff"])

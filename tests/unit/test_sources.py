@@ -119,6 +119,22 @@ def test_parquet_with_embedded_images(folder: Path, tmp_path: Path, form: str) -
         assert tars(tmp_path / f"out{workers}") == tars(tmp_path / "llava")
 
 
+def test_the_order_in_which_files_are_listed_leaves_no_trace(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p").mkdir()
+    for number in range(7):
+        write_parquet(tmp_path / f"p/{number}.parquet", number, number + 1)
+    found = {kind: getattr(Path, kind) for kind in ("rglob", "iterdir")}
+    for order in (1, -1):
+        for kind, real in found.items():
+            monkeypatch.setattr(
+                Path, kind, lambda *a, real=real, order=order: iter(sorted(real(*a))[::order])
+            )
+        shard(tmp_path / "p", tmp_path / f"out{order}")
+        assert tars(tmp_path / f"out{order}") == tars(tmp_path / "llava")
+
+
 def test_refused_rows_of_parquet_are_found_again(tmp_path: Path) -> None:
     rows = [
         {"image": {"bytes": jpeg(n), "path": "x"}, "text": f"a {n}", "when": n} for n in range(6)
