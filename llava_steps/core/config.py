@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 from pydantic import NonNegativeInt as Count
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -368,6 +368,18 @@ class Stage(StepConfig):
         return self
 
 
+class Audit(StepConfig):
+    """What a stage's dataset looks like to training; checked before the stage is trained."""
+
+    stage: Literal[1, 2] = value(1, "the stage that will read the dataset")
+    tokenizer_load_dir: str = source("", "HF directory; in a run that of the stage")
+    data_path: str = source("", "energon dataset or YAML of a blend; in a run that of the stage")
+    seq_length: PositiveInt = value(2048, "longest sample in tokens; in a run that of the stage")
+    split: Literal["train", "val", "test"] = value("train", "split to look at")
+    samples: Count = value(1000, "samples to look at, spread over the datasets; 0: all")
+    examples: Count = value(3, "samples to print with their supervised text marked")
+
+
 class HfExport(StepConfig):
     """Megatron checkpoint to HF safetensors."""
 
@@ -413,7 +425,16 @@ class Config(BaseModel):
     energon_dataset: EnergonDataset = EnergonDataset()
     hf_model: HfModel
     megatron_checkpoint: MegatronCheckpoint = MegatronCheckpoint()
+    audit: Audit = Audit()
     stage1: Stage
     stage2: Stage
     hf_export: HfExport = HfExport()
     evaluation: Evaluation
+
+    @field_validator("audit")
+    @classmethod
+    def _audits_are_of_stages(cls, audit: Audit) -> Audit:
+        taken = {"stage", "tokenizer_load_dir", "data_path", "seq_length"}
+        if given := sorted(taken & audit.model_fields_set):
+            raise ValueError(f"{given[0]} is that of each stage; set it in stage1 and stage2")
+        return audit

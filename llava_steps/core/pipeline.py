@@ -14,7 +14,7 @@ from pathlib import Path
 from llava_steps.core import cli, fsio
 from llava_steps.core.blend import read_blend
 from llava_steps.core.codeversion import code_version
-from llava_steps.core.config import Config, Stage, StepConfig
+from llava_steps.core.config import Audit, Config, Stage, StepConfig
 from llava_steps.core.load import DEMO
 from llava_steps.core.store import MANIFEST
 
@@ -24,6 +24,8 @@ UPSTREAM: dict[str, dict[str, str]] = {
     "energon_dataset": {"tar_dir": "tar_shards"},
     "hf_model": {},
     "megatron_checkpoint": {"hf_dir": "hf_model"},
+    "stage1_audit": {"tokenizer_load_dir": "hf_model", "data_path": "energon_dataset"},
+    "stage2_audit": {"tokenizer_load_dir": "hf_model", "data_path": "energon_dataset"},
     "stage1_checkpoint": {
         "megatron_load_dir": "megatron_checkpoint",
         "tokenizer_load_dir": "hf_model",
@@ -50,6 +52,8 @@ MODULES = {
     "energon_dataset": "llava_steps.prepare_energon",
     "hf_model": "llava_steps.build_hf",
     "megatron_checkpoint": "llava_steps.hf_to_megatron",
+    "stage1_audit": "llava_steps.audit",
+    "stage2_audit": "llava_steps.audit",
     "stage1_checkpoint": "llava_steps.train",
     "stage1_export": "llava_steps.megatron_to_hf",
     "stage2_checkpoint": "llava_steps.train",
@@ -58,11 +62,19 @@ MODULES = {
 }
 
 SECTIONS = {
+    "stage1_audit": "audit",
+    "stage2_audit": "audit",
     "stage1_checkpoint": "stage1",
     "stage1_export": "hf_export",
     "stage2_checkpoint": "stage2",
 }
 """Section of the configuration, where it is not named like the rule."""
+
+AFTER = {"stage1_checkpoint": "stage1_audit", "stage2_checkpoint": "stage2_audit"}
+"""Rule -> rule that must have passed before, without being read."""
+
+AUDITED = ("tokenizer_load_dir", "data_path", "seq_length")
+"""Settings of a stage that its audit takes over."""
 
 DATA_FILES = ("source", "data")
 """Source fields that name a file of data; the others may name a directory or a hub id."""
@@ -120,6 +132,10 @@ def chain(config: Config, image: str = "") -> dict[str, Rule]:
 def _rule(name: str, config: Config, run: Path, image: str) -> Rule:
     section = SECTIONS.get(name, name)
     settings: StepConfig = getattr(config, section)
+    if isinstance(settings, Audit):
+        stage: Stage = config.stage1 if name == "stage1_audit" else config.stage2
+        taken = {key: getattr(stage, key) for key in AUDITED}
+        settings = settings.model_copy(update={"stage": int(name[5]), **taken})
     filled: dict[str, str] = {}
     upstream: list[str] = []
     files: list[str] = []

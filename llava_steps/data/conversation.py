@@ -53,6 +53,12 @@ def load_processor(hf_dir: Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(hf_dir, backend="pil", local_files_only=True)
     except Exception as error:
+        if not (hf_dir / "config.json").is_file():
+            # transformers would tell of hub ids, or of the model types that it knows.
+            raise InputError(
+                f"{hf_dir}: no processor can be loaded from it, config.json is missing; give the "
+                "directory of a Hugging Face LLaVA model, as build_hf makes it"
+            ) from error
         raise InputError(
             f"{hf_dir}: no processor can be loaded from it ({type(error).__name__}: {error})"
         ) from error
@@ -80,8 +86,8 @@ class ConversationEncoder:
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(processor.image_token)
         self.tokens_per_image = _tokens_per_image(processor, self.images)
         self.pad_id = _pad_id(tokenizer, self.image_token_id, hf_dir)
-        self._ends = _end_ids(hf_dir, tokenizer)
-        ends = [tokenizer.convert_ids_to_tokens(i) for i in self._ends]
+        self.end_ids = _end_ids(hf_dir, tokenizer)
+        ends = [tokenizer.convert_ids_to_tokens(i) for i in self.end_ids]
         self._template = _template(processor, ends, chat_template or hf_dir)
         self._bos: str | None = tokenizer.bos_token
         self._backend = _exact_offsets(tokenizer)
@@ -120,6 +126,11 @@ class ConversationEncoder:
         length = len(ids) + ids.count(self.image_token_id) * (self.tokens_per_image - 1)
         self._check_length(length)
         return length
+
+    def decode(self, tokens: Sequence[int] | npt.NDArray[np.int64]) -> str:
+        """The text of some tokens, special ones included."""
+        text: str = self._backend.decode([int(t) for t in tokens], skip_special_tokens=False)
+        return text
 
     def _tokenize(self, text: str) -> Any:
         # The tokenizer adds its special tokens unless the template wrote them, as HF does it.

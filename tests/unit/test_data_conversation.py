@@ -184,7 +184,10 @@ def test_a_token_across_the_border_of_an_answer_is_refused(tmp_path: Path) -> No
 
 
 def test_a_directory_without_a_processor_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no processor"):
+    with pytest.raises(InputError, match=r"no processor .* config\.json is missing; give the dir"):
+        ConversationEncoder(tmp_path, 512)
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(InputError, match=r"no processor can be loaded from it \("):
         ConversationEncoder(tmp_path, 512)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_steps.core.pipeline import UPSTREAM
+from llava_steps.core.pipeline import AFTER, UPSTREAM
 from tests.workflow.project import MODULES, ROOT, RULES, Project
 
 
@@ -24,7 +24,7 @@ def test_all_is_the_default_and_needs_every_rule(fresh: Project) -> None:
 
 def needed(rule: str) -> set[str]:
     """`rule` and every rule before it."""
-    before = {*UPSTREAM[rule].values()}
+    before = {*UPSTREAM[rule].values(), *([AFTER[rule]] if rule in AFTER else [])}
     if rule in ("tar_shards", "hf_model", "evaluation"):
         before.add("demo_assets")  # the shipped configuration's `demo:` paths
     return {rule}.union(*(needed(name) for name in before))
@@ -33,7 +33,7 @@ def needed(rule: str) -> set[str]:
 def test_every_rule_name_is_a_target_that_needs_what_it_reads(fresh: Project) -> None:
     assert needed("stage2_checkpoint") == {
         "demo_assets", "tar_shards", "energon_dataset", "hf_model", "megatron_checkpoint",
-        "stage1_checkpoint", "stage2_checkpoint",
+        "stage1_audit", "stage1_checkpoint", "stage2_audit", "stage2_checkpoint",
     }  # fmt: skip
     for rule in RULES:
         assert fresh.planned(rule) == sorted(needed(rule))
@@ -59,6 +59,8 @@ def test_order_of_the_chain(fresh: Project) -> None:
         ("hf_model", "megatron_checkpoint"),
         ("energon_dataset", "stage1_checkpoint"),
         ("megatron_checkpoint", "stage1_checkpoint"),
+        ("stage1_audit", "stage1_checkpoint"),
+        ("stage2_audit", "stage2_checkpoint"),
         ("stage1_checkpoint", "stage1_export"),
         ("stage1_checkpoint", "stage2_checkpoint"),
         ("stage2_checkpoint", "hf_export"),

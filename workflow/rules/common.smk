@@ -67,6 +67,11 @@ def needs(name):
     return paths
 
 
+def passed(name):
+    """What must have passed before a rule, but is not read: a newer one reruns nothing."""
+    return ancient(steps[pipeline.AFTER[name]].manifest)
+
+
 def call(name):
     """Params of a rule. A change of any of them reruns it; quiet flags stay outside."""
     return {

@@ -1,3 +1,32 @@
+# What training will see is looked at first; a dataset that would go wrong ends the run here.
+
+
+rule stage1_audit:
+    """Stage 1: look at the dataset as training will see it."""
+    input:
+        needs("stage1_audit"),
+    output:
+        steps["stage1_audit"].manifest,
+    priority: 1
+    params:
+        **call("stage1_audit"),
+    shell:
+        "python -m llava_steps.audit {params.flags:q} {quiet[stage1_audit]:q}"
+
+
+rule stage2_audit:
+    """Stage 2: look at the dataset as training will see it."""
+    input:
+        needs("stage2_audit"),
+    output:
+        steps["stage2_audit"].manifest,
+    priority: 1
+    params:
+        **call("stage2_audit"),
+    shell:
+        "python -m llava_steps.audit {params.flags:q} {quiet[stage2_audit]:q}"
+
+
 # The two training stages. A killed stage resumes from its last checkpoint in the store.
 
 
@@ -5,6 +34,7 @@ rule stage1_checkpoint:
     """Stage 1: train the projector."""
     input:
         needs("stage1_checkpoint"),
+        passed("stage1_checkpoint"),
     output:
         steps["stage1_checkpoint"].manifest,
     threads: cfg.stage1.gpus
@@ -18,6 +48,7 @@ rule stage2_checkpoint:
     """Stage 2: train the projector and the language model."""
     input:
         needs("stage2_checkpoint"),
+        passed("stage2_checkpoint"),
     output:
         steps["stage2_checkpoint"].manifest,
     threads: cfg.stage2.gpus

@@ -1,0 +1,248 @@
+"""What training will see of a dataset: shares, lengths, and every rule that a sample breaks.
+
+Samples are read, tokenized and decoded by the classes that training uses. What comes out is then
+judged here from the ids and labels alone, without asking how they were made.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llava_steps.data.batch import join, pad
+from llava_steps.data.conversation import IGNORE, ConversationEncoder, Encoded
+from llava_steps.data.corpus import Corpus, Place
+from llava_steps.data.samples import Sample, SampleError
+
+NAMED = 100
+"""Samples that a report lists by name for each kind of trouble; all are counted."""
+BINS = 10
+AT_LEAST = 20
+"""Samples of each dataset of a blend that are looked at, however small its share is."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of positions of an example that are all supervised, or all not."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample to be read by a person."""
+
+    where: str
+    tokens: int
+    supervised: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass
+class Auditor:
+    """Looks at samples one by one and adds up what it finds.
+
+    Args:
+        corpus: the datasets.
+        hf_dir: HF directory with tokenizer, chat template and image processor.
+        seq_length: longest accepted sample in tokens.
+
+    Raises:
+        InputError, ConfigError: nothing can be trained with them; the message says why.
+    """
+
+    corpus: Corpus
+    hf_dir: Path
+    seq_length: int
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each usable sample."""
+    totals: Counter[str] = field(default_factory=Counter)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    """Samples that would stop the training, with the reason."""
+    broken: list[dict[str, str]] = field(default_factory=list)
+    """Samples whose labels or image tokens break a rule."""
+    truncated: list[str] = field(default_factory=list)
+    """Samples that their dataset's max_turns cuts."""
+
+    def __post_init__(self) -> None:
+        self._encoders = {
+            template: ConversationEncoder(self.hf_dir, self.seq_length, template)
+            for template in {member.chat_template for member in self.corpus.members}
+        }
+
+    def encoder(self, place: Place) -> ConversationEncoder:
+        """The encoder of the sample's dataset."""
+        return self._encoders[self.corpus.members[place.dataset].chat_template]
+
+    def look(self, place: Place) -> Example | None:
+        """Judge one sample; None if training would refuse it.
+
+        Raises:
+            InputError: its tar cannot be read.
+        """
+        self.totals["samples"] += 1
+        raw = self.corpus.raw(place)
+        where = self.corpus.where(place, raw)
+        encoder = self.encoder(place)
+        try:
+            sample = self.corpus.parse(place, raw)
+            encoded = encoder.encode(sample.turns)
+            pixels = encoder.images(sample.images)
+        except SampleError as error:
+            self._name(self.refused, where, str(error), "refused")
+            return None
+        whole = self.corpus.readers[place.dataset].parse(raw)
+        if len(sample.turns) < len(whole.turns):
+            self.totals["truncated"] += 1
+            if len(self.truncated) < NAMED:
+                self.truncated.append(where)
+        self._count(sample, encoded)
+        for trouble in judge(encoder, sample, encoded, pixels):
+            self._name(self.broken, where, trouble, "broken")
+        return Example(where, len(encoded.tokens), encoded.supervised, pieces(encoder, encoded))
+
+    def _count(self, sample: Sample, encoded: Encoded) -> None:
+        self.lengths.append(len(encoded.tokens))
+        self.totals["usable"] += 1
+        self.totals["tokens"] += len(encoded.tokens)
+        self.totals["supervised"] += encoded.supervised
+        self.totals["images"] += len(sample.images)
+        self.totals["answers"] += len(sample.turns) // 2
+
+    def _name(self, found: list[dict[str, str]], where: str, why: str, kind: str) -> None:
+        self.totals[kind] += 1
+        if len(found) < NAMED:
+            found.append({"sample": where, "why": why})
+
+    def report(self) -> dict[str, Any]:
+        """Everything that was found, as JSON; shares are of tokens, lengths in tokens."""
+        keys = ("samples", "usable", "refused", "broken", "truncated", "answers", "images")
+        tokens = self.totals["tokens"]
+        return {
+            **{key: self.totals[key] for key in keys},
+            "samples_in_split": len(self.corpus),
+            "tokens": tokens,
+            "supervised_tokens": self.totals["supervised"],
+            "supervised_share": round(self.totals["supervised"] / max(tokens, 1), 6),
+            "seq_length": self.seq_length,
+            "lengths": lengths(self.lengths),
+            "refused_samples": self.refused,
+            "broken_samples": self.broken,
+            "truncated_samples": self.truncated,
+        }
+
+
+def choose(corpus: Corpus, count: int, seed: int) -> list[Place]:
+    """`count` places of the corpus, spread over its datasets by their sizes; 0 is all of them."""
+    chosen: list[Place] = []
+    total = len(corpus)
+    for dataset, size in enumerate(corpus.sizes):
+        share = size if count in (0, total) else max(round(count * size / total), AT_LEAST)
+        if len(corpus.sizes) == 1 and count:
+            share = count
+        numbers = random.Random(f"{seed} {dataset}").sample(range(size), min(share, size))
+        chosen += [Place(dataset, number) for number in sorted(numbers)]
+    return chosen
+
+
+def judge(
+    encoder: ConversationEncoder, sample: Sample, encoded: Encoded, pixels: torch.Tensor
+) -> list[str]:
+    """What is wrong with a sample as training gets it; nothing, if it is right.
+
+    Args:
+        encoder: gives the ids of image token, padding and end tokens.
+        sample: the conversation and its images.
+        encoded: its tokens and labels.
+        pixels: float32 [images, 3, height, width].
+    """
+    found = []
+    row = pad(
+        join([sample.id], [0], [""], [encoded], None, len(sample.images)),
+        len(encoded.tokens) + 1,
+        encoder.pad_id,
+    )
+    tokens, labels = row.tokens[0].numpy(), row.labels[0].numpy()
+    supervised = labels != IGNORE
+    length = len(encoded.tokens)
+    if supervised[length - 1 :].any():
+        found.append("padding is supervised")
+    targets = np.append(tokens[1:], IGNORE)
+    if (labels[supervised] != targets[supervised]).any():
+        found.append("a label is not the next token")
+    if (labels == encoder.image_token_id).any():
+        found.append("an image token is supervised")
+    if encoder.pad_id not in encoder.end_ids and (labels == encoder.pad_id).any():
+        found.append("a padding token is supervised")
+    spans = runs(supervised)
+    answers = len(sample.turns) // 2
+    if len(spans) != answers:
+        found.append(f"{len(spans)} supervised spans for {answers} answers")
+    ended = sum(int(labels[stop - 1]) in encoder.end_ids for _, stop in spans)
+    if ended != answers:
+        found.append(f"{ended} of {answers} answers are supervised up to an end token")
+    images = int((tokens == encoder.image_token_id).sum())
+    if images != encoder.tokens_per_image * len(sample.images):
+        found.append(
+            f"{images} image tokens for {len(sample.images)} images of {encoder.tokens_per_image}"
+        )
+    if len(pixels) != len(sample.images) or not bool(torch.isfinite(pixels).all()):
+        found.append("pixel values are missing or not finite")
+    return found
+
+
+def runs(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """[start, end) of each run of True in a bool vector."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def pieces(encoder: ConversationEncoder, encoded: Encoded) -> tuple[Piece, ...]:
+    """The sample's text, split where supervision begins and ends; runs of image tokens are short.
+
+    A token is supervised when the position before it has it as label.
+    """
+    tokens = encoded.tokens.numpy()
+    supervised = np.concatenate(([False], encoded.shifted_labels.numpy()[:-1] != IGNORE))
+    borders = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(tokens)]
+    return tuple(
+        Piece(_text(encoder, tokens[start:stop]), bool(supervised[start]))
+        for start, stop in pairwise(borders)
+        if stop > start
+    )
+
+
+def _text(encoder: ConversationEncoder, tokens: npt.NDArray[np.int64]) -> str:
+    """Decoded tokens; n image tokens in a row are written as `<image> x n`."""
+    text, done = "", 0
+    for start, stop in runs(tokens == encoder.image_token_id):
+        text += encoder.decode(tokens[done:start]) + encoder.decode(tokens[start : start + 1])
+        text += f" x {stop - start} "
+        done = stop
+    return text + encoder.decode(tokens[done:])
+
+
+def lengths(found: Sequence[int]) -> dict[str, Any]:
+    """Smallest, middle and largest length and a histogram: rows [from, to), number of samples."""
+    if not found:
+        return {"histogram": []}
+    values = np.asarray(found)
+    edges = np.unique(np.linspace(values.min(), values.max() + 1, BINS + 1).round().astype(int))
+    counts, _ = np.histogram(values, edges)
+    # The last bin of numpy is closed on the right; nothing lies at its end, which is max + 1.
+    rows = [
+        {"from": int(a), "to": int(b), "samples": int(n)}
+        for (a, b), n in zip(pairwise(edges), counts, strict=True)
+    ]
+    middle = {f"p{p}": int(np.percentile(values, p)) for p in (50, 90, 99)}
+    return {"min": int(values.min()), **middle, "max": int(values.max()), "histogram": rows}
