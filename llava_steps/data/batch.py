@@ -31,6 +31,9 @@ class MicroBatch:
     num_images: int
     """Images of the row, whoever decoded them."""
     sample_ids: list[str]
+    """Ids that the data gives them; nobody promises that they are unique."""
+    keys: list[str]
+    """Tar and key of each sample in its dataset."""
     places: list[int]
     """Places of the samples in their global batch, from 0 on."""
     datasets: list[str]
@@ -39,6 +42,12 @@ class MicroBatch:
     """Positions with a label."""
     num_tokens: int
     """Positions of samples, that is T without padding."""
+
+
+def sample_names(batch: MicroBatch) -> list[str]:
+    """What to call the samples in messages: id, dataset, tar and key."""
+    rows = zip(batch.sample_ids, batch.datasets, batch.keys, strict=True)
+    return [f"{id_} ({dataset}/{key})" for id_, dataset, key in rows]
 
 
 def image_share(images: int, part: int, parts: int) -> range:
@@ -52,6 +61,7 @@ def image_share(images: int, part: int, parts: int) -> range:
 
 def join(
     ids: Sequence[str],
+    keys: Sequence[str],
     places: Sequence[int],
     datasets: Sequence[str],
     encoded: Sequence[Encoded],
@@ -70,6 +80,7 @@ def join(
         pixel_values=pixels,
         num_images=num_images,
         sample_ids=list(ids),
+        keys=list(keys),
         places=list(places),
         datasets=list(datasets),
         num_supervised=sum(item.supervised for item in encoded),

@@ -106,7 +106,7 @@ class RowMaker:
             SampleError: a sample cannot be used; the message names tar and key.
             StepError: the row is longer or shorter than planned.
         """
-        ids, datasets, encoded = [], [], []
+        ids, keys, datasets, encoded = [], [], [], []
         images: list[tuple[int, bytes, str]] = []
         total = 0
         for place_in_batch in places:
@@ -121,6 +121,7 @@ class RowMaker:
             except Exception as error:
                 raise RuntimeError(f"{where}: {error}") from error
             ids.append(sample.id)
+            keys.append(raw.where)
             datasets.append(self.corpus.members[place.dataset].name)
             encoded.append(item)
             for number, data in enumerate(sample.images):
@@ -132,7 +133,7 @@ class RowMaker:
                 "or the tokenizer change while the training runs?"
             )
         pixels = self._pixels(images) if self._need_pixels else None
-        return join(ids, places, datasets, encoded, pixels, len(images))
+        return join(ids, keys, places, datasets, encoded, pixels, len(images))
 
     def _encode(self, place: Place, raw: RawSample) -> tuple[Sample, Encoded]:
         sample = self.corpus.parse(place, raw)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import DivergedError
-from llava_steps.data.batch import MicroBatch
+from llava_steps.data.batch import MicroBatch, sample_names
 
 WINDOW = 64
 """Updates that the running medians look back on."""
@@ -111,9 +111,12 @@ def suspects(
     bad: Callable[[MicroBatch, float], bool],
 ) -> list[str]:
     """Samples of the bad microbatches of all ranks; of the whole batch if none is. Collective."""
-    own = [i for m in batch for i in m.sample_ids]
+    own = [name for m in batch for name in sample_names(m)]
     found = [
-        i for m, loss in zip(batch, losses, strict=False) if bad(m, loss) for i in m.sample_ids
+        name
+        for m, loss in zip(batch, losses, strict=False)
+        if bad(m, loss)
+        for name in sample_names(m)
     ]
     gathered: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
     dist.all_gather_object(gathered, (own, found))

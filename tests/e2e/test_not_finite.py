@@ -82,6 +82,7 @@ def test_a_rejected_step_changes_nothing(
         count = line.count("'train-")
         # A loss tells its microbatch; a gradient or weight only the global batch.
         assert count == 1 if kind.endswith("loss") else count >= MICRO, line
+        assert line.count(".tar/") == count, "an id may occur twice; tar and key do not"
 
 
 def test_a_rollback_undoes_what_came_since_the_last_checkpoint(

@@ -15,6 +15,7 @@ import yaml
 from data_fixtures import TEMPLATE, make_energon, make_hf_dir
 
 from llava_steps.core.blend import read_blend
+from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.corpus import Corpus
 from llava_steps.data.loader import TrainLoader
@@ -238,7 +239,7 @@ def test_the_content_of_a_blend_is_its_file_and_its_datasets(root: Path, tmp_pat
     def digest(base: Path) -> str:
         items = [{"path": "one"}, {"path": "two"}]
         path = write(base, "content", {"blend": items})
-        return _digest(STEP, "data_path", path, Digests(tmp_path))
+        return _digest(STEP, Stage(), "data_path", path, Digests(tmp_path))
 
     copies = [tmp_path / "a", tmp_path / "b"]
     for copy in copies:
@@ -253,7 +254,7 @@ def test_the_content_of_a_blend_is_its_file_and_its_datasets(root: Path, tmp_pat
     assert digest(copies[1]) != first
     (copies[0] / "content.yaml").write_text((copies[0] / "content.yaml").read_text() + "#\n")
     path = copies[0] / "content.yaml"
-    assert _digest(STEP, "data_path", path, Digests(tmp_path)) != first
+    assert _digest(STEP, Stage(), "data_path", path, Digests(tmp_path)) != first
 
 
 def test_the_workflow_watches_the_file_and_what_it_names(root: Path) -> None:
