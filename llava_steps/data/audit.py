@@ -168,7 +168,7 @@ def judge(
     """
     found = []
     row = pad(
-        join([sample.id], [0], [""], [encoded], None, len(sample.images)),
+        join([sample.id], [""], [0], [""], [encoded], None, len(sample.images)),
         len(encoded.tokens) + 1,
         encoder.pad_id,
     )
