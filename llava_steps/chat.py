@@ -40,13 +40,25 @@ def answer(model: Path, images: list[Path], question: str, max_new_tokens: int) 
     """The model's greedy answer.
 
     Raises:
-        InputError: a file that is not there.
+        InputError: a file that is not there or no image, or a question that says `<image>`.
     """
     for path in (model / "config.json", *images):
         if not path.is_file():
             raise InputError(f"{path} is not there")
+    from llava_steps.data.decode import check_image
+    from llava_steps.data.samples import PLACEHOLDER, SampleError
     from llava_steps.evaluation import ask
 
+    if PLACEHOLDER in question:
+        raise InputError(
+            f"the question contains {PLACEHOLDER}, which stands for an image; leave it out, images "
+            "come before the question"
+        )
+    for path in images:
+        try:
+            check_image(path.read_bytes())
+        except SampleError as error:
+            raise InputError(f"{path}: {error}") from error
     content = "<image>\n" * len(images) + question
     asked = ask.Question(
         id="",

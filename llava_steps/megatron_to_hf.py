@@ -5,7 +5,8 @@ python -m llava_steps.megatron_to_hf --megatron-dir results/demo/stage2_checkpoi
 
 The newest committed iteration is converted. Config, tokenizer, processor, chat template and
 generation config are copied from --tokenizer-dir, whose weight files also give names, shards and
-dtypes: what was never trained comes back byte for byte.
+dtypes: what was never trained comes back byte for byte. --export-format transformers-4 writes names
+and files that transformers 4.45 to 4.57 read as well.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     from llava_steps.core.geometry import Geometry
     from llava_steps.model.convert import copy_companions, count_entries, dcp_to_hf
     from llava_steps.model.dcp import Reader
+    from llava_steps.model.export_format import older_layout, rewrite_companions
     from llava_steps.model.selfcheck import compare_layers
     from llava_steps.model.tensors import TensorDirectory
 
@@ -35,8 +37,11 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
         ctx.progress("converting", total=count_entries(geometry)) as bar,
     ):
         copied = copy_companions(tensors, ctx.entry)
-        weights = checkpoint / "weights"
-        certificate = dcp_to_hf(geometry, weights, tensors, ctx.entry, bar.advance)
+        weights, layout = checkpoint / "weights", tensors
+        if cfg.export_format == "transformers-4":
+            rewrite_companions(ctx.entry, geometry)
+            layout = older_layout(tensors)
+        certificate = dcp_to_hf(geometry, weights, layout, ctx.entry, bar.advance)
     text = json.loads((template / "config.json").read_bytes())["text_config"]
     with TensorDirectory(ctx.entry) as written:
         forward = compare_layers(geometry, text, written, Reader(weights))
@@ -45,6 +50,7 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
         "certificate": certificate,
         "forward": forward,
         "checkpoint": checkpoint.name,
+        "export_format": cfg.export_format,
         "copied": copied,
         "tp": cfg.tp,
         "pp": cfg.pp,

@@ -385,6 +385,11 @@ class HfExport(StepConfig):
 
     megatron_dir: str = source("", "Megatron checkpoint directory", flag="--megatron-dir")
     tokenizer_dir: str = source("", "HF directory that gives config, tokenizer and processor")
+    export_format: Literal["transformers-5", "transformers-4"] = value(
+        "transformers-5",
+        "versions of transformers that read the result: 5 (files laid out as in tokenizer_dir), or "
+        "4.45 to 4.57 and 5",
+    )
     tp: PositiveInt = value(1, "recorded for readers of old scripts; any layout can be read")
     pp: PositiveInt = value(1, "recorded for readers of old scripts; any layout can be read")
 

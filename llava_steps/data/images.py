@@ -68,9 +68,12 @@ class ImageTransform:
         if self._table is None:
             out[...] = self._processor(image, return_tensors="np")["pixel_values"][0]
             return
-        from transformers.image_transforms import center_crop
+        from transformers.image_transforms import center_crop, convert_to_rgb
 
         processor = self._processor
+        if image.info.get("transparency") is not None:
+            # Pillow's RGB of a palette keeps its transparent colour; the processor makes it white.
+            image = Image.fromarray(convert_to_rgb(image, return_numpy=True))
         if processor.do_resize:
             size = _resized(processor.size, image)
             image = image.resize(size, resample=processor.resample)

@@ -11,7 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -154,6 +154,11 @@ class TensorDirectory:
             done += got
         return data.view(slot.dtype).view(slot.shape)
 
+    def size(self, file: str) -> int:
+        """Bytes of a weight file: its header and its tensors."""
+        own = (slot.size for slot in self.slots.values() if slot.file.name == file)
+        return len(self.headers[file]) + sum(own)
+
     def _descriptor(self, path: Path) -> int:
         if path not in self._open:
             self._open[path] = os.open(path, os.O_RDONLY)
@@ -171,6 +176,34 @@ class TensorDirectory:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+
+
+def renamed(template: TensorDirectory, rename: Callable[[str], str]) -> TensorDirectory:
+    """The layout of `template` with other names of the tensors, to be written by `LikeWriter`.
+
+    Nothing can be read from it: the files that it describes are not there yet.
+    """
+    layout = object.__new__(TensorDirectory)
+    layout.directory, layout.slots, layout.headers = template.directory, {}, {}
+    layout._open = {}
+    for file, raw in template.headers.items():
+        entries = json.loads(raw[8:])
+        named = {k if k == "__metadata__" else rename(k): v for k, v in entries.items()}
+        text = json.dumps(named, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        layout.headers[file] = struct.pack("<Q", len(text)) + text
+        shift = len(layout.headers[file]) - len(raw)
+        for name, slot in template.slots.items():
+            if slot.file.name == file:
+                layout.slots[rename(name)] = replace(slot, start=slot.start + shift)
+    layout.index = None
+    if template.index is not None:
+        index = json.loads(template.index)
+        index["weight_map"] = {rename(k): v for k, v in index["weight_map"].items()}
+        layout.index = json.dumps(index, indent=2, sort_keys=True).encode()
+    if len(layout.slots) != len(template.slots):
+        raise IntegrityError(f"{template.directory}: two tensors would get one name")
+    return layout
 
 
 class LikeWriter:
@@ -192,7 +225,7 @@ class LikeWriter:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             self._open[file] = descriptor
             _write_at(descriptor, memoryview(header), 0)
-            os.ftruncate(descriptor, (self._template.directory / file).stat().st_size)
+            os.ftruncate(descriptor, self._template.size(file))
         if self._template.index is not None:
             (self._directory / INDEX).write_bytes(self._template.index)
         return self.write

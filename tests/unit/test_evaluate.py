@@ -231,6 +231,23 @@ def test_on_the_command_line_and_in_chat(
     assert "config.json is not there" in capsys.readouterr().err
 
 
+def test_chat_says_what_it_cannot_use(
+    models: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, image, note = str(models("demo")), tmp_path / "x.jpg", tmp_path / "note.jpg"
+    image.write_bytes(jpeg(1))
+    note.write_text("not an image")
+    capsys.readouterr()  # of the model's making
+    for line, said in (
+        ([directory, str(note), "What?"], "note.jpg: unreadable image"),
+        ([directory, str(image), "<image>What?"], "the question contains <image>"),
+        ([directory, "What is an <image>?"], "the question contains <image>"),
+    ):
+        assert chat.main(line) == InputError.exit_code == 3
+        told = capsys.readouterr()
+        assert not told.out and said in told.err and told.err.count("\n") == 1
+
+
 def test_models_that_are_not_whole_are_refused(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -1,0 +1,106 @@
+"""An export as transformers 4 reads it: names of weights, and the files beside them.
+
+transformers 5 reads what 4 wrote, but not the other way round. What differs:
+
+* weights: the tower's names begin with `vision_tower.vision_model.`
+* config.json: `torch_dtype`, and `rope_theta` with `rope_scaling` instead of `rope_parameters`
+* the image processor has a file of its own, preprocessor_config.json
+* the chat template also stands in chat_template.json, the only place where 4.45 looks
+* tokenizer_config.json: another class name, `additional_special_tokens`, `model_input_names`
+* 4.45 counts a class token for every tower, so the processor's numbers are chosen to come out right
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core import fsio
+from llava_steps.core.errors import ConfigError, IntegrityError
+from llava_steps.core.geometry import Geometry
+from llava_steps.model.hf_names import canonical
+from llava_steps.model.tensors import TensorDirectory, renamed
+
+TOWER, OLDER_TOWER = "vision_tower.", "vision_tower.vision_model."
+VERSION = "4.45.0"
+
+
+def older_name(name: str) -> str:
+    """The name that transformers 4.45 to 4.57 saves for an HF weight of any version."""
+    own = canonical(name)
+    return OLDER_TOWER + own.removeprefix(TOWER) if own.startswith(TOWER) else own
+
+
+def older_layout(template: TensorDirectory) -> TensorDirectory:
+    """`template` with the names of transformers 4: a layout to write, not to read from."""
+    return renamed(template, older_name)
+
+
+def rewrite_companions(directory: Path, geometry: Geometry) -> None:
+    """Turn the files beside the weights in `directory` into those of transformers 4.
+
+    Raises:
+        ConfigError: transformers 4.45 could not count this model's image tokens.
+        IntegrityError: the new config.json describes another model.
+    """
+    path = directory / "config.json"
+    fsio.write_json(path, older_config(_read(path)))
+    if Geometry.load(directory).tokens_per_image != geometry.tokens_per_image:
+        raise IntegrityError(f"{path}: the model changed with its format")
+    _older_processor(directory, geometry)
+    _older_tokenizer(directory)
+
+
+def older_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json, or a section of it, with the keys of transformers 4."""
+    found = {k: older_config(v) if k.endswith("_config") else v for k, v in config.items()}
+    if "dtype" in found:
+        found["torch_dtype"] = found.pop("dtype")
+    if rope := found.pop("rope_parameters", None):
+        rope = dict(rope)
+        found["rope_theta"] = rope.pop("rope_theta")
+        found["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    if "transformers_version" in found:
+        found["transformers_version"] = VERSION
+    return found
+
+
+def _older_processor(directory: Path, geometry: Geometry) -> None:
+    path = directory / "processor_config.json"
+    processor = _read(path)
+    images = processor.pop("image_processor", None)
+    if images is not None:
+        older = {**images, "processor_class": "LlavaProcessor"}
+        fsio.write_json(directory / "preprocessor_config.json", older)
+    patches = (geometry.image_size // geometry.patch_size) ** 2
+    strategies = {patches: "default", patches + 1: "full"}
+    if geometry.tokens_per_image not in strategies:
+        raise ConfigError(
+            f"transformers 4.45 cannot count {geometry.tokens_per_image} image tokens for "
+            f"{patches} patches: use --export-format transformers-5"
+        )
+    processor["vision_feature_select_strategy"] = strategies[geometry.tokens_per_image]
+    processor["num_additional_image_tokens"] = 1
+    fsio.write_json(path, processor)
+    template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    fsio.write_json(directory / "chat_template.json", {"chat_template": template})
+
+
+def _older_tokenizer(directory: Path) -> None:
+    path = directory / "tokenizer_config.json"
+    tokenizer = _read(path)
+    for key in ("backend", "is_local", "local_files_only"):
+        tokenizer.pop(key, None)
+    # Their fast tokenizers also give token_type_ids unless told not to; LLaVA takes none.
+    tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    special = tokenizer.pop("extra_special_tokens", [])
+    names = special if isinstance(special, list) else list(special.values())
+    tokenizer["additional_special_tokens"] = names
+    fsio.write_json(path, tokenizer)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
