@@ -46,6 +46,12 @@ def test_shipped_configuration_is_a_demo_without_gpu() -> None:
     assert config.stage1.precision == config.stage2.precision == "fp32"
 
 
+def test_what_an_audit_has_from_its_stage_is_refused(write) -> None:
+    text = problems(SHIPPED, write("audit:\n  samples: 5\n  seq_length: 9\n"))
+    assert "audit: " in text and "seq_length is that of each stage; set it in stage1" in text
+    assert load([SHIPPED, write("audit: {samples: 5}\n")]).audit.samples == 5
+
+
 def test_overlays_change_single_keys_in_order(write) -> None:
     one = write("stage2: {lr: 5.0e-4, train_steps: 900}\n", "one.yaml")
     two = write("stage2: {lr: 6.0e-4}\ndemo_assets:\n  image_size: 64\n", "two.yaml")

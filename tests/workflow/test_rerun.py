@@ -51,6 +51,25 @@ def test_labels_logs_and_resources_recompute_nothing(finished: Project) -> None:
     assert finished.planned("--configfile", overlay) == []
 
 
+def test_another_audit_trains_nothing(finished: Project) -> None:
+    overlay = ("--configfile", finished.overlay("audit: {samples: 7}\n"))
+    finished.snakemake("--cores", "2", *overlay)
+    assert sorted(steps(finished)) == ["stage1_audit", "stage2_audit"]
+    assert finished.planned(*overlay) == []
+
+
+def test_a_failed_audit_of_either_stage_ends_the_run_before_stage_1(fresh: Project) -> None:
+    module = fresh.root / "llava_steps/audit.py"
+    module.write_text(
+        module.read_text().replace(
+            "    return stub", "    assert cfg.stage == 1, 'planted'\n    return stub"
+        )
+    )
+    text = fresh.snakemake("--cores", "1", code=1)
+    assert "planted" in text and "energon_dataset" in steps(fresh)
+    assert not {"stage1_checkpoint", "stage2_checkpoint"} & set(steps(fresh))
+
+
 def test_code_of_a_step_reruns_it_and_a_comment_does_not(finished: Project) -> None:
     module = finished.root / "llava_steps/build_hf.py"
     module.write_text("# a comment\n" + module.read_text())
