@@ -23,6 +23,7 @@ NOT_COMPUTING = frozenset(
         "cli",
         "codeversion",
         "config",
+        "costs",
         "digest",
         "errors",
         "lease",

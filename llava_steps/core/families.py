@@ -105,14 +105,19 @@ class VisionFamily:
     defaults: Mapping[str, Any]
 
 
+_VISION_BASE: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_channels": 3,
+    "image_size": 224,
+}
 VISION_FAMILIES: dict[str, VisionFamily] = {
-    "clip_vision_model": VisionFamily(
-        1, {"hidden_size": 768, "num_hidden_layers": 12, "image_size": 224, "patch_size": 32}
-    ),
+    "clip_vision_model": VisionFamily(1, {**_VISION_BASE, "patch_size": 32}),
     # SigLIP and the SigLIP2 checkpoints of fixed resolution; those of variable resolution (NaFlex,
     # siglip2_vision_model) take other inputs than pixels and have no place in a LLaVA model.
     "siglip_vision_model": VisionFamily(
-        0, {"hidden_size": 768, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16}
+        0, {**_VISION_BASE, "patch_size": 16, "vision_use_head": True}
     ),
 }
 
