@@ -20,6 +20,8 @@ PYTEST ?=
 export PYTHON VENV
 # What would make pip or Python look beyond the environment, or Snakemake beyond its own profile.
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX SNAKEMAKE_PROFILE
+# Containers often set this. Each of the many processes here would compile all it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 

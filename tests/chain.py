@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--pretrain-vision-steps=0",
@@ -59,7 +61,7 @@ def run_step(
     """`python -m llava_steps.MODULE FLAGS...`; its log is the failure message of the test."""
     line = [sys.executable, "-m", f"llava_steps.{module}", *flags]
     result = subprocess.run(
-        line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600
+        line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=PATIENCE
     )
     if check:
         assert result.returncode == 0, f"{' '.join(line)}\n{result.stdout}\n{result.stderr}"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests import chain as chain_module
+
+# Tests start hundreds of processes. Where Python is told, as in many containers, not to keep what
+# it compiles, each of them compiles torch and megatron anew: 15 s of a processor.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session")

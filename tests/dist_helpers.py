@@ -22,11 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def spawn(
-    function: str, ranks: int, directory: Path, *arguments: Any, timeout: float = 600.0
+    function: str, ranks: int, directory: Path, *arguments: Any, timeout: float = PATIENCE
 ) -> list[Any]:
     """The results of `module:function` by rank; AssertionError with the failures' traces."""
     work = directory / f"spawn-{function.rpartition(':')[2]}-{time.monotonic_ns()}"

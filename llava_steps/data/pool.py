@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from multiprocessing.connection import wait
 from typing import TypeVar
 
 from llava_steps.core.errors import StepError
+from llava_steps.data import server
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,9 +36,9 @@ def ordered(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterato
     if workers == 1:
         yield from map(work, tasks)
         return
+    server.start([work.__module__])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     pending: deque[Future[R]] = deque()
     try:
         for task in tasks:
@@ -53,8 +55,12 @@ def ordered(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterato
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _follow_parent() -> None:
-    """End this worker when the main process is gone: its pipes alone would keep it waiting."""
+def _begin() -> None:
+    """Have this worker hear of an interrupt, and end when the main process is gone.
+
+    Its pipes alone would keep it waiting.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, server.STOP)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

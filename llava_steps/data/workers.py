@@ -20,14 +20,13 @@ import time
 import traceback
 from collections import deque
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 
 from llava_steps.core.errors import StepError
-from llava_steps.data import wire
+from llava_steps.data import server, wire
 from llava_steps.data.rows import RowMaker
 
 _MESSAGE = 1 << 20
@@ -38,7 +37,6 @@ _DEPTH = 2
 _TICK = 1.0
 """Seconds between two looks at the board."""
 _NOTHING = -1
-_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,10 @@ class Task:
 def start_server() -> None:
     """Start what worker processes are forked from, if it is not there; returns at once.
 
-    A fork server, because this process holds threads of torch and of the process group: a fork of
-    it may inherit a lock that nobody will ever release. It imports for some seconds, which is why
-    a training starts it before it builds its model.
+    It imports for some seconds, which is why a training starts it before it builds its model.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["llava_steps.data.preload"])
-    # A stop is asked of whole process groups, while the training still needs its workers for the
-    # last step: they and the server inherit this mask and end when the training does.
-    resource_tracker.ensure_running()  # starting it would unblock them again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    server.start(["llava_steps.data.preload"])
 
 
 def perform(maker: RowMaker, task: Task) -> Any:
@@ -192,12 +180,15 @@ class Workers:
             moved = beats != worker.beats or not worker.tasks
             worker.silent = 0.0 if moved else worker.silent + passed
             worker.beats = beats
-            if worker.silent > self._patience:
-                raise StepError(
-                    f"loader worker {number} (process {worker.process.pid}) has been silent for "
-                    f"{self._patience:g} s with {self._held(number)}; is the storage gone, or "
-                    "raise loader_timeout"
-                )
+        # Others may wait for the same storage, or for a processor: who stood still first is named.
+        worker = max(self.workers, key=lambda worker: worker.silent)
+        if worker.silent > self._patience:
+            number = self.workers.index(worker)
+            raise StepError(
+                f"loader worker {number} (process {worker.process.pid}) has been silent for "
+                f"{self._patience:g} s with {self._held(number)}; is the storage gone, or "
+                "raise loader_timeout"
+            )
 
     def _died(self, worker: _Worker) -> StepError:
         worker.process.join(2)

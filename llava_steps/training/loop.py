@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llava_steps.core import commit
-from llava_steps.core.errors import ConfigError, DivergedError, StoppedError
+from llava_steps.core.errors import ConfigError, DivergedError, StepError, StoppedError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.log import Progress
 from llava_steps.data.batch import MicroBatch
@@ -54,6 +54,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     guard = Guard(stage, done, log)
     reports = Reports(job, done.step, log)
     batches = iter(loader)
+    first = done.step
 
     def save() -> None:
         beat()
@@ -93,7 +94,23 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
         if done.step > saved:
             save()
     if done.step < stage.train_steps:
-        raise StoppedError(f"stopped on request after step {done.step}, saved; run me again")
+        raise stopped(done.step, first, parallel.on_any_rank(stop.signalled), stage.exit_before)
+
+
+def stopped(step: int, first: int, signalled: bool, exit_before: float) -> StepError:
+    """Why a training that began at step `first` ended before its last one.
+
+    A time limit that leaves no time for a single step would end every further run as well: that
+    is no stop in order, or whoever runs it again on code 75 would do so for ever.
+    """
+    if step > first:
+        return StoppedError(f"stopped on request after step {step}, saved; run me again")
+    if signalled:
+        return StoppedError(f"stopped on request before step {step + 1}; run me again")
+    return ConfigError(
+        f"exit_before {exit_before:g} minutes were over when the first step of this run could have "
+        "begun, and would be again: set it higher"
+    )
 
 
 def build(job: Job) -> Llava:

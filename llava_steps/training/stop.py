@@ -16,7 +16,8 @@ class StopRequest:
     """`requested` turns true on SIGTERM, SIGINT and SIGUSR1, and when the time is nearly over."""
 
     def __init__(self) -> None:
-        self._signalled = False
+        self.signalled = False
+        """Whether a signal asked for it."""
         self._start = time.monotonic()
         self._limit = math.inf
         self._aside = 0.0
@@ -24,7 +25,7 @@ class StopRequest:
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: object) -> None:
-        self._signalled = True
+        self.signalled = True
 
     def limit(self, minutes: float) -> None:
         """Be over this long after the start; 0 is no limit."""
@@ -37,4 +38,4 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether to stop at the next step boundary."""
-        return self._signalled or time.monotonic() - self._start + self._aside > self._limit
+        return self.signalled or time.monotonic() - self._start + self._aside > self._limit

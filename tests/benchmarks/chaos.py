@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import chain
+from tests.patience import PATIENCE
 
 STEPS, INTERVAL = 45, 4
 FLAGS = (
@@ -90,6 +91,10 @@ class Training:
         shutil.rmtree((self.out / "samples").resolve().parent)
         shutil.rmtree(self.out)
 
+    def attempts(self) -> int:
+        """Attempts that have said that they began."""
+        return len(re.findall(r" attempt \d+ in ", self.log()))
+
     def resumed(self) -> list[int]:
         """The step that each attempt so far went on from, if it came that far."""
         found = re.findall(r"resuming after step (\d+)|starting from", self.log())
@@ -119,8 +124,8 @@ def kill(training: Training, chooser: random.Random, number: int) -> bool:
     began = training.steps()
     process = training.start()
     if number % 2:
-        wait(lambda: training.steps() > began, process, 60)
-        wait(training.saving, process, 60)
+        wait(lambda: training.steps() > began, process, PATIENCE)
+        wait(training.saving, process, PATIENCE)
         time.sleep(chooser.uniform(0.0, 0.05))
     else:
         wait(lambda: False, process, chooser.uniform(0.5, 9.0))
@@ -132,8 +137,8 @@ def kill(training: Training, chooser: random.Random, number: int) -> bool:
         process.kill()
     elif process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-    code = process.wait(60)
-    end = time.monotonic() + 15
+    code = process.wait(PATIENCE)
+    end = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < end, f"workers {workers} outlived their launcher"
         time.sleep(0.01)
@@ -144,18 +149,20 @@ def kill(training: Training, chooser: random.Random, number: int) -> bool:
 def stop(training: Training, chooser: random.Random, number: int) -> bool:
     """Disturb one attempt by signals; False when it was done first."""
     kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    known = training.attempts()
     process = training.start()
     if number % 2:
         target = training.steps() + chooser.randrange(2 * INTERVAL)
-        wait(lambda: training.steps() > target, process, 60)
+        wait(lambda: training.steps() > target, process, PATIENCE)
     else:
-        # Not before Python has started: until then a signal has its usual meaning.
-        wait(lambda: False, process, chooser.uniform(1.0, 9.0))
+        # Not before the step has started: until then a signal has its usual meaning.
+        wait(lambda: training.attempts() > known, process, PATIENCE)
+        wait(lambda: False, process, chooser.uniform(0.0, 8.0))
     if process.poll() is None:
         process.send_signal(kinds[number % 3])
     if wait(training.saving, process, 30) and process.poll() is None:
         process.send_signal(chooser.choice(kinds))
-    code = process.wait(60)
+    code = process.wait(PATIENCE)
     done = (training.out / "manifest.json").exists()
     print(f"signal {number}: {training.steps()} steps done, exit code {code}", flush=True)
     assert code == (0 if done else STOPPED), training.log()[-3000:]
@@ -169,7 +176,7 @@ def trainings(made: chain.Chain) -> Iterator[Training]:
         for flags in LAYOUTS:
             training = Training(made, f"chaos{''.join(flags)}", flags)
             if training.name not in values:
-                assert training.start().wait(120) == 0, training.log()
+                assert training.start().wait(PATIENCE) == 0, training.log()
                 values[training.name] = training.value()
             training.forget()
             training.expected = values[training.name]
@@ -192,7 +199,7 @@ def disturb(made: chain.Chain, kills: int, signals: int, seed: int) -> dict[str,
             lost += [before - step for step in training.resumed()[known:]]
             number += 1
         if open_:
-            assert training.start().wait(120) == 0, training.log()[-3000:]
+            assert training.start().wait(PATIENCE) == 0, training.log()[-3000:]
         same = training.value() == training.expected
         identical += (number - first) * same
         rounds += 1

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from tests.chain import ROOT, environment, metrics, sample_ids
+from tests.patience import PATIENCE
 
 KILLS = int(os.environ.get("LLAVA_STEPS_KILLS", "10"))
 SEED = int(os.environ.get("LLAVA_STEPS_KILL_SEED", "20240607"))
@@ -53,7 +54,7 @@ class Run:
 
     def finish(self) -> None:
         process = self.start()
-        assert process.wait(timeout=600) == 0, (self.root / "log.txt").read_text()[-5000:]
+        assert process.wait(timeout=PATIENCE) == 0, (self.root / "log.txt").read_text()[-5000:]
 
     @property
     def out(self) -> Path:
@@ -62,7 +63,7 @@ class Run:
     def wait_for_steps(self, count: int) -> None:
         """Until the running training has reported more than `count` steps."""
         path = self.out / "work/metrics.jsonl"
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         while not path.exists() or path.read_bytes().count(b"\n") <= count:
             assert time.monotonic() < end, (self.root / "log.txt").read_text()[-5000:]
             if (self.out / "manifest.json").exists():
@@ -114,8 +115,8 @@ def worker_ids(root: Path) -> list[int]:
 
 
 def wait_for_orphans(root: Path) -> None:
-    """The group is dead at once; whoever had left it must follow within two seconds."""
-    end = time.monotonic() + 2
+    """The group is dead at once; whoever had left it must follow long before it is done."""
+    end = time.monotonic() + 30
     while orphans := worker_ids(root):
         assert time.monotonic() < end, f"workers {orphans} outlived their launcher"
         time.sleep(0.02)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.chain import Chain, environment, metrics, run_step, sample_ids
+from tests.patience import PATIENCE, wait_for
 
 STEPS = 24
 FLAGS = (
@@ -35,6 +35,12 @@ def value(out: Path) -> tuple[list[str], list[list[str]], dict[str, str]]:
     return [row["loss_hex"] for row in metrics(out)], sample_ids(out), digests
 
 
+def reported(work: Path) -> int:
+    """Steps that a running training has reported."""
+    path = work / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def stopped(chain: Chain, name: str, *flags: str, rank: int | None = None) -> Path:
     """Train until a few steps are done, ask for a stop; returns the unfinished store entry.
 
@@ -43,15 +49,15 @@ def stopped(chain: Chain, name: str, *flags: str, rank: int | None = None) -> Pa
     line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags(name), *flags]
     process = subprocess.Popen(line, cwd=chain.root, env=environment(), stderr=subprocess.PIPE)
     work = chain.root / "results" / name / "work"
-    end = time.monotonic() + 120
-    while not (work / "metrics.jsonl").exists() or len(metrics(work)) < 4:
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            raise AssertionError(process.communicate()[1].decode())
-        time.sleep(0.01)
+    try:
+        wait_for(lambda: reported(work) >= 4, process)
+    except AssertionError:
+        process.kill()
+        print(process.communicate()[1].decode())
+        raise
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid if rank is None else int(workers[rank]), signal.SIGTERM)
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, log.decode()
     done = len(metrics(work))
     assert (work / f"iter_{done:07d}/commit.json").is_file(), "saved at the step it stopped at"
@@ -81,13 +87,13 @@ def test_a_stop_while_the_workers_start(chain: Chain) -> None:
     line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags("early"), *FLAGS]
     for moment in ("job.json", "logs/rank-0001.log"):
         job = chain.root / "results/early/work/.work" / moment
+        job.unlink(missing_ok=True)  # of the attempt before
         process = subprocess.Popen(
             [*line, "--seed=9"], cwd=chain.root, env=environment(), stderr=subprocess.PIPE
         )
-        while not job.exists():
-            time.sleep(0.01)
+        wait_for(job.exists, process)
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=PATIENCE)
         assert process.returncode == 75 and b"Traceback" not in log, log.decode()
 
 
@@ -123,25 +129,30 @@ def test_without_a_whole_checkpoint_nothing_starts_over(chain: Chain) -> None:
 
 
 def test_the_time_limit_stops_in_order(chain: Chain) -> None:
-    line = ("train", *chain.train_flags("limit"), *FLAGS, "--seed=10", "--train-steps=5000")
-    result = run_step(*line, "--exit-before=0.25", cwd=chain.root, check=False)
-    assert result.returncode == 75 and "stopped on request after step" in result.stderr
-    assert list(chain.root.glob("results/limit/work/iter_*/commit.json"))
+    """Limits from one that no machine can keep on, until one leaves time for a step."""
+    line = ("train", *chain.train_flags("limit"), *FLAGS, "--gpus=1", "--tp=1", "--seed=10")
+    for minutes in (0.01, 0.25, 0.5, 1, 2, 4):
+        limit = ("--train-steps=100000", f"--exit-before={minutes}")
+        result = run_step(*line, *limit, cwd=chain.root, check=False)
+        commits = list(chain.root.glob("results/limit/work/iter_*/commit.json"))
+        if result.returncode == 75:
+            break
+        assert result.returncode == 2 and not commits, result.stderr
+        assert f"exit_before {minutes:g} minutes were over" in result.stderr, result.stderr
+    assert minutes > 0.01 and "stopped on request after step" in result.stderr and commits
 
 
 def test_a_rank_that_stands_still_ends_the_job(chain: Chain) -> None:
     line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags("stall"), *FLAGS]
     process = subprocess.Popen(
-        [*line, "--train-steps=5000", "--stall-timeout=4", "--seed=11"], cwd=chain.root,
+        [*line, "--train-steps=5000", "--stall-timeout=8", "--seed=11"], cwd=chain.root,
         env=environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     work = chain.root / "results/stall/work"
-    while not (work / "metrics.jsonl").exists() or len(metrics(work)) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_for(lambda: reported(work) >= 2, process)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[1]), signal.SIGSTOP)
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "rank 1 (stopped)" in log, log
     assert "rank 0 (" in log and "distributed_c10d.py" in log, "where rank 0 waited"
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]

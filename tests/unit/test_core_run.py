@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.patience import PATIENCE, wait_for
 
 STEP = '''
 """A small step for the tests."""
@@ -57,7 +58,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def call(*flags: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "copystep", "--save-dir", "out", "--data", "data.txt", *flags]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+    return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def calls(place: Path) -> int:
@@ -158,7 +159,7 @@ def test_another_run_that_publishes_meanwhile_changes_no_input(place: Path) -> N
     assert call("--times", "2").returncode == 0  # from the store: publishes at once
     assert (place / "out/out.txt").read_text() == "hellohello"
     (place / "hold").unlink()
-    assert reader.wait(60) == 0
+    assert reader.wait(PATIENCE) == 0
     assert (place / "consumed/out.txt").read_text() == "hello"
 
 
@@ -169,7 +170,9 @@ def test_an_input_that_changes_under_a_step_seals_nothing(place: Path) -> None:
     wait_for(lambda: list((place / "store").glob("copy/*/partial")))
     (place / "data.txt").write_text("other")
     (place / "hold").unlink()
-    assert "data.txt changed while" in step.communicate(timeout=60)[1] and step.returncode == 3
+    assert (
+        "data.txt changed while" in step.communicate(timeout=PATIENCE)[1] and step.returncode == 3
+    )
     (entry,) = (place / "store/copy").iterdir()
     assert [item.name for item in entry.iterdir()] == [".work"]
     assert call().returncode == 0 and (place / "out/out.txt").read_text() == "other"
@@ -179,7 +182,7 @@ def test_an_input_that_vanishes_from_the_store_says_what_makes_it(place: Path) -
     assert call().returncode == 0
     shutil.rmtree(place / "store")
     reader = consume()
-    _, text = reader.communicate(timeout=60)
+    _, text = reader.communicate(timeout=PATIENCE)
     assert reader.returncode in (3, 4) and "out.txt" in text
 
 
@@ -190,7 +193,7 @@ def test_signals_end_a_step_in_order(place: Path, number: signal.Signals) -> Non
     step = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list((place / "store").glob("copy/*/partial")))
     step.send_signal(number)
-    _, text = step.communicate(timeout=60)
+    _, text = step.communicate(timeout=PATIENCE)
     assert step.returncode == 75 and f"stopped by {number.name}" in text, text
     assert "Traceback" not in text and not list((place / "store").rglob("lease.json"))
 
@@ -201,13 +204,6 @@ def test_surroundings_are_told_in_one_line(place: Path) -> None:
     file = call("--store", "data.txt/store")
     assert file.returncode == 3 and "data.txt/store: Not a directory" in file.stderr
     assert "Traceback" not in full.stderr + file.stderr
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_exit_codes_and_messages(place: Path) -> None:
@@ -228,9 +224,9 @@ def test_a_result_directory_of_somebody_else_is_left_alone(place: Path) -> None:
 def test_input_inside_an_artefact_is_known_by_its_content(place: Path) -> None:
     assert call().returncode == 0
     line = [sys.executable, "-m", "copystep", "--save-dir", "out2", "--data", "out/out.txt"]
-    assert subprocess.run(line, timeout=60).returncode == 0
+    assert subprocess.run(line, timeout=PATIENCE).returncode == 0
     used = json.loads((place / "out2/manifest.json").read_text())["inputs"]["data"]["digest"]
     assert used == manifest(place)["content"] + "/out.txt"
     assert call("--force").returncode == 0, "same bytes made again"
-    assert subprocess.run(line, timeout=60).returncode == 0
+    assert subprocess.run(line, timeout=PATIENCE).returncode == 0
     assert calls(place) == 3, "an equal value keeps later steps cached"

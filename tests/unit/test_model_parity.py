@@ -123,7 +123,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Run]:
             Job(folder / "hf", folder / "weights", case.layout, freeze_vision,
                 models[case.model][1], out, case.freeze_lm)
         )  # fmt: skip
-    ranks = spawn("tests.model_workers:layouts", 4, root, jobs, timeout=300)
+    ranks = spawn("tests.model_workers:layouts", 4, root, jobs)
     found = {}
     for place, (case, job) in enumerate(zip(CASES + BF16, jobs, strict=True)):
         # Rank 3 is on the last pipeline stage and the last tensor-parallel rank of every layout.
@@ -222,7 +222,6 @@ def test_equal_weights_are_saved_as_equal_bytes(
         4,
         tmp_path,
         replace(runs[case].job, out=tmp_path),
-        timeout=120,
     )
     expected = digests(runs[case].job.out / "weights")
     assert all(text.startswith(str(tmp_path / "damaged")) for text in said)

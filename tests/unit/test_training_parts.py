@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from llava_steps.training import launch as launching
 from llava_steps.training.job import Job
 from llava_steps.training.metrics import Lines
 from llava_steps.training.schedule import learning_rate
+from tests.patience import wait_for
 
 
 def stage(**values: object) -> Stage:
@@ -207,8 +207,7 @@ time.sleep(600)
     as_worker(monkeypatch, tmp_path, STOPPED * listening + body)
 
     def send() -> None:
-        while not all((tmp_path / f"ready{r}").exists() for r in (0, 1)):
-            time.sleep(0.02)
+        wait_for(lambda: all((tmp_path / f"ready{r}").exists() for r in (0, 1)))
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=send)
@@ -232,14 +231,11 @@ def test_workers_die_with_a_killed_launcher(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
     process = subprocess.Popen([sys.executable, "-c", launcher], env=environment)
-    while not (tmp_path / "pid0").exists():
-        time.sleep(0.02)
+    wait_for((tmp_path / "pid0").exists, process)
     process.kill()
     process.wait()
-    end = time.monotonic() + 2
-    while alive(int((tmp_path / "pid0").read_text())):
-        assert time.monotonic() < end, "the worker outlived its launcher"
-        time.sleep(0.02)
+    worker = int((tmp_path / "pid0").read_text())
+    wait_for(lambda: not alive(worker), seconds=120)  # left alone it would live for 600
 
 
 def alive(pid: int) -> bool:

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+from tests.patience import PATIENCE, wait_for
 from tests.workflow.project import RULES, Project
 
 AFTER_STAGE_2 = ["evaluation", "hf_export", "stage2_checkpoint"]
@@ -120,7 +121,7 @@ def test_killed_in_the_middle_then_run_again(fresh: Project) -> None:
     hold.touch()
     process = fresh.start("--cores", "2")
     try:
-        wait_for(lambda: "stage1_checkpoint" in steps(fresh))
+        wait_for(lambda: "stage1_checkpoint" in steps(fresh), process)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -140,7 +141,7 @@ def test_a_second_run_beside_the_first_is_refused_and_does_no_harm(fresh: Projec
     hold = fresh.root / "hold-tar_shards"
     hold.touch()
     first = fresh.start("energon_dataset", "--cores", "2")
-    wait_for(lambda: "tar_shards" in steps(fresh))
+    wait_for(lambda: "tar_shards" in steps(fresh), first)
     text = fresh.snakemake("energon_dataset", "--cores", "2", code=1)
     assert "run 'demo'" in text and "is being written by process" in text
     # Other settings, so other entries of the store, but the same names in results/.
@@ -148,16 +149,9 @@ def test_a_second_run_beside_the_first_is_refused_and_does_no_harm(fresh: Projec
     text = fresh.snakemake("energon_dataset", "--cores", "2", "--configfile", other, code=1)
     assert "run 'demo'" in text
     hold.unlink()
-    assert first.wait(60) == 0
+    assert first.wait(PATIENCE) == 0
     assert steps(fresh) == ["demo_assets", "tar_shards", "energon_dataset"]
     assert "Nothing to be done" in fresh.snakemake("energon_dataset", "--cores", "2")
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_a_lost_store_is_an_error_and_not_a_silent_rebuild(finished: Project) -> None:

@@ -1,0 +1,32 @@
+"""The process that worker processes are forked from; one for each process that has workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Sequence
+from multiprocessing import forkserver, resource_tracker
+
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What asks a training to stop."""
+
+
+def start(preload: Sequence[str]) -> None:
+    """Start the fork server, if it is not there; returns at once.
+
+    A fork server, because this process holds threads (of torch, of the process group, of a live
+    progress bar): a fork of it may inherit a lock that nobody will ever release. A stop is asked
+    of whole process groups, while the training still needs its workers for the last step: the
+    server and its children block these signals from their first moment on, inherited from here,
+    whoever starts the server. Who wants its workers to hear them unblocks them there.
+
+    Args:
+        preload: modules that the server imports; of those that start it the first decides.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # starting it would unblock them again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
