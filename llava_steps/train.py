@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llava_steps.core import commit
 from llava_steps.core.blend import read_blend
 from llava_steps.core.config import Stage
-from llava_steps.core.errors import DivergedError
+from llava_steps.core.errors import ConfigError, DivergedError
 from llava_steps.core.run import Context, Step, main
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
     from llava_steps.training.launch import launch
 
     hf_dir = ctx.inputs["tokenizer_load_dir"].path.resolve()
+    if "megatron_load_dir" not in ctx.inputs and not cfg.init:
+        raise ConfigError("--megatron-load-dir is needed, or --init to draw the weights anew")
     preflight.check(cfg, hf_dir)
     job_id = cfg.slurm_job_id or os.environ.get("SLURM_JOB_ID", "")
     for what, text in (("Slurm job", job_id), ("job output", cfg.slurm_output_name)):
@@ -42,7 +44,7 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         stage=cfg,
         entry=ctx.entry,
         work=ctx.work,
-        checkpoint=ctx.inputs["megatron_load_dir"].path.resolve(),
+        checkpoint=None if cfg.init else ctx.inputs["megatron_load_dir"].path.resolve(),
         hf_dir=hf_dir,
         # Not resolved: what a blend names is relative to where its file stands, link or not.
         dataset=ctx.inputs["data_path"].path.absolute(),
@@ -81,6 +83,7 @@ STEP = Step(
     config=Stage,
     run=run,
     doc=__doc__,
+    optional=frozenset({"megatron_load_dir"}),
     volatile=("metrics.jsonl", "samples/*"),
     members={"data_path": lambda path: read_blend(path, "train").files},
 )

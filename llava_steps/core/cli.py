@@ -7,8 +7,10 @@ back to equal settings. Nothing here imports torch, so that `--help` answers at 
 from __future__ import annotations
 
 import argparse
+import os
 import types
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -17,6 +19,8 @@ from pydantic.fields import FieldInfo
 from llava_steps.core.errors import ConfigError
 
 C = TypeVar("C", bound=BaseModel)
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+"""A directory for each GPU, by its driver."""
 
 
 def role(field: FieldInfo) -> str:
@@ -46,6 +50,18 @@ def _int_list(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _gpus(text: str) -> int:
+    """A number of GPUs; -1 is all of this machine, settled here so that the settings name it."""
+    if text != "-1":
+        return int(text)
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(visible.split(","))
+    found = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
+    if not found:
+        raise argparse.ArgumentTypeError("-1 is all GPUs and this machine has none; give a number")
+    return found
+
+
 def _pair(text: str) -> tuple[str, str]:
     name, equals, where = text.partition("=")
     if not equals:
@@ -53,6 +69,8 @@ def _pair(text: str) -> tuple[str, str]:
     return name, where
 
 
+TYPES = {"gpus": _gpus}
+"""Fields whose flag takes more than their type."""
 SHORT = {"gpus": "-g", "rank": "-r", "master_addr": "-m", "master_port": "-p"}
 """Short flags that people know from the scripts this replaces."""
 
@@ -83,7 +101,7 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         elif get_origin(plain) is dict:
             spec |= {"type": _pair, "action": "append", "metavar": "NAME=VALUE"}
         else:
-            spec |= {"type": plain, "metavar": plain.__name__.upper()}
+            spec |= {"type": TYPES.get(name, plain), "metavar": plain.__name__.upper()}
         group = groups[role(field)]
         long = flag_name(name, field)
         spelled = "--" + name.replace("_", "-")

@@ -38,9 +38,15 @@ def commit_dir(temporary: Path, final: Path, info: dict[str, Any] | None = None)
         for path in fsio.files_below(temporary, skip=[MARKER])
     }
     fsio.fsync_tree(temporary)
-    fsio.write_json(temporary / MARKER, {"files": files, "info": info or {}})
+    fsio.write_bytes(temporary / MARKER, _marker(files, info or {}))
     os.rename(temporary, final)
     fsio.fsync_path(final.parent)
+
+
+def _marker(files: dict[str, Any], info: dict[str, Any]) -> bytes:
+    """The marker's bytes: it names its own digest, for it is data too."""
+    content = {"files": files, "info": info}
+    return fsio.dump_json(content | {"sha256": fsio.sha256_json(content)}).encode()
 
 
 def remove_uncommitted(path: Path) -> None:
@@ -54,16 +60,20 @@ def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
     """The `info` of a committed directory, after its files were compared with the marker.
 
     Raises IntegrityError naming the first file that is missing, has another size or, with
-    `digests`, another sha256, and one for files that the marker does not know.
+    `digests`, another sha256, one for files that the marker does not know, and one when the marker
+    itself was changed.
     """
     try:
-        marker = json.loads((path / MARKER).read_bytes())
+        raw = (path / MARKER).read_bytes()
+        marker = json.loads(raw)
         files = {n: (int(f["size"]), str(f["sha256"])) for n, f in marker["files"].items()}
         info: dict[str, Any] = marker["info"]
     except FileNotFoundError:
         raise InputError(f"{path} is not a committed checkpoint: it has no {MARKER}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path / MARKER} is damaged: {error!r}") from None
+    if raw != _marker(marker["files"], info):
+        raise IntegrityError(f"{path / MARKER} is damaged: it is not what was written")
     present = {p.relative_to(path).as_posix() for p in fsio.files_below(path, skip=[MARKER])}
     for name in sorted(present ^ files.keys()):
         state = "is missing" if name in files else "does not belong to the checkpoint"

@@ -157,6 +157,11 @@ class Stage(StepConfig):
 
     stage: Literal[1, 2] = value(1, "1: projector; 2: projector and language model")
     megatron_load_dir: str = source("", "Megatron checkpoint to start from")
+    init: bool = value(
+        False,
+        "draw all weights anew instead of reading megatron_load_dir, which is then not needed; "
+        "what is frozen stays as drawn",
+    )
     tokenizer_load_dir: str = source("", "HF directory with tokenizer, processor and config")
     data_path: str = source("", "energon dataset, or the YAML file of a blend of them")
 
@@ -210,6 +215,11 @@ class Stage(StepConfig):
         False,
         "go on with the training that megatron_load_dir was saved by: optimizer, step and place in "
         "the data too, in any parallel layout; a checkpoint inside an unfinished one will do",
+    )
+    save: bool = value(
+        True,
+        "keep the trained weights; without it no checkpoint is written at any time, for trials "
+        "that nothing follows and that start anew after a stop",
     )
     save_optim: bool = value(True, "keep the optimizer in the final checkpoint, for load_optim")
     dist_optim: bool = value(True, "optimizer sharded over data parallel ranks; always on")
@@ -335,6 +345,8 @@ class Stage(StepConfig):
             raise ValueError(
                 "dist_optim is always on; with one data parallel rank it costs nothing"
             )
+        if self.init and self.load_optim:
+            raise ValueError("init starts anew and load_optim goes on: give one of them")
         ids = self.gpu_ids.split(",") if self.gpu_ids else []
         if ids and (not all(i.strip().isdigit() for i in ids) or len(set(ids)) < self.gpus):
             raise ValueError(

@@ -1,6 +1,7 @@
-"""The configuration described from its classes: JSON schema and the tables of config/README.md.
+"""The configuration described from its classes: JSON schema, the tables of config/README.md and
+that of docs/options.md.
 
-`python -m llava_steps.core.describe` renews both files; a test fails when they have drifted.
+`python -m llava_steps.core.describe` renews the files; a test fails when they have drifted.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from llava_steps.core import cli, fsio
-from llava_steps.core.config import Config
+from llava_steps.core.config import Config, Stage
+from llava_steps.core.former import ELSEWHERE, OPTIONS, field_of
 from llava_steps.core.load import STANDALONE, sections
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"
 README = ROOT / "config/README.md"
+OPTIONS_PAGE = ROOT / "docs/options.md"
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
 
@@ -88,19 +91,37 @@ def _default(info: FieldInfo) -> str:
     return f"`{fsio.dump_json(value, indent=None).strip()}`"
 
 
-def readme(text: str) -> str:
-    """`text` with its tables renewed between the two markers."""
+def options_table() -> str:
+    """Markdown: a row for each training option of the former scripts."""
+    rows = ["| option | key | default | what it does |", "|---|---|---|---|"]
+    for option, note in OPTIONS.items():
+        name = field_of(option)
+        if name is None:
+            keys = ", ".join(f"`{key}`" for key in ELSEWHERE[option])
+            rows.append(f"| `--{option}` | {keys} | none | {note} |")
+            continue
+        info = Stage.model_fields[name]
+        flags = ", ".join(f"`{f}`" for f in (f"--{option}", cli.SHORT.get(name)) if f)
+        key = "" if option == "stage" else f"`{name}`"
+        meaning = "; ".join(filter(None, (info.description, note)))
+        rows.append(f"| {flags} | {key} | {_default(info)} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def renewed(text: str, made: str) -> str:
+    """`text` with what stands between the two markers replaced by `made`."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{README} has lost its markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
+        raise ValueError(f"a page has lost its markers {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{made}\n{END}{after}"
 
 
 def main() -> None:
-    """Renew both files."""
+    """Renew the files."""
     fsio.write_bytes(SCHEMA, schema().encode())
-    fsio.write_bytes(README, readme(README.read_text(encoding="utf-8")).encode())
+    for page, made in ((README, tables()), (OPTIONS_PAGE, options_table())):
+        fsio.write_bytes(page, renewed(page.read_text(encoding="utf-8"), made).encode())
 
 
 if __name__ == "__main__":

@@ -108,13 +108,16 @@ class Progress:
         if error is None and self._shown < self._done:
             self._line()
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more are done; `note` is shown behind the bar."""
+    def advance(self, count: int = 1, note: str = "", due: bool | None = None) -> None:
+        """`count` more are done; `note` is shown behind the bar.
+
+        Without a terminal a line is due every few seconds, unless `due` says otherwise.
+        """
         self._done += count
         self._note = note or self._note
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, note=self._note)
-        elif time.monotonic() - self._last >= LINE_EVERY:
+        elif time.monotonic() - self._last >= LINE_EVERY if due is None else due:
             self._line()
 
     def _line(self) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, NoReturn, TypeVar
 
-from llava_steps.core import cli, fsio, store
+from llava_steps.core import cli, container, fsio, store
 from llava_steps.core.codeversion import code_version
 from llava_steps.core.config import StepConfig
 from llava_steps.core.digest import Digests
@@ -100,6 +100,8 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
     given = vars(parser.parse_args(list(arguments)))
     log = logger(module.rpartition(".")[2])
     try:
+        if given["sif_path"]:
+            container.enter(given["sif_path"], module, arguments, _named_paths(step, given))
         with _stoppable():
             _evaluate(step, module, cli.settings(step.config, given), given, log)
     except Exception as error:
@@ -109,6 +111,16 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
         logging.getLogger(log.name).error("%s", known)
         return known.exit_code
     return 0
+
+
+def _named_paths(step: Step[C], given: Mapping[str, Any]) -> list[Path]:
+    """What a container must see: where the value goes, and the inputs on the command line."""
+    inputs = [
+        Path(given[key])
+        for key, info in step.config.model_fields.items()
+        if cli.role(info) == "source" and given.get(key)
+    ]
+    return [given["save_dir"], given["store"], *inputs]
 
 
 @contextlib.contextmanager
@@ -140,6 +152,9 @@ def _parser(step: Step[C], module: str) -> argparse.ArgumentParser:
     )
     where.add_argument("--store", type=Path, default=Path("store"), help="store (default: store)")
     where.add_argument("--image", default="", help="digest of the container image this runs in")
+    where.add_argument(
+        "--sif-path", type=Path, help="run in this container image, with apptainer or singularity"
+    )
     where.add_argument("--force", action="store_true", help="compute again although it is there")
     return parser
 
@@ -160,7 +175,8 @@ def _evaluate(
     }
     digests = {key: item.digest for key, item in inputs.items()}
     code = code_version(module)
-    print_ = store.fingerprint(name, slice_, digests, code, given["image"])
+    image = _image(given, known)
+    print_ = store.fingerprint(name, slice_, digests, code, image)
     entry = root / name / print_
     work = entry / store.WORK
     _take_aside(entry, out, given["force"])
@@ -198,7 +214,7 @@ def _evaluate(
             "fingerprint": print_,
             "config": slice_,
             "code": code,
-            "image": given["image"],
+            "image": image,
             "inputs": {
                 key: {"path": item.shown, "digest": item.digest} for key, item in inputs.items()
             },
@@ -211,6 +227,17 @@ def _evaluate(
         known.save()
         store.publish(entry, out)
         log.info("%s is done: %s", name, out)
+
+
+def _image(given: Mapping[str, Any], digests: Digests) -> str:
+    """Digest of the image this runs in, as the workflow names it too."""
+    stated: str = given["image"]
+    if not given["sif_path"]:
+        return stated
+    found = "sha256:" + digests.file(given["sif_path"])
+    if stated and stated != found:
+        raise ConfigError(f"--image {stated}: --sif-path {given['sif_path']} has {found}")
+    return found
 
 
 def _take_aside(entry: Path, out: Path, force: bool) -> None:

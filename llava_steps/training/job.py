@@ -22,8 +22,8 @@ class Job:
     """Store entry: checkpoints and metrics go here."""
     work: Path
     """Bookkeeping: rendezvous, failure report, tracker files."""
-    checkpoint: Path
-    """Megatron checkpoint directory to start from."""
+    checkpoint: Path | None
+    """Megatron checkpoint directory to start from; None: weights are drawn."""
     hf_dir: Path
     """HF directory with config, tokenizer and processor."""
     dataset: Path
@@ -43,7 +43,8 @@ class Job:
         values = json.loads(path.read_bytes())
         stage = Stage.model_validate(values.pop("stage"))
         fingerprint = values.pop("fingerprint")
-        return cls(stage=stage, fingerprint=fingerprint, **{k: Path(v) for k, v in values.items()})
+        paths = {k: None if v is None else Path(v) for k, v in values.items()}
+        return cls(stage=stage, fingerprint=fingerprint, **paths)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

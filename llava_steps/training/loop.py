@@ -19,12 +19,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llava_steps.core import commit
+from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, DivergedError, StepError, StoppedError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.log import Progress
 from llava_steps.data.batch import MicroBatch
 from llava_steps.data.loader import TrainLoader
 from llava_steps.model.checkpoint import load_weights
+from llava_steps.model.fresh import draw_weights
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.training import parallel, state
@@ -50,7 +52,8 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     wrapped = wrap(model)
     optimizer = Optimizer(stage, wrapped)
     done, loader = restore_or_start(job, model, optimizer, log)
-    state.check_space(job.entry, model, optimizer)
+    if stage.save:
+        state.check_space(job.entry, model, optimizer)
     guard = Guard(stage, done, log)
     reports = Reports(job, done.step, log)
     batches = iter(loader)
@@ -88,28 +91,30 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
             done.step += 1
             beat()
             stop.set_aside(time.monotonic() - began)
-            if done.step == stage.train_steps or done.step % stage.save_interval == 0:
+            due = done.step == stage.train_steps or done.step % stage.save_interval == 0
+            if stage.save and due:
                 save()
                 saved = done.step
-        if done.step > saved:
+        if stage.save and done.step > saved:
             save()
     if done.step < stage.train_steps:
-        raise stopped(done.step, first, parallel.on_any_rank(stop.signalled), stage.exit_before)
+        raise stopped(done.step, first, parallel.on_any_rank(stop.signalled), stage)
 
 
-def stopped(step: int, first: int, signalled: bool, exit_before: float) -> StepError:
+def stopped(step: int, first: int, signalled: bool, stage: Stage) -> StepError:
     """Why a training that began at step `first` ended before its last one.
 
     A time limit that leaves no time for a single step would end every further run as well: that
     is no stop in order, or whoever runs it again on code 75 would do so for ever.
     """
     if step > first:
-        return StoppedError(f"stopped on request after step {step}, saved; run me again")
+        kept = "saved; run me again" if stage.save else "and nothing saved, as asked for"
+        return StoppedError(f"stopped on request after step {step}, {kept}")
     if signalled:
         return StoppedError(f"stopped on request before step {step + 1}; run me again")
     return ConfigError(
-        f"exit_before {exit_before:g} minutes were over when the first step of this run could have "
-        "begun, and would be again: set it higher"
+        f"exit_before {stage.exit_before:g} minutes were over when the first step of this run "
+        "could have begun, and would be again: set it higher"
     )
 
 
@@ -138,10 +143,14 @@ def restore_or_start(
     """Load the newest checkpoint, or what to start from; open the loader there."""
     found = state.find(job.entry, log)
     goes_on = found is None and job.stage.load_optim
+    if found is None and job.checkpoint is None:
+        start_fresh(job, model, log)
+        optimizer.reload_weights()
+        return Counters(), open_loader(job, 0)
     if goes_on:
-        found = state.verified(commit.latest_commit(job.checkpoint))
+        found = state.verified(latest(job))
     if found is None:
-        load_weights(model, state.verified(commit.latest_commit(job.checkpoint)) / state.WEIGHTS)
+        load_weights(model, state.verified(latest(job)) / state.WEIGHTS)
         optimizer.reload_weights()
         log.info("starting from %s", job.checkpoint)
         return Counters(), open_loader(job, 0)
@@ -155,6 +164,27 @@ def restore_or_start(
         )
     log.info("resuming after step %d from %s", counters.step, found.name)
     return counters, loader
+
+
+def latest(job: Job) -> Path:
+    """The checkpoint to start from."""
+    assert job.checkpoint is not None
+    return commit.latest_commit(job.checkpoint)
+
+
+def start_fresh(job: Job, model: Llava, log: logging.Logger) -> None:
+    """Draw all weights, with the deviation that the language model's config names."""
+    config = json.loads((job.hf_dir / "config.json").read_bytes())
+    deviation = float(config.get("text_config", {}).get("initializer_range", 0.02))
+    draw_weights(model, job.stage.seed, deviation)
+    log.info("starting from weights drawn anew with deviation %g", deviation)
+    names = {
+        "vision tower": job.stage.freeze_vision,
+        "projector": job.stage.freeze_projector,
+        "language model": job.stage.freeze_lm,
+    }
+    if frozen := [name for name, is_frozen in names.items() if is_frozen]:
+        log.warning("init: frozen and therefore random to the end: %s", ", ".join(frozen))
 
 
 def roll_back(
@@ -309,7 +339,7 @@ class Reports:
             self._samples.write(sample_line(step, batch))
         if self._metrics and self._progress:
             self._metrics.write({"step": step, "skipped": reason})
-            self._progress.advance(1)
+            self._progress.advance(1, due=(step + 1) % self._interval == 0)
 
     def update(
         self,
@@ -341,7 +371,6 @@ class Reports:
         }
         self._metrics.write(row)
         self._tracker.write(row)
-        note = ""
-        if (step + 1) % self._interval == 0:
-            note = f"loss {loss:.4f}, lr {lr:.2e}, {sums.tokens / seconds:.0f} tokens/s"
-        self._progress.advance(1, note)
+        due = (step + 1) % self._interval == 0
+        note = f"loss {loss:.4f}, lr {lr:.2e}, {sums.tokens / seconds:.0f} tokens/s" if due else ""
+        self._progress.advance(1, note, due)

@@ -82,19 +82,17 @@ def test_any_damage_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "again" / commit.MARKER).unlink()
     path = tmp_path / "iter_0000008"
     commit.commit_dir(tmp_path / "again", path, {"step": 8})
-    expected = commit.read_commit(path)
-    chooser, spared = random.Random(1), 0
+    chooser = random.Random(1)
     for number in range(DAMAGES):
         broken = tmp_path / "broken"
         shutil.copytree(path, broken)
         what = damage(broken, chooser)
         try:
-            found = commit.read_commit(broken)
+            commit.read_commit(broken)
         except (IntegrityError, InputError):
             pass
         else:
-            # Only a change of the marker that leaves its meaning: a blank, say, at its end.
-            assert commit.MARKER in what and found == expected, f"{number}: {what}"
-            spared += 1
+            raise AssertionError(f"{number}: {what} was not noticed")
         shutil.rmtree(broken)
-    assert spared < DAMAGES / 20
+    commit.read_commit(path)
+    print(f"{DAMAGES}/{DAMAGES} noticed")

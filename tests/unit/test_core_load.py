@@ -153,11 +153,15 @@ def test_demo_paths_stay_inside(write, path: str) -> None:
 
 
 def test_schema_and_tables_are_those_of_the_classes() -> None:
-    text = describe.README.read_text(encoding="utf-8")
     schema_is_new = describe.SCHEMA.read_text(encoding="utf-8") == describe.schema()
-    assert schema_is_new and text == describe.readme(text), (
-        "config.schema.json and the tables of config/README.md are made from core/config.py; "
-        "renew them with `make describe` (python -m llava_steps.core.describe)"
+    pages = (
+        (describe.README, describe.tables()),
+        (describe.OPTIONS_PAGE, describe.options_table()),
+    )
+    texts = [(page.read_text(encoding="utf-8"), made) for page, made in pages]
+    assert schema_is_new and all(text == describe.renewed(text, made) for text, made in texts), (
+        "config.schema.json and the tables of the pages are made from core/config.py; renew "
+        " them with `make describe` (python -m llava_steps.core.describe)"
     )
 
 

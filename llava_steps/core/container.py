@@ -1,0 +1,74 @@
+"""`--sif-path`: a step called by hand runs in a container image.
+
+The whole step goes into the image, its worker processes with it: the same command is run again by
+apptainer (or singularity), with this checkout's code on the path. In the workflow the key `image`
+does the same for every step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from llava_steps.core.errors import ConfigError, InputError
+
+RUNTIMES = ("apptainer", "singularity")
+INSIDE = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
+"""Variables that name the image to whoever runs in one."""
+ROOT = Path(__file__).resolve().parents[2]
+NVIDIA = Path("/proc/driver/nvidia")
+
+
+def enter(sif: Path, module: str, arguments: Sequence[str], named: Iterable[Path]) -> None:
+    """Return when this process runs in `sif`; otherwise become `python -m module` inside it.
+
+    Raises:
+        InputError: there is no such image.
+        ConfigError: this is another image, or there is neither apptainer nor singularity.
+    """
+    around = next((os.environ[name] for name in INSIDE if os.environ.get(name)), "")
+    if around:
+        if os.path.realpath(around) != os.path.realpath(sif):
+            raise ConfigError(
+                f"--sif-path {sif}: this runs in the image {around} already; leave the option out"
+            )
+        return
+    if not sif.is_file():
+        raise InputError(f"--sif-path: {sif} is not an image file")
+    runtime = next(filter(None, map(shutil.which, RUNTIMES)), None)
+    if runtime is None:
+        raise ConfigError(f"--sif-path {sif}: neither {' nor '.join(RUNTIMES)} is installed")
+    line = command(runtime, sif, module, arguments, named)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(runtime, line, os.environ | {"PYTHONPATH": path})  # noqa: S606  (no shell wanted)
+
+
+def command(
+    runtime: str, sif: Path, module: str, arguments: Sequence[str], named: Iterable[Path]
+) -> list[str]:
+    """The line that runs a step in `sif`; of `named` the directories that exist are bound."""
+    line = [runtime, "exec"]
+    if NVIDIA.exists():
+        line.append("--nv")
+    for directory in _directories([Path.cwd(), ROOT, sif, *named]):
+        if {":", ","} & set(directory):
+            raise ConfigError(f"--sif-path: {directory} cannot be bound, it contains ':' or ','")
+        line += ["--bind", directory]
+    return [*line, "--pwd", str(Path.cwd()), str(sif.resolve()), "python", "-m", module, *arguments]
+
+
+def _directories(paths: Iterable[Path]) -> list[str]:
+    """The directories that hold `paths`, links followed, without those inside another."""
+    found: set[Path] = set()
+    for path in paths:
+        for place in (path.absolute(), path.resolve()):
+            while not place.is_dir():
+                place = place.parent
+            found.add(place)
+    found.discard(Path("/"))
+    return [str(p) for p in sorted(found) if not any(p.is_relative_to(q) for q in found - {p})]
