@@ -84,7 +84,7 @@ STEP = Step(
     run=run,
     doc=__doc__,
     optional=frozenset({"megatron_load_dir"}),
-    volatile=("metrics.jsonl", "samples/*"),
+    volatile=("metrics.jsonl", "answers.jsonl", "samples/*"),
     members={"data_path": lambda path: read_blend(path, "train").files},
 )
 

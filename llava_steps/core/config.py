@@ -275,6 +275,14 @@ class Stage(StepConfig):
     keep_every: Count = quiet(
         0, "also keep each checkpoint whose step is a multiple of this, in `.work/kept` at the end"
     )
+    eval_interval: Count = quiet(
+        0, "steps between looks at the val split: loss and token accuracy, also at the end; 0: none"
+    )
+    eval_samples: PositiveInt = quiet(256, "samples of the val split that are looked at, at most")
+    eval_answers: Count = quiet(
+        0, "questions of the val split that are answered, greedily, before each checkpoint"
+    )
+    eval_new_tokens: PositiveInt = quiet(32, "tokens of such an answer, at most")
     log_interval: PositiveInt = quiet(1, "steps between progress lines")
     name: str = quiet("", "label of the run in logs and trackers")
     wandb: bool = quiet(False, "log to Weights & Biases (offline unless WANDB_MODE says otherwise)")

@@ -7,7 +7,7 @@ knows all shapes from the row alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 from llava_steps.core.errors import InputError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model.attention import pack
+from llava_steps.model.head import best, hits
 from llava_steps.model.options import ModelOptions, transformer_config
 from llava_steps.model.rope import RotaryTable
 from llava_steps.model.specs import local_block_spec, mark_tensor_parallel
@@ -109,6 +110,7 @@ class Llava(MegatronModule):  # type: ignore[misc]
         max_seqlen: int,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
+        wanted: Literal["loss", "score", "next"] = "loss",
     ) -> Tensor:
         """One packed row.
 
@@ -118,9 +120,11 @@ class Llava(MegatronModule):  # type: ignore[misc]
         the target at position t and -100 no target (last stage), or None.
 
         Last stage: without labels logits fp32 [T, vocab], gathered over tensor parallel; with
-        labels the losses fp32 [targets] of the positions that have one, in order. Other stages:
-        activations [T (/tp), 1, hidden]. InputError when image tokens and features differ in
-        number, or T does not divide by tp under sequence parallel.
+        labels the losses fp32 [targets] of the positions that have one, in order; with `score`
+        fp32 [2, targets], the losses and whether no other id is more likely; with `next` only the
+        most likely ids, int64 [targets]. Other stages: activations [T (/tp), 1, hidden].
+        InputError when image tokens and features differ in number, or T does not divide by tp
+        under sequence parallel.
         """
         if self.options.sequence_parallel and tokens.shape[1] % self.options.tp:
             raise InputError(
@@ -136,7 +140,7 @@ class Llava(MegatronModule):  # type: ignore[misc]
         )
         if not self.post_process:
             return hidden
-        return self._logits(hidden) if labels is None else self._losses(hidden, labels)
+        return self._logits(hidden) if labels is None else self._judged(hidden, labels, wanted)
 
     def _embed(self, tokens: Tensor, pixel_values: Tensor | None) -> Tensor:
         """tokens [1, T] -> [T, 1, hidden] with the image features in place, or this rank's part."""
@@ -206,11 +210,15 @@ class Llava(MegatronModule):  # type: ignore[misc]
         whole: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
         return whole
 
-    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _judged(self, hidden: Tensor, labels: Tensor, wanted: str) -> Tensor:
         targets = (labels[0] != IGNORED).nonzero().squeeze(1)
         logits = self._head(self._whole_row(hidden).index_select(0, targets))
+        if wanted == "next":
+            return best(logits)
+        # Before the loss, which overwrites the logits.
+        right = hits(logits, labels[0, targets]) if wanted == "score" else None
         losses: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits, labels[0, targets])
-        return losses
+        return losses if right is None else torch.stack([losses, right])
 
     def sharded_state_dict(
         self,

@@ -30,13 +30,15 @@ from llava_steps.model.fresh import draw_weights
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.training import parallel, state
+from llava_steps.training.answers import Answers
 from llava_steps.training.exchange import whole_images
 from llava_steps.training.guard import Counters, Guard
 from llava_steps.training.job import Job
-from llava_steps.training.metrics import METRICS, Lines, Tracker
+from llava_steps.training.metrics import ANSWERS, METRICS, Lines, Tracker
 from llava_steps.training.optimizer import Optimizer, wrap
 from llava_steps.training.schedule import learning_rate
 from llava_steps.training.stop import StopRequest
+from llava_steps.training.validate import Validation
 from llava_steps.training.watch import Beat
 
 
@@ -55,6 +57,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     if stage.save:
         state.check_space(job.entry, model, optimizer)
     guard = Guard(stage, done, log)
+    looks = Looks(job, wrapped, beat)
     reports = Reports(job, done.step, log)
     batches = iter(loader)
     first = done.step
@@ -62,6 +65,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     def save() -> None:
         beat()
         began = time.monotonic()
+        reports.answers(done.step - 1, looks.answers())
         reports.sync()
         path = state.save(job.entry, done, stage, model, optimizer, loader.state())
         stop.set_aside(time.monotonic() - began)
@@ -74,7 +78,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
             batch = next(batches)
             waited = time.monotonic() - began
             if guard.skips():
-                reports.no_update(done.step, "asked to skip", batch)
+                reports.no_update(done.step, "asked to skip", batch, looks.validation(done.step))
             else:
                 sums = forward_backward(wrapped, optimizer, batch)
                 norm = optimizer.gradient_norm()
@@ -83,9 +87,11 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
                     optimizer.step(lr, norm)
                     done.updates += 1
                     seconds = time.monotonic() - began
-                    reports.update(done.step, lr, norm, sums, batch, waited, seconds)
+                    seen = looks.validation(done.step)
+                    reports.update(done.step, lr, norm, sums, batch, waited, seconds, seen)
                 else:
-                    reports.no_update(done.step, guard.reason, batch)
+                    seen = looks.validation(done.step)
+                    reports.no_update(done.step, guard.reason, batch, seen)
                     if guard.must_roll_back:
                         roll_back(job, done, model, optimizer, log)
             done.step += 1
@@ -234,6 +240,26 @@ def open_loader(job: Job, consumed: int) -> TrainLoader:
     )
 
 
+class Looks:
+    """Validation and sample answers, at the steps that the settings name; collective calls."""
+
+    def __init__(self, job: Job, wrapped: Any, beat: Beat) -> None:
+        self._stage, self._wrapped, self._beat = job.stage, wrapped, beat
+        self._validation = Validation(job) if job.stage.eval_interval else None
+        self._answers = Answers(job) if job.stage.eval_answers else None
+
+    def validation(self, step: int) -> dict[str, float]:
+        """The figures after step `step`, counted from 0; nothing when it is not due."""
+        number, interval = step + 1, self._stage.eval_interval
+        if not self._validation or (number % interval and number < self._stage.train_steps):
+            return {}
+        return self._validation(self._wrapped, self._beat)
+
+    def answers(self) -> list[dict[str, str]]:
+        """Sample answers of the model as it is; nothing unless asked for."""
+        return self._answers(self._wrapped, self._beat) if self._answers else []
+
+
 class Sums:
     """Sums over the global batch, the same on every rank."""
 
@@ -306,12 +332,15 @@ class Reports:
         stage = job.stage
         self._interval = stage.log_interval
         self._lead = dist.get_rank() == 0
-        self._samples = self._metrics = self._tracker = self._progress = None
+        self._samples = self._metrics = self._answers = None
+        self._tracker = self._progress = None
         if parallel.is_model_lead():
             name = f"dp_{ps.get_data_parallel_rank():04d}.jsonl"
             self._samples = Lines(job.entry / "samples" / name, start)
         if self._lead:
             self._metrics = Lines(job.entry / METRICS, start)
+            if stage.eval_answers or (job.entry / ANSWERS).exists():
+                self._answers = Lines(job.entry / ANSWERS, start)
             self._tracker = Tracker(stage, job.work, job.fingerprint, log)
             self._progress = Progress(log, f"stage {stage.stage}", stage.train_steps, start)
 
@@ -323,22 +352,29 @@ class Reports:
     def __exit__(self, *error: Any) -> None:
         if self._progress:
             self._progress.__exit__(*error)
-        for part in (self._samples, self._metrics, self._tracker):
+        for part in (self._samples, self._metrics, self._answers, self._tracker):
             if part:
                 part.close()
 
     def sync(self) -> None:
         """Have all lines on stable storage before a checkpoint says that their steps are done."""
-        for lines in (self._samples, self._metrics):
+        for lines in (self._samples, self._metrics, self._answers):
             if lines:
                 lines.sync()
 
-    def no_update(self, step: int, reason: str, batch: list[MicroBatch]) -> None:
-        """Report a step that left the weights as they were."""
+    def answers(self, step: int, rows: list[dict[str, str]]) -> None:
+        """Report answers to the sample questions."""
+        if self._answers and rows:
+            self._answers.write({"step": step, "answers": rows})
+
+    def no_update(
+        self, step: int, reason: str, batch: list[MicroBatch], seen: dict[str, float]
+    ) -> None:
+        """Report a step that left the weights as they were, and what validation saw after it."""
         if self._samples:
             self._samples.write(sample_line(step, batch))
         if self._metrics and self._progress:
-            self._metrics.write({"step": step, "skipped": reason})
+            self._metrics.write({"step": step, "skipped": reason} | seen)
             self._progress.advance(1, due=(step + 1) % self._interval == 0)
 
     def update(
@@ -350,8 +386,9 @@ class Reports:
         batch: list[MicroBatch],
         waited: float,
         seconds: float,
+        seen: dict[str, float],
     ) -> None:
-        """Report one finished optimizer step, counted from 0."""
+        """Report one finished optimizer step, counted from 0, and what validation saw after it."""
         loss = sums.mean
         if self._samples:
             self._samples.write(sample_line(step, batch))
@@ -369,8 +406,12 @@ class Reports:
             "data_wait_s": round(waited, 4),
             "step_s": round(seconds, 4),
         }
+        row |= seen
         self._metrics.write(row)
         self._tracker.write(row)
         due = (step + 1) % self._interval == 0
         note = f"loss {loss:.4f}, lr {lr:.2e}, {sums.tokens / seconds:.0f} tokens/s" if due else ""
+        if seen:
+            note += f", val loss {seen['val_loss']:.4f}, accuracy {seen['val_accuracy']:.3f}"
+            note, due = note.removeprefix(", "), True
         self._progress.advance(1, note, due)

@@ -17,6 +17,7 @@ from llava_steps.core import fsio
 from llava_steps.core.config import Stage
 
 METRICS = "metrics.jsonl"
+ANSWERS = "answers.jsonl"
 
 
 class Lines:

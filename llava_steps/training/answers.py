@@ -1,0 +1,126 @@
+"""Greedy answers to a few fixed questions, from the model as it is being trained.
+
+The questions are the first ones of the first samples of the val split. One data-parallel replica
+answers them, in any layout; nothing is kept between tokens, so this is for a few short answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from torch import Tensor
+
+from llava_steps.data.batch import MicroBatch, pad, round_up
+from llava_steps.data.conversation import IGNORE
+from llava_steps.data.heldout import HeldOut
+from llava_steps.training import parallel
+from llava_steps.training.job import Job
+from llava_steps.training.validate import look
+
+
+class Answers:
+    """The questions of a job, as many as `eval_answers` says."""
+
+    def __init__(self, job: Job) -> None:
+        stage = job.stage
+        self._limit = stage.eval_new_tokens
+        self._multiple = stage.tensor_model_parallel if stage.sequence_parallel else 1
+        self._rows = stage.pipeline_model_parallel
+        self._data = None
+        if ps.get_data_parallel_rank() == 0:
+            # Every rank of the first stage decodes all images: they go to the model as they are.
+            self._data = HeldOut(
+                job.dataset, "val", job.hf_dir, stage.seq_length, stage.seed, stage.eval_answers,
+                1, 0, 1, parallel.is_first_stage(),
+            )  # fmt: skip
+
+    def __call__(self, wrapped: Any, beat: Callable[[], None]) -> list[dict[str, str]]:
+        """A row for each question: id, question, answer, reference; empty on other replicas."""
+        if self._data is None:
+            return []
+        found = []
+        for (row,) in self._data.groups(1, 1):
+            found.append(self._answer(wrapped, row, beat))
+        return found
+
+    def _answer(self, wrapped: Any, row: MicroBatch, beat: Callable[[], None]) -> dict[str, str]:
+        assert self._data is not None
+        encoder = self._data.encoder
+        labels = row.labels[0].tolist()
+        start = next(i for i, label in enumerate(labels) if label != IGNORE)
+        prompt = row.tokens[0, : start + 1].tolist()
+        reference = []
+        for label in labels[start:]:
+            if label == IGNORE or label in encoder.end_ids:
+                break
+            reference.append(label)
+        images = prompt.count(encoder.image_token_id) // encoder.tokens_per_image
+        pixels = None if row.pixel_values is None or not images else row.pixel_values[:images]
+        answer: list[int] = []
+        while len(answer) < self._limit:
+            token = self._next(wrapped, [*prompt, *answer], pixels)
+            beat()
+            if token in encoder.end_ids:
+                break
+            answer.append(token)
+        shown = [
+            t for i, t in enumerate(prompt) if t != encoder.image_token_id or prompt[i - 1] != t
+        ]
+        return {
+            "id": row.sample_ids[0],
+            "question": encoder.decode(shown),
+            "answer": encoder.decode(answer),
+            "reference": encoder.decode(reference),
+        }
+
+    def _next(self, wrapped: Any, tokens: list[int], pixels: Tensor | None) -> int:
+        """The most likely next token; a collective call of the ranks of the replica."""
+        assert self._data is not None
+        length = len(tokens)
+        row = MicroBatch(
+            tokens=torch.tensor([tokens]),
+            labels=torch.tensor([[*[IGNORE] * (length - 1), 0]]),
+            position_ids=torch.arange(length)[None],
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+            max_seqlen=length,
+            pixel_values=pixels,
+            num_images=0 if pixels is None else len(pixels),
+            sample_ids=[], keys=[], places=[], datasets=[],
+            num_supervised=1,
+            num_tokens=length,
+        )  # fmt: skip
+        row = pad(row, round_up(length, self._multiple), self._data.encoder.pad_id)
+        # Interleaved pipelines want a row for each stage; the copies say the same.
+        total = look(wrapped, [row] * self._rows, next_step)
+        found = (total / self._rows).round().long().reshape(1)
+        dist.broadcast(
+            found,
+            ps.get_pipeline_model_parallel_last_rank(),
+            group=ps.get_pipeline_model_parallel_group(),
+        )
+        return int(found)
+
+
+def next_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
+    """One row through this stage; at its end float64 []: the id that comes next."""
+    batch = next(batches)
+    place = parallel.device()
+    output = wrapped(
+        batch.tokens.to(place),
+        batch.position_ids.to(place),
+        batch.cu_seqlens.to(place),
+        batch.max_seqlen,
+        None if batch.pixel_values is None else batch.pixel_values.to(place),
+        batch.labels.to(place),
+        "next",
+    )
+
+    def id_(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = torch.tensor(1, dtype=torch.int, device=best.device)
+        return best.sum(), count, best.double().sum()
+
+    return output, id_

@@ -1,0 +1,103 @@
+"""Loss and token accuracy on held-out samples: a look at the model that leaves no trace in it.
+
+Each data-parallel replica runs its share of the rows through its pipeline, possibly none, and no
+collective call spans two replicas before all are done; so shares may differ. The figures are sums
+over tokens and therefore the same in every layout, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as ps
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from llava_steps.data.batch import MicroBatch
+from llava_steps.data.heldout import HeldOut
+from llava_steps.training import parallel
+from llava_steps.training.exchange import whole_images
+from llava_steps.training.job import Job
+
+
+class Validation:
+    """The val split of a job, at most `eval_samples` of it.
+
+    Raises ConfigError or InputError when there is no such split, or a sample of it is unusable.
+    """
+
+    def __init__(self, job: Job) -> None:
+        stage = job.stage
+        self._group = stage.pipeline_model_parallel
+        self._multiple = stage.tensor_model_parallel if stage.sequence_parallel else 1
+        self._data = HeldOut(
+            job.dataset,
+            "val",
+            job.hf_dir,
+            stage.seq_length,
+            stage.seed,
+            stage.eval_samples,
+            stage.micro_batch_size,
+            ps.get_data_parallel_rank(),
+            ps.get_data_parallel_world_size(),
+            parallel.is_first_stage(),
+            ps.get_tensor_model_parallel_rank(),
+            stage.tensor_model_parallel,
+        )
+        self.samples = self._data.samples
+
+    def __call__(self, wrapped: Any, beat: Callable[[], None]) -> dict[str, float]:
+        """{"val_loss", "val_accuracy"} per supervised token, the same on every rank."""
+        sums = torch.zeros(3, dtype=torch.float64, device=parallel.device())
+        for group in self._data.groups(self._group, self._multiple, full=True):
+            sums += look(wrapped, group, score_step)
+            beat()
+        loss, right, count = parallel.total(sums).tolist()
+        return {"val_loss": loss / count, "val_accuracy": right / count}
+
+
+@torch.no_grad()
+def look(wrapped: Any, batch: list[MicroBatch], step: Callable[..., Any]) -> Tensor:
+    """Rows of one length through the pipeline, forward only; the sum of what `step` makes of them.
+
+    Zero before the last stage. A collective call of the ranks of one replica.
+    """
+    chunks = wrapped if isinstance(wrapped, list) else [wrapped]
+    for chunk in chunks:
+        chunk.eval()
+    found: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
+        model=chunks,
+        num_microbatches=len(batch),
+        seq_length=batch[0].tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    for chunk in chunks:
+        chunk.train()
+    return torch.stack(found).sum(dim=0) if found else torch.zeros((), device=parallel.device())
+
+
+def score_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
+    """One row through this stage; at its end float64 [3]: loss, right answers, targets."""
+    batch = next(batches)
+    place = parallel.device()
+    output = wrapped(
+        batch.tokens.to(place),
+        batch.position_ids.to(place),
+        batch.cu_seqlens.to(place),
+        batch.max_seqlen,
+        whole_images(batch),
+        batch.labels.to(place),
+        "score",
+    )
+
+    def sums(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        losses, right = scores.double()
+        count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+        return losses.sum(), count, torch.stack([losses.sum(), right.sum(), count.double()])
+
+    return output, sums

@@ -1,0 +1,51 @@
+"""What the ranks of tests/unit/test_validation.py do. Run through tests.dist_helpers.spawn."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+
+from llava_steps.core.config import Stage
+from llava_steps.training import loop, parallel, state
+from llava_steps.training.answers import Answers
+from llava_steps.training.job import Job
+from llava_steps.training.optimizer import wrap
+from llava_steps.training.validate import Validation
+
+
+def look(rank: int, paths: dict[str, Path], layouts: list[dict[str, Any]]) -> list[Any]:
+    """(figures, answers, rows of this rank) of an untrained model in each layout."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    found = []
+    for layout in layouts:
+        stage = Stage.model_validate(
+            {
+                "stage": 2, "gpus": dist.get_world_size(), "precision": "fp32", "seq_length": 256,
+                "global_batch_size": 24, "micro_batch_size": 2, "eval_samples": 13,
+                "eval_answers": 2, "eval_new_tokens": 5, "num_workers": 0, **layout,
+            }
+        )  # fmt: skip
+        place = paths["entry"]
+        job = Job(stage, place, place, paths["checkpoint"], paths["hf"], paths["dataset"], "f")
+        # Each gloo group costs a thread that wakes up a hundred times a second.
+        ps.initialize_model_parallel(
+            stage.tensor_model_parallel,
+            stage.pipeline_model_parallel,
+            create_gloo_process_groups=False,
+        )
+        parallel.seed_all(stage.seed)
+        model = loop.build(job)
+        loop.load_weights(model, loop.latest(job) / state.WEIGHTS)
+        wrapped = wrap(model)
+        validation = Validation(job)
+        rows = len(validation._data._rows)
+        figures = validation(wrapped, lambda: None)
+        assert figures == validation(wrapped, lambda: None), "deterministic"
+        answers = Answers(job)(wrapped, lambda: None)
+        found.append((figures, answers, rows, ps.get_data_parallel_rank()))
+        ps.destroy_model_parallel()
+    return found
