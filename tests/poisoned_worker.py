@@ -47,7 +47,7 @@ def poison(loop: Any) -> None:
     whole, one = loop.forward_backward, loop.forward_step
     now: dict[str, Any] = {"step": -1, "micro": 0, "case": None, "restore": None, "before": ""}
 
-    def forward_backward(wrapped: Any, optimizer: Any, batch: Any) -> Any:
+    def forward_backward(wrapped: Any, optimizer: Any, batch: Any, *more: Any) -> Any:
         if now["case"] is not None:
             same = digest(wrapped, optimizer) == now["before"]
             verdicts.write(json.dumps({"case": now["case"], "same": same}) + "\n")
@@ -63,14 +63,14 @@ def poison(loop: Any) -> None:
             weight.data.view(-1)[0] = float("nan")
             now["restore"] = lambda: weight.data.copy_(before)
         now["before"] = digest(wrapped, optimizer)
-        sums = whole(wrapped, optimizer, batch)
+        sums = whole(wrapped, optimizer, batch, *more)
         if kind.endswith("gradient") and rank == where:
             # After the reduction: only this rank sees it until the norm is agreed on.
             wrapped.buffers[0].grad_data.fill_(FACTORS[kind.split()[0]])
         return sums
 
-    def forward_step(batches: Any, wrapped: Any) -> Any:
-        output, loss_sum = one(batches, wrapped)
+    def forward_step(batches: Any, wrapped: Any, **more: Any) -> Any:
+        output, loss_sum = one(batches, wrapped, **more)
         kind, where, micro = now["case"] or ("", -1, -1)
         number = now["micro"]
         now["micro"] += 1

@@ -96,6 +96,7 @@ class TrainLoader:
         corpus = Corpus(dataset, split, seed)
         self.samples_in_split = len(corpus)
         self.digest = corpus.digest
+        self.datasets = list(dict.fromkeys(member.name for member in corpus.members))
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.consumed_samples = start_samples

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ from llava_steps.training.answers import Answers
 from llava_steps.training.exchange import whole_images
 from llava_steps.training.guard import Counters, Guard
 from llava_steps.training.job import Job
-from llava_steps.training.metrics import ANSWERS, METRICS, Lines, Tracker
+from llava_steps.training.metrics import ANSWERS, METRICS, Lines, Speed, peak_memory
 from llava_steps.training.optimizer import Optimizer, wrap
 from llava_steps.training.schedule import learning_rate
 from llava_steps.training.stop import StopRequest
+from llava_steps.training.sums import Sums, by_dataset, counts
+from llava_steps.training.trackers import Trackers
 from llava_steps.training.validate import Validation
 from llava_steps.training.watch import Beat
 
@@ -58,6 +60,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
         state.check_space(job.entry, model, optimizer)
     guard = Guard(stage, done, log)
     looks = Looks(job, wrapped, beat)
+    names = loader.datasets if len(loader.datasets) > 1 else []
     reports = Reports(job, done.step, log)
     batches = iter(loader)
     first = done.step
@@ -80,15 +83,18 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
             if guard.skips():
                 reports.no_update(done.step, "asked to skip", batch, looks.validation(done.step))
             else:
-                sums = forward_backward(wrapped, optimizer, batch)
+                sums = forward_backward(wrapped, optimizer, batch, names)
                 norm = optimizer.gradient_norm()
                 if guard.accepts(sums.mean, norm, batch, sums.micro):
                     lr = learning_rate(stage, done.step)
                     optimizer.step(lr, norm)
                     done.updates += 1
                     seconds = time.monotonic() - began
+                    waited, memory = parallel.highest([waited, peak_memory()])
                     seen = looks.validation(done.step)
-                    reports.update(done.step, lr, norm, sums, batch, waited, seconds, seen)
+                    row = {"lr": lr, "grad_norm": norm, "memory_gib": round(memory, 3)}
+                    row |= {"data_wait_s": round(waited, 4)} | seen
+                    reports.update(done.step, sums, batch, seconds, row)
                 else:
                     seen = looks.validation(done.step)
                     reports.no_update(done.step, guard.reason, batch, seen)
@@ -260,28 +266,19 @@ class Looks:
         return self._answers(self._wrapped, self._beat) if self._answers else []
 
 
-class Sums:
-    """Sums over the global batch, the same on every rank."""
+def forward_backward(
+    wrapped: Any, optimizer: Optimizer, batch: list[MicroBatch], datasets: Sequence[str] = ()
+) -> Sums:
+    """Gradients of the token mean over the global batch, left in the gradient buffers.
 
-    def __init__(self, values: Tensor, micro: list[float]) -> None:
-        self.loss, self.supervised, self.tokens = values.tolist()
-        self.micro = micro
-        """Loss sums of this rank's microbatches; empty before the last pipeline stage."""
-
-    @property
-    def mean(self) -> float:
-        """Loss per supervised token; NaN without any."""
-        return self.loss / self.supervised if self.supervised else math.nan
-
-
-def forward_backward(wrapped: Any, optimizer: Optimizer, batch: list[MicroBatch]) -> Sums:
-    """Gradients of the token mean over the global batch, left in the gradient buffers."""
+    With `datasets` the loss of each of them is told as well.
+    """
     wrapped.zero_grad_buffer()
     optimizer.zero_grad()
     wrapped.config.finalize_model_grads_func = finalize_model_grads
     wrapped.config.no_sync_func = wrapped.no_sync
     losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=functools.partial(forward_step, datasets=datasets),
         data_iterator=iter(batch),
         model=[wrapped],
         num_microbatches=len(batch),
@@ -289,13 +286,17 @@ def forward_backward(wrapped: Any, optimizer: Optimizer, batch: list[MicroBatch]
         micro_batch_size=1,
         forward_only=False,
     )
-    micro = torch.stack(losses).double().tolist() if losses else []
-    supervised, tokens = (sum(m.num_supervised for m in batch), sum(m.num_tokens for m in batch))
-    own = torch.tensor([sum(micro), supervised, tokens], dtype=torch.float64)
-    return Sums(parallel.total(own.to(parallel.device())), micro)
+    place = parallel.device()
+    found = torch.stack(losses) if losses else torch.zeros(0, 1 + 2 * len(datasets), device=place)
+    micro = found[:, 0].tolist()
+    first = torch.tensor([sum(micro), *counts(batch)], dtype=torch.float64, device=place)
+    own = torch.cat([first, found[:, 1:].double().sum(dim=0)])
+    return Sums(parallel.total(own), micro, datasets)
 
 
-def forward_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
+def forward_step(
+    batches: Iterator[MicroBatch], wrapped: Any, datasets: Sequence[str] = ()
+) -> tuple[Tensor, Any]:
     """One microbatch through this stage, in the form that Megatron's schedules ask for."""
     batch = next(batches)
     place = parallel.device()
@@ -311,7 +312,10 @@ def forward_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, A
     def loss_sum(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = losses.sum()
         count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
-        return total, count, total.detach()
+        parts = [total.detach().double()[None]]
+        if datasets:
+            parts.append(by_dataset(losses, batch, datasets))
+        return total, count, torch.cat(parts)
 
     return output, loss_sum
 
@@ -328,12 +332,13 @@ def sample_line(step: int, batch: list[MicroBatch]) -> dict[str, Any]:
 class Reports:
     """Metrics, sample ids, tracker and progress of a training; a context manager."""
 
-    def __init__(self, job: Job, start: int, log: logging.Logger) -> None:
+    def __init__(self, job: Job, start: int, datasets: Sequence[str], log: logging.Logger) -> None:
         stage = job.stage
+        self._datasets = datasets
         self._interval = stage.log_interval
         self._lead = dist.get_rank() == 0
         self._samples = self._metrics = self._answers = None
-        self._tracker = self._progress = None
+        self._trackers = self._progress = self._speed = None
         if parallel.is_model_lead():
             name = f"dp_{ps.get_data_parallel_rank():04d}.jsonl"
             self._samples = Lines(job.entry / "samples" / name, start)
@@ -341,7 +346,8 @@ class Reports:
             self._metrics = Lines(job.entry / METRICS, start)
             if stage.eval_answers or (job.entry / ANSWERS).exists():
                 self._answers = Lines(job.entry / ANSWERS, start)
-            self._tracker = Tracker(stage, job.work, job.fingerprint, log)
+            self._trackers = Trackers.of(stage, job.work, start, log)
+            self._speed = Speed(job)
             self._progress = Progress(log, f"stage {stage.stage}", stage.train_steps, start)
 
     def __enter__(self) -> Reports:
@@ -352,7 +358,7 @@ class Reports:
     def __exit__(self, *error: Any) -> None:
         if self._progress:
             self._progress.__exit__(*error)
-        for part in (self._samples, self._metrics, self._answers, self._tracker):
+        for part in (self._samples, self._metrics, self._answers, self._trackers):
             if part:
                 part.close()
 
@@ -366,6 +372,8 @@ class Reports:
         """Report answers to the sample questions."""
         if self._answers and rows:
             self._answers.write({"step": step, "answers": rows})
+        if self._trackers:
+            self._trackers.answers(step, rows)
 
     def no_update(
         self, step: int, reason: str, batch: list[MicroBatch], seen: dict[str, float]
@@ -378,40 +386,25 @@ class Reports:
             self._progress.advance(1, due=(step + 1) % self._interval == 0)
 
     def update(
-        self,
-        step: int,
-        lr: float,
-        norm: float,
-        sums: Sums,
-        batch: list[MicroBatch],
-        waited: float,
-        seconds: float,
-        seen: dict[str, float],
+        self, step: int, sums: Sums, batch: list[MicroBatch], seconds: float, more: dict[str, float]
     ) -> None:
-        """Report one finished optimizer step, counted from 0, and what validation saw after it."""
-        loss = sums.mean
+        """Report one finished optimizer step, counted from 0; `more` goes into its line too."""
         if self._samples:
             self._samples.write(sample_line(step, batch))
-        if not (self._metrics and self._tracker and self._progress):
+        if not (self._metrics and self._trackers and self._progress and self._speed):
             return
-        row = {
-            "step": step,
-            "loss": loss,
-            "loss_hex": loss.hex(),
-            "lr": lr,
-            "grad_norm": norm,
-            "supervised_tokens": int(sums.supervised),
-            "tokens": int(sums.tokens),
-            "tokens_per_s": round(sums.tokens / seconds, 1),
-            "data_wait_s": round(waited, 4),
-            "step_s": round(seconds, 4),
-        }
-        row |= seen
+        row = {"step": step, "loss": sums.mean, "loss_hex": sums.mean.hex()}
+        row |= self._speed(sums, seconds) | more
+        if self._datasets:
+            row["loss_by_dataset"] = sums.by_dataset
         self._metrics.write(row)
-        self._tracker.write(row)
+        self._trackers.write(row)
         due = (step + 1) % self._interval == 0
-        note = f"loss {loss:.4f}, lr {lr:.2e}, {sums.tokens / seconds:.0f} tokens/s" if due else ""
-        if seen:
-            note += f", val loss {seen['val_loss']:.4f}, accuracy {seen['val_accuracy']:.3f}"
+        note = ""
+        if due:
+            note = f"loss {sums.mean:.4f}, lr {row['lr']:.2e}, {row['tokens_per_s']:.0f} tokens/s"
+            note += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        if "val_loss" in row:
+            note += f", val loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.3f}"
             note, due = note.removeprefix(", "), True
         self._progress.advance(1, note, due)

@@ -1,4 +1,4 @@
-"""What a training step reports: one JSON line per step, sample ids, and W&B where wanted.
+"""What a training step reports: one JSON line per step, sample ids, and how fast it was.
 
 `metrics.jsonl` has a line per optimizer step; a resumed training cuts off the lines of steps that
 it will do again, so the file always tells one history. `samples/dp_0000.jsonl` names the samples
@@ -8,13 +8,19 @@ that each data-parallel replica consumed.
 from __future__ import annotations
 
 import json
-import logging
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava_steps.core import fsio
-from llava_steps.core.config import Stage
+from llava_steps.core.costs import Trained, Work, flops
+from llava_steps.core.geometry import Geometry
+from llava_steps.core.hardware import peak_tflops
+from llava_steps.training.job import Job
+from llava_steps.training.sums import Sums
 
 METRICS = "metrics.jsonl"
 ANSWERS = "answers.jsonl"
@@ -50,55 +56,39 @@ class Lines:
         self._file.close()
 
 
-def _job_id(stage: Stage) -> str:
-    return stage.slurm_job_id or os.environ.get("SLURM_JOB_ID", "")
+class Speed:
+    """Rates of a step, and the share of the hardware's peak that the model makes use of (MFU).
 
-
-class Tracker:
-    """Weights & Biases, when the settings ask for it; its failures are logged, never fatal.
-
-    Offline unless WANDB_MODE says otherwise; the same run goes on after a restart. The API key
-    comes from the environment and is never written by us.
+    The operations are those of core/costs.py: frozen parts are counted for what they do, padding
+    and recomputation are not.
     """
 
-    def __init__(self, stage: Stage, work: Path, fingerprint: str, log: logging.Logger) -> None:
-        self._run: Any = None
-        self._log = log
-        if not stage.wandb:
-            return
-        try:
-            import wandb
+    def __init__(self, job: Job) -> None:
+        stage = job.stage
+        self._geometry, self._trained = Geometry.load(job.hf_dir), Trained.by(stage)
+        peak = stage.peak_tflops
+        if not peak and torch.cuda.is_available():
+            peak = peak_tflops(torch.cuda.get_device_name(), stage.precision)
+        self._peak = peak * 1e12 * stage.world_size
 
-            self._run = wandb.init(
-                project=stage.wandb_project,
-                name=stage.name or None,
-                id=fingerprint,
-                resume="allow",
-                dir=str(work),
-                mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-                config=stage.model_dump() | {"slurm_job_id": _job_id(stage)},
-                tags=[f"stage{stage.stage}", *([stage.lang] if stage.lang else [])],
-                settings=wandb.Settings(console="off", save_code=False, disable_git=True),
-            )
-        except Exception as error:
-            log.error("W&B did not start (%s); training goes on without it", error)
+    def __call__(self, sums: Sums, seconds: float) -> dict[str, float]:
+        """What a line of metrics says of a step that took `seconds`, waiting for data included."""
+        row = {
+            "supervised_tokens": int(sums.supervised),
+            "tokens": int(sums.tokens),
+            "tokens_per_s": round(sums.tokens / seconds, 1),
+            "samples_per_s": round(sums.samples / seconds, 2),
+            "step_s": round(seconds, 4),
+        }
+        if self._peak:
+            work = Work(int(sums.tokens), int(sums.supervised), int(sums.images), int(sums.squares))
+            total = flops(self._geometry, self._trained, work, "supervised").total
+            row["mfu"] = round(total / seconds / self._peak, 5)
+        return row
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Send the numbers of one step."""
-        if self._run is None:
-            return
-        try:
-            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-            self._run.log(numbers, step=row["step"])
-        except Exception as error:
-            self._log.error("W&B failed (%s); training goes on without it", error)
-            self._run = None
 
-    def close(self) -> None:
-        """End the run in the tracker."""
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except Exception as error:
-            self._log.error("W&B did not finish (%s)", error)
+def peak_memory() -> float:
+    """GiB that this process has had at most: on its GPU, or without one altogether."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

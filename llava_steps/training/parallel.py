@@ -129,6 +129,13 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def highest(values: list[float]) -> list[float]:
+    """The highest of each value over all ranks of the job; the same answer on every rank."""
+    found = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return list(found.tolist())
+
+
 def on_any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank of the job; the same answer on every rank."""
     raised = torch.tensor(int(flag), device=device())

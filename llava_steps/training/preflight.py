@@ -13,6 +13,7 @@ from llava_steps.core.layout import check_layout
 
 def check(stage: Stage, hf_dir: Path) -> None:
     """ConfigError, with the fix, unless the model in `hf_dir` can be trained as `stage` says."""
+    check_trackers(stage)
     geometry = Geometry.load(hf_dir)
     check_layout(geometry, stage.tensor_model_parallel, stage.pipeline_model_parallel)
     if stage.image_token_id is not None and stage.image_token_id != geometry.image_token_id:
@@ -31,6 +32,18 @@ def check(stage: Stage, hf_dir: Path) -> None:
             f"--no-add-class-token: {hf_dir} was built with vision_feature_select_strategy full, "
             "which keeps the class token; build it with default"
         )
+
+
+def check_trackers(stage: Stage) -> None:
+    """ConfigError when a tracker is asked for that is not installed."""
+    if not stage.tensorboard:
+        return
+    try:
+        import tensorboard as _  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "--tensorboard: the package is not installed; pip install 'llava-steps[tensorboard]'"
+        ) from None
 
 
 def pad_token(hf_dir: Path) -> int | None:

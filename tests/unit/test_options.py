@@ -26,7 +26,7 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.former import OPTIONS, field_of
 from llava_steps.training import launch, parallel, preflight, state
 from llava_steps.training.guard import Counters, Guard
-from llava_steps.training.metrics import Tracker
+from llava_steps.training.trackers import Trackers
 from tests.chain import Chain, metrics, run_step, sample_ids
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +183,7 @@ class FakeWandb:
 def tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *line: str) -> FakeWandb:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    tracker = Tracker(parsed(*line), tmp_path, "f", logging.getLogger("test"))
+    tracker = Trackers.of(parsed(*line), tmp_path, 0, logging.getLogger("test"))
     tracker.write({"step": 5, "loss": 1.5})
     tracker.close()
     return fake
