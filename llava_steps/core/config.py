@@ -262,9 +262,14 @@ class Stage(StepConfig):
         ge=0,
     )
     stall_timeout: Count = quiet(
-        600,
-        "seconds without progress on any rank after which the job ends, with the stack of each "
-        "process in its log; counts from the first step on; 0 waits for ever",
+        60,
+        "seconds without a further microbatch on any rank after which the job ends, with the stack "
+        "of each process in its log; 0 waits for ever",
+    )
+    io_timeout: Count = quiet(
+        1800,
+        "the same for what takes longer: the start with the first step, saves, going back to a "
+        "checkpoint; 0 waits for ever",
     )
     num_workers: Count = quiet(2, "loader worker processes per rank")
     loader_timeout: PositiveInt = quiet(

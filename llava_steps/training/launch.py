@@ -53,7 +53,11 @@ def launch(job: Job) -> None:
             )
             for rank in range(stage.gpus)
         ]
-        codes = _wait(workers, Watch(scratch, workers, stage.stall_timeout), job.work / "logs")
+        codes = _wait(
+            workers,
+            Watch(scratch, workers, (stage.stall_timeout, stage.io_timeout)),
+            job.work / "logs",
+        )
     if any(codes):
         raise _error(job.work, codes, forward.asked)
 
@@ -128,8 +132,9 @@ def _wait(workers: list[subprocess.Popen[bytes]], watch: Watch, logs: Path) -> l
             states = watch.dump(logs)
             _kill(workers)
             raise StepError(
-                f"no progress for stall_timeout seconds; rank {rank} was the first to stand still. "
-                f"Run again to go on from the last checkpoint. Stacks are in {logs}:\n{states}"
+                f"no progress for {watch.limit:g} s (stall_timeout, io_timeout); rank {rank} was "
+                "the first to stand still. Run again to go on from the last checkpoint. Stacks are "
+                f"in {logs}:\n{states}"
             )
         time.sleep(POLL)
     return [worker.returncode for worker in workers]

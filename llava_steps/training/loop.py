@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,16 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     guard = Guard(stage, done, log)
     looks = Looks(job, wrapped, beat)
     names = loader.datasets if len(loader.datasets) > 1 else []
-    reports = Reports(job, done.step, log)
+    reports = Reports(job, done.step, names, log)
     batches = iter(loader)
     first = done.step
 
     def save() -> None:
-        beat()
         began = time.monotonic()
         reports.answers(done.step - 1, looks.answers())
-        reports.sync()
-        path = state.save(job.entry, done, stage, model, optimizer, loader.state())
+        with beat.busy():
+            reports.sync()
+            path = state.save(job.entry, done, stage, model, optimizer, loader.state())
         stop.set_aside(time.monotonic() - began)
         log.info("saved %s", path.name)
 
@@ -78,12 +79,14 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
         saved = done.step
         while done.step < stage.train_steps and not parallel.on_any_rank(stop.requested):
             began = time.monotonic()
-            batch = next(batches)
+            # Loader workers have a limit of their own, and name what they stand still at.
+            with beat.busy() if stage.num_workers else contextlib.nullcontext():
+                batch = next(batches)
             waited = time.monotonic() - began
             if guard.skips():
                 reports.no_update(done.step, "asked to skip", batch, looks.validation(done.step))
             else:
-                sums = forward_backward(wrapped, optimizer, batch, names)
+                sums = forward_backward(wrapped, optimizer, batch, names, beat)
                 norm = optimizer.gradient_norm()
                 if guard.accepts(sums.mean, norm, batch, sums.micro):
                     lr = learning_rate(stage, done.step)
@@ -99,9 +102,10 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
                     seen = looks.validation(done.step)
                     reports.no_update(done.step, guard.reason, batch, seen)
                     if guard.must_roll_back:
-                        roll_back(job, done, model, optimizer, log)
+                        with beat.busy():
+                            roll_back(job, done, model, optimizer, log)
             done.step += 1
-            beat()
+            beat.settled()
             stop.set_aside(time.monotonic() - began)
             due = done.step == stage.train_steps or done.step % stage.save_interval == 0
             if stage.save and due:
@@ -267,11 +271,15 @@ class Looks:
 
 
 def forward_backward(
-    wrapped: Any, optimizer: Optimizer, batch: list[MicroBatch], datasets: Sequence[str] = ()
+    wrapped: Any,
+    optimizer: Optimizer,
+    batch: list[MicroBatch],
+    datasets: Sequence[str],
+    beat: Callable[[], None],
 ) -> Sums:
     """Gradients of the token mean over the global batch, left in the gradient buffers.
 
-    With `datasets` the loss of each of them is told as well.
+    With `datasets` the loss of each of them is told as well. There is a `beat` for each microbatch.
     """
     wrapped.zero_grad_buffer()
     optimizer.zero_grad()
@@ -279,7 +287,7 @@ def forward_backward(
     wrapped.config.no_sync_func = wrapped.no_sync
     losses = get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, datasets=datasets),
-        data_iterator=iter(batch),
+        data_iterator=beating(batch, beat),
         model=[wrapped],
         num_microbatches=len(batch),
         seq_length=batch[0].tokens.shape[1],
@@ -292,6 +300,13 @@ def forward_backward(
     first = torch.tensor([sum(micro), *counts(batch)], dtype=torch.float64, device=place)
     own = torch.cat([first, found[:, 1:].double().sum(dim=0)])
     return Sums(parallel.total(own), micro, datasets)
+
+
+def beating(batch: list[MicroBatch], beat: Callable[[], None]) -> Iterator[MicroBatch]:
+    """The microbatches, with a beat before each."""
+    for item in batch:
+        beat()
+        yield item
 
 
 def forward_step(

@@ -2,17 +2,19 @@
 
 A rank that hangs soon makes all others wait for it in a collective, so progress anywhere is
 progress; when there is none, the rank with the oldest beat is the one to look at. Its stack, and
-those of all others, go to `logs/stack-RANK.txt`.
+those of all others, go to `logs/stack-RANK.txt`. While a rank is busy with something that has no
+small steps (starting, saving) all are given longer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 DUMP = signal.SIGUSR2
@@ -21,10 +23,13 @@ BEATS = "LLAVA_STEPS_BEATS"
 
 
 class Beat:
-    """A worker's sign of life."""
+    """A worker's sign of life; busy, with the start, until it is called `settled`."""
 
     def __init__(self, rank: int, logs: Path) -> None:
         self._path = Path(os.environ[BEATS], f"beat-{rank:04d}")
+        self._busy = Path(os.environ[BEATS], f"busy-{rank:04d}")
+        self._busy.touch()
+        self._tasks = {"start"}
         logs.mkdir(parents=True, exist_ok=True)
         # Written by C code in the signal handler: works while Python waits in a collective.
         self._file = (logs / f"stack-{rank:04d}.txt").open("w")
@@ -33,29 +38,49 @@ class Beat:
     def __call__(self) -> None:
         self._path.touch()
 
+    def settled(self) -> None:
+        """The start is over: from here on there is a beat every few seconds."""
+        self._end("start")
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Something that may take long without a beat."""
+        self._tasks.add("busy")
+        self._busy.touch()
+        try:
+            yield
+        finally:
+            self._end("busy")
+
+    def _end(self, task: str) -> None:
+        self()
+        self._tasks.discard(task)
+        if not self._tasks:
+            self._busy.unlink(missing_ok=True)
+
 
 class Watch:
     """The launcher's eye on `workers`, which leave their beats in `beats`."""
 
     def __init__(
-        self, beats: Path, workers: Sequence[subprocess.Popen[bytes]], limit: float
+        self, beats: Path, workers: Sequence[subprocess.Popen[bytes]], limits: tuple[float, float]
     ) -> None:
-        self._beats, self._workers, self._limit = beats, workers, limit
+        self._beats, self._workers, self._limits = beats, workers, limits
+        self.limit = 0.0
+        """Seconds that are granted at present: of `limits` the second while any rank is busy."""
         self._newest, self._since = 0, time.monotonic()
 
     def stalled(self) -> int | None:
         """The rank to look at when no rank has made progress for too long; else None."""
-        times = {
-            rank: path.stat().st_mtime_ns
-            for rank in range(len(self._workers))
-            if (path := self._beats / f"beat-{rank:04d}").exists()
-        }
-        if not self._limit or len(times) < len(self._workers):
-            return None
+        ranks = range(len(self._workers))
+        times = {rank: _touched(self._beats / f"beat-{rank:04d}") for rank in ranks}
         now = time.monotonic()
         if max(times.values()) != self._newest:
             self._newest, self._since = max(times.values()), now
-        if now - self._since < self._limit:
+        starting = not all(times.values())
+        busy = starting or any((self._beats / f"busy-{rank:04d}").exists() for rank in ranks)
+        self.limit = self._limits[busy]
+        if not self.limit or now - self._since < self.limit:
             return None
         return min(times, key=lambda rank: times[rank])
 
@@ -72,6 +97,14 @@ class Watch:
             top = _innermost(stack.read_text() if stack.exists() else "")
             states.append(f"rank {rank} ({state}): {top or 'no stack'}")
         return "\n".join(states)
+
+
+def _touched(path: Path) -> int:
+    """When the file was touched, in ns; 0 when it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _state(pid: int) -> str:

@@ -41,6 +41,7 @@ def main() -> int:
     ignore_known_warnings()
     job = Job.read(Path(sys.argv[1]))
     rank = int(os.environ["RANK"])
+    beat = Beat(rank, job.work / "logs")
     log = logger(f"train[{rank}]", job.work / "logs" / f"rank-{rank:04d}.log")
     if rank:
         log.setLevel(logging.WARNING)
@@ -48,7 +49,7 @@ def main() -> int:
         from llava_steps.training import loop, parallel
 
         with parallel.processes(job.stage):
-            loop.train(job, log, stop, Beat(rank, job.work / "logs"))
+            loop.train(job, log, stop, beat)
     except StepError as error:
         Failure(rank, error.exit_code, str(error)).write(job.work)
         return error.exit_code

@@ -32,6 +32,7 @@ STEPS, INTERVAL = 45, 4
 FLAGS = (
     "--stage=2", "--gpus=2", f"--train-steps={STEPS}", "--warmup-steps=3", "--lr=1e-3",
     "--global-batch-size=4", "--micro-batch-size=2", f"--save-interval={INTERVAL}",
+    "--eval-interval=9", "--eval-samples=5",
 )  # fmt: skip
 LAYOUTS = (("--tp=2",), ("--pp=2",), ("--tp=1",))
 STOPPED = 75
@@ -83,7 +84,8 @@ class Training:
             for path in sorted(self.out.glob("iter_*/**/*"))
             if path.is_file()
         }
-        losses = [row["loss_hex"] for row in chain.metrics(self.out)]
+        rows = chain.metrics(self.out)
+        losses = [(row["loss_hex"], row.get("val_loss"), row.get("val_accuracy")) for row in rows]
         return losses, chain.sample_ids(self.out), files
 
     def forget(self) -> None:

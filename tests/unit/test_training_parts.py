@@ -149,6 +149,48 @@ time.sleep(600)
     assert not alive(int((tmp_path / "pid0").read_text()))
 
 
+BEATS = """
+from llava_steps.training.watch import Beat
+beat = Beat(rank, job.work / "logs")
+"""
+
+
+def test_a_stall_is_measured_by_what_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Busy ranks get longer; one that stands still without being busy ends the job, by name."""
+    body = (
+        BEATS
+        + """
+with beat.busy():
+    beat.settled()
+    time.sleep(3.0)
+(job.work / f"came{rank}").touch()
+while rank:
+    beat()
+    time.sleep(0.05)
+    if (job.work / "came0").exists() and (job.work / "came1").exists():
+        rank = 0
+def stands_here():
+    time.sleep(600)
+stands_here()
+"""
+    )
+    as_worker(monkeypatch, tmp_path, body)
+    with pytest.raises(StepError, match=r"no progress for 1 s(.|\n)*in stands_here"):
+        launching.launch(job(tmp_path, stall_timeout=1, io_timeout=300))
+    assert all((tmp_path / f"came{rank}").exists() for rank in (0, 1)), "busy for longer than 1 s"
+
+
+@pytest.mark.parametrize("body", ["time.sleep(600)", BEATS + "time.sleep(600)"])
+def test_a_start_that_does_not_end_is_noticed(
+    body: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    as_worker(monkeypatch, tmp_path, body)
+    with pytest.raises(StepError, match="no progress for 2 s"):
+        launching.launch(job(tmp_path, stall_timeout=60, io_timeout=2))
+
+
 def test_a_killed_worker_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     as_worker(monkeypatch, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(StepError, match="SIGKILL"):
