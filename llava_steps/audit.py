@@ -8,7 +8,8 @@ supervised up to its end token, padding and image tokens never, and every image 
 tokens. Writes report.json (shares, lengths, samples that are refused or cut by name) and
 examples.txt, three samples with their supervised text in [[ ]], in colour on a terminal. Exit code
 3 when samples are refused, 4 when labels or image tokens are wrong; the report then lies in the
-store entry that the log names.
+store entry that the log names. For report.html there are also examples.json, the same samples, and
+--thumbnails of the images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from llava_steps.core.run import Context, Step, main
 if TYPE_CHECKING:
     from llava_steps.data.audit import Example
 
-REPORT, EXAMPLES = "report.json", "examples.txt"
+REPORT, EXAMPLES, PICTURES = "report.json", "examples.txt", "examples.json"
 LISTED = 3
 """Samples that an error message names; the report names more."""
 
@@ -40,21 +41,44 @@ def run(ctx: Context, cfg: Audit) -> Mapping[str, Any]:
     """
     from llava_steps.data import audit
     from llava_steps.data.corpus import Corpus
+    from llava_steps.data.thumbnails import Thumbnails
 
     # Not resolved: what a blend names is relative to where its file stands, link or not.
     corpus = Corpus(ctx.inputs["data_path"].path.absolute(), cfg.split, cfg.seed)
     auditor = audit.Auditor(corpus, ctx.inputs["tokenizer_load_dir"].path, cfg.seq_length)
     places = audit.choose(corpus, cfg.samples, cfg.seed)
     examples: list[Example] = []
+    pictures: list[dict[str, str]] = []
+    thumbnails = Thumbnails(ctx.entry, "thumbnails")
+    every = max(1, len(places) // max(1, cfg.thumbnails))
     with ctx.progress("looking at samples", len(places)) as bar:
-        for place in places:
+        for number, place in enumerate(places):
             example = auditor.look(place)
+            if example and number % every == 0 and len(pictures) < cfg.thumbnails:
+                found = thumbnails.add(example.images[:1])
+                pictures += [{"image": image, "sample": example.where} for image in found]
             if example is not None and len(examples) < cfg.examples:
                 examples.append(example)
             bar.advance(1)
     report = auditor.report()
     fsio.write_json(ctx.entry / REPORT, report)
     fsio.write_bytes(ctx.entry / EXAMPLES, "\n\n".join(map(marked, examples)).encode() + b"\n")
+    fsio.write_json(
+        ctx.entry / PICTURES,
+        {
+            "examples": [
+                {
+                    "sample": example.where,
+                    "tokens": example.tokens,
+                    "supervised": example.supervised,
+                    "pieces": [[piece.text, piece.supervised] for piece in example.pieces],
+                    "images": thumbnails.add(example.images),
+                }
+                for example in examples
+            ],
+            "thumbnails": pictures,
+        },
+    )
     show(examples)
     ctx.log.info(
         "%d of %d samples, %d tokens, %.1f %% supervised; lengths %s to %s of at most %d",

@@ -1,16 +1,19 @@
-"""Ask Hugging Face LLaVA models the questions of a held-out file and count right answers.
+"""Ask Hugging Face LLaVA models the questions of a held-out file and score their answers.
 
     python -m llava_steps.evaluate --data held/heldout.json --before results/x/hf_model \\
         --after-stage2 results/x/hf_export --save-dir results/x/evaluation
 
 Models are loaded and run by plain transformers (AutoProcessor, LlavaForConditionalGeneration),
-as their users will. An answer counts when it equals the reference, white space at its ends aside.
-Writes results.json, table.md and samples.json.
+as their users will. An answer is right when it equals the reference, white space at its ends
+aside; --metrics adds other scores, and --prompts questions that are asked for reading, about the
+file's first images. Writes results.json, table.md, samples.json and generations.json, and the
+images of the samples as thumbnails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,32 +23,104 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.run import Context, Step, main
 
 if TYPE_CHECKING:
-    from llava_steps.evaluation.ask import Question
+    from llava_steps.evaluation.ask import Model, Question
 
 MODELS = ("before", "after_stage1", "after_stage2")
 MAX_PIXELS = 25_000_000
 
 
 def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
-    """Evaluate each given model; metrics hold the accuracy of every question kind."""
-    from llava_steps.evaluation import ask, score
+    """Evaluate each given model; metrics hold the scores of every question kind.
 
-    models = [name for name in MODELS if name in ctx.inputs]
-    if not models:
+    Raises:
+        ConfigError: no model is given, or a metric's library is not installed.
+        InputError: a model or a sample cannot be used.
+    """
+    from llava_steps.data.thumbnails import Thumbnails
+    from llava_steps.evaluation import ask, metrics, score
+
+    names = [name for name in MODELS if name in ctx.inputs]
+    if not names:
         raise ConfigError("nothing to evaluate: give --before, --after-stage1 or --after-stage2")
+    metrics.check(cfg.metrics)
     questions = read_questions(ctx.inputs["data"].path)
+    prompts = prompted(questions, cfg.prompts, cfg.prompt_images)
     results: dict[str, Any] = {}
     samples: dict[str, Any] = {}
-    for name in models:
+    generations: dict[str, list[str]] = {}
+    for name in names:
         model = ask.Model(ctx.inputs[name].path)
         with ctx.progress(f"asking {name}", len(questions)) as bar:
             answers = model.answers(questions, cfg.batch_size, cfg.max_new_tokens, bar.advance)
-        results[name] = score.by_kind(questions, answers)
+        results[name] = _scores(ctx, cfg, name, model, questions, answers)
         samples[name] = score.some(questions, answers, cfg.samples_shown)
+        if prompts:
+            with ctx.progress(f"prompting {name}", len(prompts)) as bar:
+                generations[name] = model.answers(
+                    prompts, cfg.batch_size, cfg.prompt_tokens, bar.advance
+                )
+    thumbnails = Thumbnails(ctx.entry, "images")
+    for place, number in enumerate(score.chosen(questions, cfg.samples_shown)):
+        images = thumbnails.add(questions[number].images)
+        for name in names:
+            samples[name][place]["images"] = images
     fsio.write_json(ctx.entry / "results.json", results)
     fsio.write_json(ctx.entry / "samples.json", samples)
-    fsio.write_bytes(ctx.entry / "table.md", score.table(results).encode())
+    if prompts:
+        rows = [
+            {
+                "prompt": prompt.turns[-1]["content"],
+                "images": thumbnails.add(prompt.images),
+                "answers": {name: generations[name][i] for name in names},
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+        fsio.write_json(ctx.entry / "generations.json", rows)
+    fsio.write_bytes(ctx.entry / "table.md", score.tables(results).encode())
     return {"questions": len(questions), "results": results}
+
+
+def _scores(
+    ctx: Context,
+    cfg: Evaluation,
+    name: str,
+    model: Model,
+    questions: Sequence[Question],
+    answers: Sequence[str],
+) -> dict[str, Any]:
+    from llava_steps.evaluation import metrics, score
+
+    scores: dict[str, list[float]] = {
+        metric: metrics.score(metric, questions, answers)
+        for metric in cfg.metrics
+        if metric != "perplexity"
+    }
+    surprise = None
+    if "perplexity" in cfg.metrics:
+        from llava_steps.evaluation import perplexity
+
+        with ctx.progress(f"perplexity {name}", len(questions)) as bar:
+            surprise = perplexity.surprise(model, questions, cfg.batch_size, bar.advance)
+    return score.by_kind(questions, answers, scores, surprise)
+
+
+def prompted(questions: Sequence[Question], prompts: Sequence[str], images: int) -> list[Question]:
+    """Every prompt about each of the first `images` single images, without what was said there."""
+    from llava_steps.data.samples import PLACEHOLDER
+
+    shown = dict.fromkeys(q.images for q in questions if len(q.images) == 1)
+    return [
+        replace(
+            questions[0],
+            id=f"prompt {number} image {place}",
+            turns=({"role": "user", "content": f"{PLACEHOLDER}\n{prompt}"},),
+            images=found,
+            reference="",
+            answers=(),
+        )
+        for place, found in enumerate(list(shown)[:images])
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -70,10 +145,23 @@ def read_questions(path: Path) -> list[Question]:
             names = [sample.extra.get(key) for key in ("kind", "lang")]
             group = "/".join(str(name) for name in names if name) or "questions"
             reference = turns[-1]["content"]
-            found.append(Question(sample.id, group, turns[:-1], sample.images, reference))
+            answers = _answers(sample.extra.get("answers"), f"{path}, record {row.index}")
+            found.append(Question(sample.id, group, turns[:-1], sample.images, reference, answers))
     if not found:
         raise InputError(f"{path} holds no questions")
     return found
+
+
+def _answers(given: Any, where: str) -> tuple[str, ...]:
+    """What several people answered: a list of texts, or of objects with `answer`, as in VQA."""
+    if given is None:
+        return ()
+    rows = given if isinstance(given, list) else [given]
+    found = [row.get("answer") if isinstance(row, dict) else row for row in rows]
+    texts = tuple(answer for answer in found if isinstance(answer, str))
+    if not texts or len(texts) < len(found):
+        raise InputError(f"{where}: answers must be a list of texts, or of objects with `answer`")
+    return texts
 
 
 def _data_files(path: Path, cfg: Evaluation) -> tuple[Path, Iterable[Path]]:

@@ -418,6 +418,7 @@ class Audit(StepConfig):
     split: Literal["train", "val", "test"] = value("train", "split to look at")
     samples: Count = value(1000, "samples to look at, spread over the datasets; 0: all")
     examples: Count = value(3, "samples to print with their supervised text marked")
+    thumbnails: Count = value(12, "small copies of images kept for the report")
 
 
 class HfExport(StepConfig):
@@ -435,15 +436,34 @@ class HfExport(StepConfig):
 
 
 class Evaluation(StepConfig):
-    """Exact-match accuracy of HF LLaVA directories on held-out data."""
+    """Exact-match accuracy and other scores of HF LLaVA directories on held-out data."""
 
     data: str = source(help="LLaVA JSON or JSONL file that training never saw")
     before: str = source("", "HF directory before training")
     after_stage1: str = source("", "HF directory after stage 1")
     after_stage2: str = source("", "HF directory after stage 2")
     max_new_tokens: PositiveInt = value(16, "tokens generated at most for an answer")
+    metrics: list[Literal["vqa_accuracy", "rouge_l", "cider", "perplexity"]] = value(
+        [],
+        "scores beside exact match: vqa_accuracy, rouge_l, cider, perplexity (of the references)",
+    )
+    prompts: list[str] = value(
+        [], "questions to ask each model about the first images of `data`; read, not scored"
+    )
+    prompt_images: PositiveInt = value(4, "images that `prompts` are asked about")
+    prompt_tokens: PositiveInt = value(64, "tokens generated at most for an answer to `prompts`")
     batch_size: PositiveInt = quiet(64, "questions answered together")
     samples_shown: Count = value(8, "sample answers kept per question kind")
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_are_text(cls, prompts: list[str]) -> list[str]:
+        for prompt in prompts:
+            if not prompt.strip() or "<image>" in prompt:
+                raise ValueError(
+                    f"prompt {prompt!r}: give a text without <image>; the image stands before it"
+                )
+        return prompts
 
 
 class Config(BaseModel):

@@ -46,6 +46,8 @@ class Example:
     tokens: int
     supervised: int
     pieces: tuple[Piece, ...]
+    images: tuple[bytes, ...] = ()
+    """The encoded image files."""
 
 
 @dataclass
@@ -109,7 +111,8 @@ class Auditor:
         self._count(sample, encoded)
         for trouble in judge(encoder, sample, encoded, pixels):
             self._name(self.broken, where, trouble, "broken")
-        return Example(where, len(encoded.tokens), encoded.supervised, pieces(encoder, encoded))
+        shown = pieces(encoder, encoded)
+        return Example(where, len(encoded.tokens), encoded.supervised, shown, sample.images)
 
     def _count(self, sample: Sample, encoded: Encoded) -> None:
         self.lengths.append(len(encoded.tokens))

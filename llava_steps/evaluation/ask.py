@@ -32,6 +32,13 @@ class Question:
     """role and content, from the first turn to the question."""
     images: tuple[bytes, ...]
     reference: str
+    answers: tuple[str, ...] = ()
+    """What several people answered, where the file has that."""
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All accepted answers; at least one."""
+        return self.answers or (self.reference,)
 
 
 class Model:
@@ -65,8 +72,9 @@ class Model:
             raise InputError(f"{directory}: weights that transformers would make up: {wrong}")
         self._processor.tokenizer.padding_side = "left"
         self._as_parts = takes_parts(self._processor, directory)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = model.to(self._device).eval()
+        self.directory = directory
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.network: Any = model.to(self.device).eval()
 
     def prompt(self, turns: Sequence[dict[str, str]]) -> str:
         """The chat template's text up to where the answer begins; one image token per image."""
@@ -110,9 +118,9 @@ class Model:
         found = [""] * len(questions)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = self.inputs([questions[i] for i in chosen]).to(self._device, self._model.dtype)
-            with _threads_for(self._model):
-                tokens = self._model.generate(
+            inputs = self.inputs([questions[i] for i in chosen]).to(self.device, self.network.dtype)
+            with self.threads():
+                tokens = self.network.generate(
                     **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
                 )
             texts = self._processor.batch_decode(
@@ -123,15 +131,15 @@ class Model:
             advance(len(chosen))
         return found
 
-
-@contextlib.contextmanager
-def _threads_for(model: Any) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if model.num_parameters() < TINY else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    @contextlib.contextmanager
+    def threads(self) -> Iterator[None]:
+        """While it lasts, torch uses as many CPU threads as help a model of this size."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if self.network.num_parameters() < TINY else before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def takes_parts(processor: Any, directory: Path) -> bool:

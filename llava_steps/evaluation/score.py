@@ -1,7 +1,9 @@
-"""Exact match of answers with their references, by question kind and language."""
+"""Scores of answers, by question kind and language; exact match is always one of them."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,8 @@ if TYPE_CHECKING:
     from llava_steps.evaluation.ask import Question
 
 ALL = "all"
+SHARES = ("accuracy", "vqa_accuracy", "rouge_l")
+"""Metrics between 0 and 1, shown in per cent."""
 
 
 def right(question: Question, answer: str) -> bool:
@@ -16,40 +20,76 @@ def right(question: Question, answer: str) -> bool:
     return answer.strip() == question.reference.strip()
 
 
-def by_kind(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
-    """{"all" and each "kind/lang": {"accuracy": share of right answers, "questions": count}}."""
-    marks: dict[str, list[bool]] = {ALL: []}
-    for question, answer in zip(questions, answers, strict=True):
+def by_kind(
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    scores: Mapping[str, Sequence[float]] | None = None,
+    surprise: Sequence[tuple[float, int]] | None = None,
+) -> dict[str, Any]:
+    """{"all" and each "kind/lang": {"accuracy": share of right answers, "questions": count, ...}}.
+
+    Args:
+        questions, answers: in the same order.
+        scores: further metrics, a number for each question; groups get their means.
+        surprise: (negative log-likelihood, tokens) of each reference; groups get `perplexity`,
+            exp of the mean over their tokens.
+    """
+    members: dict[str, list[int]] = {ALL: []}
+    for number, question in enumerate(questions):
         for group in (ALL, question.group):
-            marks.setdefault(group, []).append(right(question, answer))
-    return {
-        group: {"accuracy": sum(found) / len(found), "questions": len(found)}
-        for group, found in marks.items()
-    }
+            members.setdefault(group, []).append(number)
+    marks = [right(q, answer) for q, answer in zip(questions, answers, strict=True)]
+    found: dict[str, Any] = {}
+    for group, numbers in members.items():
+        count = len(numbers)
+        row: dict[str, Any] = {"accuracy": sum(marks[i] for i in numbers) / count}
+        row["questions"] = count
+        for metric, values in (scores or {}).items():
+            row[metric] = sum(values[i] for i in numbers) / count
+        if surprise is not None:
+            tokens = sum(surprise[i][1] for i in numbers)
+            row["perplexity"] = math.exp(sum(surprise[i][0] for i in numbers) / tokens)
+        found[group] = row
+    return found
+
+
+def chosen(questions: Sequence[Question], count: int) -> list[int]:
+    """Numbers of the first `count` questions of each group, in order."""
+    seen: Counter[str] = Counter()
+    found = []
+    for number, question in enumerate(questions):
+        seen[question.group] += 1
+        if seen[question.group] <= count:
+            found.append(number)
+    return found
 
 
 def some(questions: Sequence[Question], answers: Sequence[str], count: int) -> list[dict[str, Any]]:
     """The first `count` questions of each group with reference and answer."""
-    seen: dict[str, int] = {}
-    shown = []
-    for question, answer in zip(questions, answers, strict=True):
-        seen[question.group] = seen.get(question.group, 0) + 1
-        if seen[question.group] <= count:
-            shown.append(
-                {
-                    "id": question.id,
-                    "group": question.group,
-                    "question": question.turns[-1]["content"],
-                    "reference": question.reference,
-                    "answer": answer,
-                    "right": right(question, answer),
-                }
-            )
-    return shown
+    return [
+        {
+            "id": questions[i].id,
+            "group": questions[i].group,
+            "question": questions[i].turns[-1]["content"],
+            "reference": questions[i].reference,
+            "answer": answers[i],
+            "right": right(questions[i], answers[i]),
+        }
+        for i in chosen(questions, count)
+    ]
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table: a row per question kind, a column per model, accuracies in per cent."""
+def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table of each metric, exact match first and without a heading."""
+    names = [key for key in next(iter(results.values()))[ALL] if key != "questions"]
+    parts = [table(results)]
+    parts += [f"{name}\n\n{table(results, name)}" for name in names if name != "accuracy"]
+    return "\n".join(parts)
+
+
+def table(results: Mapping[str, Mapping[str, Any]], metric: str = "accuracy") -> str:
+    """A Markdown table: a row per question kind, a column per model; accuracies in per cent."""
+    form = "{:.1%}" if metric in SHARES else "{:.3f}"
     models = list(results)
     groups = list(results[models[0]])
     rows = [
@@ -58,7 +98,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     for group in groups[1:] + groups[:1]:
         number = results[models[0]][group]["questions"]
-        shares = [f"{results[name][group]['accuracy']:.1%}" for name in models]
+        shares = [form.format(results[name][group][metric]) for name in models]
         rows.append([group, str(number), *shares])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

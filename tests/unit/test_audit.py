@@ -65,6 +65,13 @@ def test_a_right_dataset_passes_and_is_counted(
     text = (tmp_path / "examples.txt").read_text()
     assert text.count("---") == 3 and text in capsys.readouterr().err
     assert "<image> x 16" in text and "<|assistant|>\n[[It is a 0.</s>]]" in text
+    pictures = json.loads((tmp_path / "examples.json").read_text())
+    shown = pictures["examples"][0]
+    pieces = (f"[[{text}]]" if supervised else text for text, supervised in shown["pieces"])
+    assert "".join(pieces) in text and shown["tokens"] == sizes[0]
+    assert 0 < len(pictures["thumbnails"]) <= 12
+    for row in pictures["thumbnails"]:
+        assert (tmp_path / row["image"]).read_bytes().startswith(b"\xff\xd8\xff")
 
 
 def test_a_part_is_spread_over_the_split(dataset: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from data_fixtures import fake_context, jpeg
 from hf_fixtures import PARTS_TEMPLATE, STRING_TEMPLATE, make_text, make_tokenizer, make_tower
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_steps import chat, evaluate
@@ -196,13 +197,25 @@ def test_the_step_writes_results_of_every_given_model(
     out.mkdir()
     given = {"data": data, "after_stage2": Path("after_stage2"), "before": Path("before")}
     context = fake_context(out, **given)
-    metrics = evaluate.run(context, Evaluation(data=str(data), samples_shown=1))
+    settings = Evaluation(
+        data=str(data), samples_shown=1, metrics=["rouge_l"], prompts=["What is it?"]
+    )
+    metrics = evaluate.run(context, settings)
     results = json.loads((out / "results.json").read_text())
     assert metrics == {"questions": 5, "results": results}
     assert results["before"]["all"]["accuracy"] == 0
     assert results["after_stage2"]["all"]["accuracy"] == 0.8
-    assert (out / "table.md").read_text() == score.table(metrics["results"])
-    assert [len(rows) for rows in json.loads((out / "samples.json").read_text()).values()] == [4, 4]
+    assert results["after_stage2"]["what/ja"]["rouge_l"] == 1
+    assert (out / "table.md").read_text() == score.tables(metrics["results"])
+    samples = json.loads((out / "samples.json").read_text())
+    assert [len(rows) for rows in samples.values()] == [4, 4]
+    assert [len(row["images"]) for row in samples["before"]] == [1, 2, 0, 1]
+    generations = json.loads((out / "generations.json").read_text())
+    assert [row["answers"]["before"] for row in generations] == ["?", "?", "?"]
+    for row in [*samples["before"], *generations]:
+        for name in row["images"]:
+            assert Image.open(out / name).format == "JPEG"
+    assert len({row["images"][0] for row in generations}) == 3
     assert list(metrics["results"]) == ["before", "after_stage2"]
     with pytest.raises(ConfigError, match="nothing to evaluate: give --before"):
         evaluate.run(fake_context(out, data=data), Evaluation(data=str(data)))
