@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert chaos faults layouts soak-data fuzz-data bench-data format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert chaos faults layouts soak-data fuzz-data bench-data screenshots format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -93,6 +93,11 @@ bench-data: ## speed of sharding (8 GB in ROOM) and of the loader, fill of packe
 	$(BIN)/python -m tests.benchmarks.sharding --samples $(SAMPLES) --directory $(ROOM) || status=1; \
 	$(BIN)/python -m tests.benchmarks.loading || status=1; \
 	exit $$status
+
+SCREENSHOTS ?= screenshots
+screenshots: ## look at the report of results/demo in Chromium: pictures, checks, size, seconds
+	@.ci/environment test
+	@$(BIN)/python -m tests.browser.screenshots --to $(SCREENSHOTS)
 
 format: ## put code into the style that `make check` wants
 	@.ci/environment test

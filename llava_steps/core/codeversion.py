@@ -1,7 +1,8 @@
 """The code version of a step: a digest of the modules of this package that it can reach.
 
 Comments, docstrings and formatting do not count, so that editing them recomputes nothing; any
-other edit of a module that the step imports, directly or not, does.
+other edit of a module that the step imports, directly or not, does. So does an edit of a file
+beside such a module that is no module (a template, a style sheet).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from llava_steps.core.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 NAME = PACKAGE.name
+DATA = (".j2", ".css")
+"""Endings of files that belong to the code of the modules in their directory."""
 
 NOT_COMPUTING = frozenset(
     f"{NAME}.core.{module}"
@@ -73,8 +76,10 @@ def _read(module: str) -> tuple[str, frozenset[str]]:
             imported.add(node.module)
             imported.update(f"{node.module}.{alias.name}" for alias in node.names)
     ours = frozenset(m for m in imported if m.split(".")[0] == NAME and _file_of(m))
-    code = ast.dump(_without_docstrings(tree))
-    return hashlib.sha256(code.encode()).hexdigest(), ours
+    code = ast.dump(_without_docstrings(tree)).encode()
+    beside = sorted(p for p in path.parent.iterdir() if p.suffix in DATA and path.parent != PACKAGE)
+    parts = [code, *(p.name.encode() + b"\0" + p.read_bytes() for p in beside)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest(), ours
 
 
 @functools.cache

@@ -466,6 +466,25 @@ class Evaluation(StepConfig):
         return prompts
 
 
+class Report(StepConfig):
+    """One page about a run, from the results of its other steps."""
+
+    title: str = value("", "title of the page; in a run its name")
+    samples: PositiveInt = value(2, "sample answers shown per question kind")
+    demo_assets: str = source("", "result of demo_assets")
+    tar_shards: str = source("", "result of shard_tars")
+    energon_dataset: str = source("", "result of prepare_energon")
+    hf_model: str = source("", "result of build_hf")
+    megatron_checkpoint: str = source("", "result of hf_to_megatron")
+    stage1_audit: str = source("", "result of audit for stage 1")
+    stage2_audit: str = source("", "result of audit for stage 2")
+    stage1_checkpoint: str = source("", "result of train, stage 1")
+    stage1_export: str = source("", "result of megatron_to_hf after stage 1")
+    stage2_checkpoint: str = source("", "result of train, stage 2")
+    hf_export: str = source("", "result of megatron_to_hf after stage 2")
+    evaluation: str = source("", "result of evaluate")
+
+
 class Config(BaseModel):
     """A whole run: config/config.yaml with its overlays."""
 
@@ -495,6 +514,7 @@ class Config(BaseModel):
     stage2: Stage
     hf_export: HfExport = HfExport()
     evaluation: Evaluation
+    report: Report = Report()
 
     @field_validator("audit")
     @classmethod

@@ -7,6 +7,7 @@ a stage can train on a dataset of its own or start from another checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from llava_steps.core import cli, fsio
 from llava_steps.core.blend import read_blend
 from llava_steps.core.codeversion import code_version
-from llava_steps.core.config import Audit, Config, Stage, StepConfig
+from llava_steps.core.config import Audit, Config, Report, Stage, StepConfig
 from llava_steps.core.load import DEMO
 from llava_steps.core.store import MANIFEST
 
@@ -43,6 +44,23 @@ UPSTREAM: dict[str, dict[str, str]] = {
         "after_stage1": "stage1_export",
         "after_stage2": "hf_export",
     },
+    "report": {
+        name: name
+        for name in (
+            "demo_assets",
+            "tar_shards",
+            "energon_dataset",
+            "hf_model",
+            "megatron_checkpoint",
+            "stage1_audit",
+            "stage2_audit",
+            "stage1_checkpoint",
+            "stage1_export",
+            "stage2_checkpoint",
+            "hf_export",
+            "evaluation",
+        )
+    },
 }
 """Rule -> source field -> rule whose result fills it when the configuration leaves it empty."""
 
@@ -59,6 +77,7 @@ MODULES = {
     "stage2_checkpoint": "llava_steps.train",
     "hf_export": "llava_steps.megatron_to_hf",
     "evaluation": "llava_steps.evaluate",
+    "report": "llava_steps.report",
 }
 
 SECTIONS = {
@@ -72,6 +91,9 @@ SECTIONS = {
 
 AFTER = {"stage1_checkpoint": "stage1_audit", "stage2_checkpoint": "stage2_audit"}
 """Rule -> rule that must have passed before, without being read."""
+
+RESULTS = ("hf_export", "evaluation")
+"""What a run is for; its report tells these and every rule before them, and asks for no other."""
 
 AUDITED = ("tokenizer_load_dir", "data_path", "seq_length")
 """Settings of a stage that its audit takes over."""
@@ -122,14 +144,30 @@ class Rule:
 def chain(config: Config, image: str = "") -> dict[str, Rule]:
     """All rules of a run by name, in an order in which they can run; `image` is its digest."""
     run = Path(config.results, config.run)
-    return {
-        name: _rule(name, config, run, image)
-        for name in UPSTREAM
-        if name != "demo_assets" or config.demo_assets is not None
-    }
+    rules: dict[str, Rule] = {}
+    for name in UPSTREAM:
+        if name != "demo_assets" or config.demo_assets is not None:
+            feeds = UPSTREAM[name]
+            if name == "report":
+                told = before(rules, RESULTS)
+                feeds = {key: rule for key, rule in feeds.items() if rule in told}
+            rules[name] = _rule(name, config, run, image, feeds)
+    return rules
 
 
-def _rule(name: str, config: Config, run: Path, image: str) -> Rule:
+def before(rules: Mapping[str, Rule], names: Iterable[str]) -> set[str]:
+    """`names` and every rule whose result they need, directly or not."""
+    found: set[str] = set()
+    todo = [*names]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += [*rules[name].upstream, *([AFTER[name]] if name in AFTER else [])]
+    return found
+
+
+def _rule(name: str, config: Config, run: Path, image: str, feeds: Mapping[str, str]) -> Rule:
     section = SECTIONS.get(name, name)
     settings: StepConfig = getattr(config, section)
     if isinstance(settings, Audit):
@@ -151,11 +189,13 @@ def _rule(name: str, config: Config, run: Path, image: str) -> Rule:
             if key == "data_path" and Path(text).is_file():
                 for path in read_blend(Path(text), "train").files:
                     files += _on_disk(str(path), True)
-        elif key in UPSTREAM[name]:
-            upstream.append(UPSTREAM[name][key])
-            filled[key] = str(run / UPSTREAM[name][key])
+        elif key in feeds:
+            upstream.append(feeds[key])
+            filled[key] = str(run / feeds[key])
     if isinstance(settings, Stage) and not settings.name:
         filled["name"] = f"{config.run}-{section}"
+    if isinstance(settings, Report) and not settings.title:
+        filled["title"] = config.run
     out = run / name
     where = [f"--save-dir={out}", f"--store={config.store}"]
     return Rule(

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "training": {"core", "data", "model", "training"},
     "demo": {"core", "demo"},
     "evaluation": {"core", "data", "evaluation"},
+    "reporting": {"core", "reporting"},
 }
 STEPS = set(MAY_IMPORT)
 """What a module directly in llava_steps/ may import: everything but another such module."""

@@ -41,6 +41,8 @@ def work(ctx, cfg):
         if step == "demo_assets":
             (ctx.entry / name).mkdir(exist_ok=True)
             (ctx.entry / name / "config.json").write_text("{}")
+    if step == "report":
+        (ctx.entry / "report.html").write_text(step)
     while Path(f"hold-{step}").exists():
         time.sleep(0.02)
     inputs = {k: v.digest for k, v in ctx.inputs.items()}
@@ -72,6 +74,7 @@ MODULES = {
     "train": ("Stage", "lambda cfg: f'stage{cfg.stage}_checkpoint'"),
     "megatron_to_hf": ("HfExport", "'hf_export'"),
     "evaluate": ("Evaluation", "'evaluation'"),
+    "report": ("Report", "'report'"),
 }
 
 RULES = [
@@ -87,6 +90,7 @@ RULES = [
     "stage2_checkpoint",
     "hf_export",
     "evaluation",
+    "report",
 ]
 
 

@@ -37,6 +37,7 @@ def test_the_overlay_of_the_readme_changes_what_it_says(finished: Project) -> No
     assert finished.planned("--configfile", fresh) == [
         "evaluation",
         "hf_export",
+        "report",
         "stage2_checkpoint",
     ]
 

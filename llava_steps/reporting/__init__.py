@@ -1,0 +1,1 @@
+"""The page that tells a run: what is shown, its pictures and its HTML."""

@@ -1,0 +1,79 @@
+"""The page's HTML: one file that needs nothing else, no script and no network."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from llava_steps.reporting.charts import count
+from llava_steps.reporting.picture import picture
+
+HERE = Path(__file__).parent
+LONGEST = 800
+"""Characters of a text from the data that are shown."""
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """HTML of what collect.page gives; every text in it is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "said": said,
+        "compact": count,
+        "duration": duration,
+        "size": size,
+        "words": words,
+        "percent": percent,
+    }
+    style = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # noqa: S704  our own file
+    template = environment.get_template("page.html.j2")
+    return template.render(page, style=style, pipeline=picture(page["figures"]))
+
+
+def said(text: object, longest: int = LONGEST) -> str:
+    """A text of the data: without characters that HTML has no place for, and not too long."""
+    clean = _UNSEEN.sub("\ufffd", str(text))
+    return clean if len(clean) <= longest else clean[:longest] + " \u2026"
+
+
+def words(name: str) -> str:
+    """A name of the program as words: stage1_checkpoint is `stage 1 checkpoint`."""
+    spaced = re.sub(r"^(after_)?stage(\d)", r"\1stage \2", name)
+    return spaced.replace("_", " ").replace("hf ", "HF ").replace("megatron", "Megatron")
+
+
+def duration(seconds: float) -> str:
+    """Such as 48 s, 6 min 43 s, 3 h 20 min."""
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(number: float) -> str:
+    """Bytes as kB, MB, GB or TB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def percent(share: float) -> str:
+    """A share as 97.3 %."""
+    return f"{share:.1%}".replace("%", "\u202f%")
