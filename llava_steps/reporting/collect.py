@@ -180,7 +180,7 @@ def _benchmark(item: Input) -> dict[str, Any]:
 
 
 def _data(inputs: Inputs) -> dict[str, Any]:
-    found: dict[str, Any] = {"audits": []}
+    found: dict[str, Any] = {"shards": None, "reasons": [], "splits": None, "audits": []}
     if "tar_shards" in inputs:
         metrics = dict((inputs["tar_shards"].manifest or {}).get("metrics", {}))
         found["shards"] = metrics
@@ -201,7 +201,7 @@ def _data(inputs: Inputs) -> dict[str, Any]:
             continue
         seen.add(digest)
         found["audits"].append(_audit(item, of))
-    return found if len(found) > 1 or found["audits"] else {}
+    return found
 
 
 def _audit(item: Input, of: str) -> dict[str, Any]:
