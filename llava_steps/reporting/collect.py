@@ -36,6 +36,8 @@ SETTINGS = (
 """Settings of a stage that stand beside its curves; all of them stand under provenance."""
 CURVES = (
     ("loss", "Loss", True),
+    ("val_loss", "Validation loss", True),
+    ("val_accuracy", "Validation accuracy by token", True),
     ("lr", "Learning rate", True),
     ("grad_norm", "Gradient norm", True),
     ("tokens_per_s", "Tokens per second", True),
