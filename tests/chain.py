@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.patience import PATIENCE
+from tests.zygote import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -60,12 +61,19 @@ def run_step(
 ) -> subprocess.CompletedProcess[str]:
     """`python -m llava_steps.MODULE FLAGS...`; its log is the failure message of the test."""
     line = [sys.executable, "-m", f"llava_steps.{module}", *flags]
-    result = subprocess.run(
-        line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=PATIENCE
-    )
+    if module in WARM:
+        result = warm(f"llava_steps.{module}", flags, cwd, environment())
+    else:
+        result = subprocess.run(
+            line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=PATIENCE
+        )
     if check:
         assert result.returncode == 0, f"{' '.join(line)}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+WARM = ("train", "hf_to_megatron", "megatron_to_hf")
+"""Steps that import megatron: forks of a process that has done so (tests/zygote.py)."""
 
 
 @dataclass(frozen=True)

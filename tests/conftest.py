@@ -14,6 +14,8 @@ from tests import chain as chain_module
 # it compiles, each of them compiles torch and megatron anew: 15 s of a processor.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# Several tests run side by side: threads of each would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
