@@ -207,6 +207,11 @@ class Stage(StepConfig):
     recompute: Literal["none", "core_attn", "full"] = value(
         "none", "activations that the backward pass computes again instead of keeping them"
     )
+    compile: Literal["auto", "layers", "none"] = value(
+        "auto",
+        "layers: decoder layers, vision layers and head are compiled once, for any length; needs "
+        "tensor_model_parallel 1; auto: layers on a GPU in bf16 where that can be, else none",
+    )
     fp8: bool = value(False, "FP8 compute; not there yet, and refused")
     layer_spec: Literal["local"] = value("local", "layer implementation")
     deterministic: bool = value(True, "refuse kernels that give other bits in a second run")
@@ -329,6 +334,17 @@ class Stage(StepConfig):
         """World size over tensor and pipeline parallel sizes."""
         return self.world_size // (self.tensor_model_parallel * self.pipeline_model_parallel)
 
+    def not_compiled(self) -> str:
+        """What these settings would need for compiled layers; empty when nothing is in the way."""
+        if self.tensor_model_parallel > 1:
+            return f"tensor_model_parallel 1, not {self.tensor_model_parallel}"
+        if self.recompute == "core_attn":
+            return "recompute none or full: compiled attention keeps no scores"
+        for name in ("lora_rank", "overlap_grad_reduce", "overlap_param_gather"):
+            if getattr(self, name, False):
+                return f"no {name}: compiled layers pass over the hooks that it works with"
+        return ""
+
     @model_validator(mode="before")
     @classmethod
     def _frozen_by_stage(cls, given: Any) -> Any:
@@ -353,6 +369,8 @@ class Stage(StepConfig):
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
                 f"micro_batch_size x data parallel size = {share}"
             )
+        if self.compile == "layers" and (obstacle := self.not_compiled()):
+            raise ValueError(f"compile layers needs {obstacle}; or set compile to auto or none")
         if self.packing and self.micro_batch_size != 1:
             raise ValueError(
                 f"packing fills each microbatch by itself: micro_batch_size is "

@@ -33,6 +33,7 @@ class Packed:
 
     cu_seqlens int32 [n+1]; cos, sin [T, 1, 1, head_dim]; to_dense int64 [n*L] and to_packed
     int64 [T], or None where the row is its own dense batch (one sample) or the kernel is varlen.
+    longest int64 [] on the host: max_seqlen, in the form in which it is no constant to a compiler.
     """
 
     # Read by megatron-core's attention: "sbhd" keeps [T, 1, heads, head_dim] as it is.
@@ -45,14 +46,18 @@ class Packed:
     varlen: bool
     to_dense: Tensor | None
     to_packed: Tensor | None
+    longest: Tensor
 
     @property
     def samples(self) -> int:
         return self.cu_seqlens.numel() - 1
 
 
-def pack(cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor) -> Packed:
+def pack(
+    cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor, compiled: bool = False
+) -> Packed:
     """The `Packed` of a row of T tokens; cos and sin are [T, head_dim] in the compute dtype.
+    Compiled layers need no dense indices.
 
     Boundaries are checked where reading them costs nothing (on CPU): InputError if they do not
     cover the row or if a sample is longer than max_seqlen.
@@ -60,11 +65,11 @@ def pack(cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor) -> Packe
     tokens = cos.shape[0]
     if cu_seqlens.device.type == "cpu":
         _check(cu_seqlens, max_seqlen, tokens)
-    cu_seqlens = cu_seqlens.to(device=cos.device, dtype=torch.int32)
+    cu_seqlens = upload(cu_seqlens.to(torch.int32), cos.device)
     varlen = cos.is_cuda and cos.dtype != torch.float32
     to_dense = to_packed = None
     samples = cu_seqlens.numel() - 1
-    if not varlen and samples > 1:
+    if not (varlen or compiled) and samples > 1:
         starts = cu_seqlens[:-1].long()
         token = torch.arange(tokens, device=cos.device)
         sample = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
@@ -73,8 +78,25 @@ def pack(cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor) -> Packe
         # Padding places point at a real row: its values are finite and nobody reads the outputs.
         to_dense = (starts[:, None] + columns).clamp_(max=tokens - 1).flatten()
     return Packed(
-        cu_seqlens, max_seqlen, cos[:, None, None], sin[:, None, None], varlen, to_dense, to_packed
+        cu_seqlens,
+        max_seqlen,
+        cos[:, None, None],
+        sin[:, None, None],
+        varlen,
+        to_dense,
+        to_packed,
+        torch.tensor(max_seqlen, device="cpu"),
     )
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, for which the host does not wait."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # A copy from pageable memory would wait for all work that the GPU still has.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _check(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:

@@ -16,18 +16,28 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from llava_steps.core.errors import InputError
 from llava_steps.core.geometry import Geometry
-from llava_steps.model.attention import pack
+from llava_steps.model import compiled
+from llava_steps.model.attention import pack, upload
 from llava_steps.model.head import best, hits
+from llava_steps.model.kernels import Words
 from llava_steps.model.options import ModelOptions, transformer_config
 from llava_steps.model.rope import RotaryTable
 from llava_steps.model.specs import local_block_spec, mark_tensor_parallel
-from llava_steps.model.vision import build_tower, image_features, shared_image_features
+from llava_steps.model.vision import (
+    build_tower,
+    image_features,
+    plain_layer,
+    shared_image_features,
+)
 
 IGNORED = -100
+ROUND = 128
+"""Supervised positions are filled up to a multiple of this in the compiled head."""
 
 
 class Projector(torch.nn.Module):
@@ -73,7 +83,11 @@ class Llava(MegatronModule):  # type: ignore[misc]
             self.mm_projector = Projector(geometry, options.dtype)
         self.language_model = GPTModel(
             config,
-            local_block_spec(geometry, get_num_layers_to_build(config)),
+            local_block_spec(
+                geometry,
+                get_num_layers_to_build(config),
+                compiled.CompiledLayer if options.compiled else TransformerLayer,
+            ),
             vocab_size=geometry.vocab,
             max_sequence_length=geometry.max_positions,
             pre_process=self.pre_process,
@@ -83,6 +97,9 @@ class Llava(MegatronModule):  # type: ignore[misc]
             scatter_embedding_sequence_parallel=False,
         )
         mark_tensor_parallel(self.language_model)
+        if options.compiled:
+            compiled.install(self.language_model.decoder, geometry)
+        self._vision_layer = compiled.run_vision_layer if options.compiled else plain_layer
         self._freeze()
 
     def _freeze(self) -> None:
@@ -112,7 +129,7 @@ class Llava(MegatronModule):  # type: ignore[misc]
         labels: Tensor | None = None,
         wanted: Literal["loss", "score", "next"] = "loss",
     ) -> Tensor:
-        """One packed row.
+        """One packed row. What is on the host is looked at there, so that nobody waits for a GPU.
 
         tokens int64 [1, T]; position_ids int64 [1, T], from 0 in every sample; cu_seqlens int32
         [n+1], padding at the end being a sample of its own; max_seqlen >= the longest sample;
@@ -131,8 +148,9 @@ class Llava(MegatronModule):  # type: ignore[misc]
                 f"a row of {tokens.shape[1]} tokens does not divide by tp {self.options.tp}; "
                 "pad rows to a multiple of it for sequence_parallel"
             )
-        cos, sin = self.rotary(position_ids[0], self.options.dtype)
-        packed = pack(cu_seqlens, max_seqlen, cos, sin)
+        place = next(self.parameters()).device
+        cos, sin = self.rotary(upload(position_ids[0], place), self.options.dtype)
+        packed = pack(cu_seqlens, max_seqlen, cos, sin, self.options.compiled)
         hidden: Tensor = self.language_model.decoder(
             hidden_states=self._embed(tokens, pixel_values) if self.pre_process else None,
             attention_mask=None,
@@ -144,18 +162,34 @@ class Llava(MegatronModule):  # type: ignore[misc]
 
     def _embed(self, tokens: Tensor, pixel_values: Tensor | None) -> Tensor:
         """tokens [1, T] -> [T, 1, hidden] with the image features in place, or this rank's part."""
-        embeddings: Tensor = self.language_model.embedding.word_embeddings(tokens).squeeze(0)
-        places = (tokens[0] == self.geometry.image_token_id).nonzero().squeeze(1)
+        words = self.language_model.embedding.word_embeddings
+        device = words.weight.device
+        is_image = tokens[0] == self.geometry.image_token_id
+        places = is_image.nonzero().squeeze(1)
         images = 0 if pixel_values is None else pixel_values.shape[0]
         if places.numel() != images * self.geometry.tokens_per_image:
             raise InputError(
                 f"{places.numel()} image tokens in a row with {images} images of "
                 f"{self.geometry.tokens_per_image} tokens each; was a sample cut within an image?"
             )
+        features = None
         if pixel_values is not None and images:
-            features = self.mm_projector(self._features(pixel_values)).flatten(0, 1)
-            embeddings = embeddings.index_copy(0, places, features.to(embeddings.dtype))
+            features = self.mm_projector(self._features(upload(pixel_values, device))).flatten(0, 1)
+        if self.options.compiled:
+            texts = (~is_image).nonzero().squeeze(1)
+            tokens, texts, places = (upload(x, device) for x in (tokens[0], texts, places))
+            weight = words.weight
+            none = weight.new_empty(0, weight.shape[1])
+            embeddings: Tensor = Words.apply(  # type: ignore[no-untyped-call]
+                weight, compiled.main_grad(weight), none if features is None else features,
+                tokens, texts, places,
+            )  # fmt: skip
         else:
+            embeddings = words(upload(tokens, device)).squeeze(0)
+            if features is not None:
+                places = upload(places, device)
+                embeddings = embeddings.index_copy(0, places, features.to(embeddings.dtype))
+        if features is None:
             embeddings = embeddings + self._no_image()
         embeddings = embeddings.unsqueeze(1)
         if self.options.sequence_parallel:
@@ -164,10 +198,16 @@ class Llava(MegatronModule):  # type: ignore[misc]
         return embeddings
 
     def _features(self, pixels: Tensor) -> Tensor:
+        run = self._vision_layer
+        if self.options.compiled and len(pixels) == 1:
+            # To a compiler one is a constant, not a number of images.
+            return self._features(pixels.expand(2, -1, -1, -1))[:1]
         if self.options.freeze_vision:
-            return shared_image_features(self.vision_tower, pixels, self.geometry, self.tp_group)
+            return shared_image_features(
+                self.vision_tower, pixels, self.geometry, self.tp_group, run
+            )
         # Every tensor-parallel rank encodes all images: equal inputs, hence equal gradients.
-        return image_features(self.vision_tower, pixels, self.geometry)
+        return image_features(self.vision_tower, pixels, self.geometry, run)
 
     def _no_image(self) -> Tensor | float:
         """A zero that depends on every trainable image parameter.
@@ -200,10 +240,12 @@ class Llava(MegatronModule):  # type: ignore[misc]
         """hidden [n, hidden] -> logits fp32 [n, vocab / tp], this rank's part of the vocabulary."""
         if not self.options.sequence_parallel:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        lm = self.language_model
-        tied = self.geometry.tied
-        weight = lm.shared_embedding_or_output_weight() if tied else lm.output_layer.weight
-        return F.linear(hidden, weight).float()
+        return F.linear(hidden, self._head_weight()).float()
+
+    def _head_weight(self) -> Tensor:
+        lm, tied = self.language_model, self.geometry.tied
+        weight: Tensor = lm.shared_embedding_or_output_weight() if tied else lm.output_layer.weight
+        return weight
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._head(self._whole_row(hidden))
@@ -211,13 +253,22 @@ class Llava(MegatronModule):  # type: ignore[misc]
         return whole
 
     def _judged(self, hidden: Tensor, labels: Tensor, wanted: str) -> Tensor:
-        targets = (labels[0] != IGNORED).nonzero().squeeze(1)
-        logits = self._head(self._whole_row(hidden).index_select(0, targets))
+        places = (labels[0] != IGNORED).nonzero().squeeze(1)
+        targets, count = labels[0, places], places.numel()
+        fast = self.options.compiled and wanted == "loss"
+        if fast:
+            fill = -count % ROUND if count else ROUND
+            places, targets = F.pad(places, (0, fill)), F.pad(targets, (0, fill))
+        places, targets = (upload(x, hidden.device) for x in (places, targets))
+        chosen = self._whole_row(hidden).index_select(0, places)
+        if fast:
+            return compiled.losses(chosen, self._head_weight(), targets)[:count]
+        logits = self._head(chosen)
         if wanted == "next":
             return best(logits)
         # Before the loss, which overwrites the logits.
-        right = hits(logits, labels[0, targets]) if wanted == "score" else None
-        losses: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits, labels[0, targets])
+        right = hits(logits, targets) if wanted == "score" else None
+        losses: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
         return losses if right is None else torch.stack([losses, right])
 
     def sharded_state_dict(

@@ -22,6 +22,7 @@ class ModelOptions:
 
     `pre_process` / `post_process`: this rank is the first / last pipeline stage.
     `recompute`: activations that are computed again in the backward pass.
+    `compiled`: layers, tower and head are compiled functions (compiled.py); needs tp 1.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -34,6 +35,7 @@ class ModelOptions:
     pre_process: bool = True
     post_process: bool = True
     recompute: Literal["none", "core_attn", "full"] = "none"
+    compiled: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,6 +47,13 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
     check_layout(geometry, options.tp, options.pp)
     if options.sequence_parallel and options.tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel > 1")
+    if options.compiled and options.tp > 1:
+        raise ConfigError("compiled layers need tensor_model_parallel 1; set compile to none")
+    if options.compiled and options.recompute == "core_attn":
+        raise ConfigError(
+            "recompute core_attn has nothing to do in compiled layers, whose attention keeps no "
+            "scores; set recompute to none or full, or compile to none"
+        )
     uneven: dict[str, Any] = {}
     if geometry.layers % options.pp:
         last = last_stage_layers(geometry.layers, options.pp)

@@ -71,8 +71,10 @@ def _with_bias(linear: type[torch.nn.Module], bias: bool) -> type[torch.nn.Modul
     return Linear
 
 
-def local_layer_spec(geometry: Geometry) -> ModuleSpec:
-    """One decoder layer of `geometry`."""
+def local_layer_spec(
+    geometry: Geometry, layer: type[TransformerLayer] = TransformerLayer
+) -> ModuleSpec:
+    """One decoder layer of `geometry`, of the class `layer`."""
     qk_norm = RMSNorm if geometry.qk_norm else None
     attention = SelfAttentionSubmodules(
         linear_qkv=_with_bias(ColumnParallelLinear, geometry.qkv_bias),
@@ -86,7 +88,7 @@ def local_layer_spec(geometry: Geometry) -> ModuleSpec:
         linear_fc2=_with_bias(RowParallelLinear, geometry.mlp_bias),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -106,10 +108,12 @@ def _core_attention(*, softmax_scale: float | None, **_: Any) -> PackedAttention
     return PackedAttention(softmax_scale)
 
 
-def local_block_spec(geometry: Geometry, layers: int) -> TransformerBlockSubmodules:
+def local_block_spec(
+    geometry: Geometry, layers: int, layer: type[TransformerLayer] = TransformerLayer
+) -> TransformerBlockSubmodules:
     """`layers` decoder layers and the final norm (kept by the last pipeline stage only)."""
     return TransformerBlockSubmodules(
-        layer_specs=[local_layer_spec(geometry)] * layers, layer_norm=RMSNorm
+        layer_specs=[local_layer_spec(geometry, layer)] * layers, layer_norm=RMSNorm
     )
 
 

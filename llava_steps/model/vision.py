@@ -7,6 +7,7 @@ pooling head) keep theirs too, so that the round trip to safetensors is complete
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,24 +57,36 @@ def tower_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in tower.state_dict().items()}
 
 
-def image_features(tower: Any, pixels: Tensor, geometry: Geometry) -> Tensor:
+def plain_layer(layer: Any, hidden: Tensor) -> Tensor:
+    """One layer of the tower, [n, positions, vision_hidden] -> the same."""
+    out: Tensor = layer(hidden, None)
+    return out
+
+
+def image_features(
+    tower: Any, pixels: Tensor, geometry: Geometry, run: Callable[..., Tensor] = plain_layer
+) -> Tensor:
     """pixels [n, 3, H, W] -> features [n, tokens_per_image, vision_hidden], HF semantics.
 
     hidden_states[k] is what goes into layer k (after CLIP's pre_layrnorm), so only the first k
-    layers run; "default" drops the first position, whatever it is.
+    layers run; "default" drops the first position, whatever it is. `run` runs a layer.
     """
     first = next(tower.parameters())
     hidden: Tensor = tower.embeddings(pixels.to(device=first.device, dtype=first.dtype))
     if hasattr(tower, "pre_layrnorm"):
         hidden = tower.pre_layrnorm(hidden)
     for layer in tower.encoder.layers[: geometry.feature_depth]:
-        hidden = layer(hidden, None)
+        hidden = run(layer, hidden)
     return hidden[:, 1:] if geometry.select_strategy == "default" else hidden
 
 
 @torch.no_grad()
 def shared_image_features(
-    tower: Any, pixels: Tensor, geometry: Geometry, group: dist.ProcessGroup
+    tower: Any,
+    pixels: Tensor,
+    geometry: Geometry,
+    group: dist.ProcessGroup,
+    run: Callable[..., Tensor] = plain_layer,
 ) -> Tensor:
     """image_features of a frozen tower: each rank of `group` encodes its share, all get all.
 
@@ -82,10 +95,11 @@ def shared_image_features(
     """
     ranks, images = group.size(), pixels.shape[0]
     if ranks == 1:
-        return image_features(tower, pixels, geometry)
+        return image_features(tower, pixels, geometry, run)
     share = -(-images // ranks)
     mine = torch.arange(group.rank() * share, (group.rank() + 1) * share, device=pixels.device)
-    local = image_features(tower, pixels[mine.clamp_(max=images - 1)], geometry).contiguous()
+    some = pixels[mine.clamp_(max=images - 1)]
+    local = image_features(tower, some, geometry, run).contiguous()
     gathered = local.new_empty(ranks * share, *local.shape[1:])
     dist.all_gather_into_tensor(gathered, local, group=group)
     return gathered[:images]

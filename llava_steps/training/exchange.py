@@ -7,6 +7,7 @@ from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from llava_steps.data.batch import MicroBatch
+from llava_steps.model.attention import upload
 from llava_steps.training import parallel
 
 
@@ -19,7 +20,8 @@ def whole_images(batch: MicroBatch) -> Tensor | None:
     own = batch.pixel_values
     if own is None:
         return None
-    own, parts = own.to(parallel.device()), ps.get_tensor_model_parallel_world_size()
+    own = upload(own, parallel.device())
+    parts = ps.get_tensor_model_parallel_world_size()
     if parts == 1:
         return own
     share = -(-batch.num_images // parts)

@@ -109,6 +109,8 @@ def _environment(stage: Stage, rank: int, scratch: Path) -> Mapping[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        # Rows differ in length: memory of one size must serve another.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
     return chosen | dict(os.environ) | own
 

@@ -6,9 +6,11 @@ import contextlib
 import functools
 import json
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,10 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     (nothing was updated with them) and StoppedError on request, with everything saved.
     """
     stage = job.stage
+    # The loader's thread plans while this one feeds the GPU: neither may wait long for the other.
+    sys.setswitchinterval(SWITCH)
     stop.limit(stage.exit_before)
-    model = build(job)
+    model = build(job, log)
     wrapped = wrap(model)
     optimizer = Optimizer(stage, wrapped)
     done, loader = restore_or_start(job, model, optimizer, log)
@@ -90,10 +94,11 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
                 norm = optimizer.gradient_norm()
                 if guard.accepts(sums.mean, norm, batch, sums.micro):
                     lr = learning_rate(stage, done.step)
+                    # Before the update, so that nobody waits for it.
+                    waited, memory = parallel.highest([waited, peak_memory()])
                     optimizer.step(lr, norm)
                     done.updates += 1
                     seconds = time.monotonic() - began
-                    waited, memory = parallel.highest([waited, peak_memory()])
                     seen = looks.validation(done.step)
                     row = {"lr": lr, "grad_norm": norm, "memory_gib": round(memory, 3)}
                     row |= {"data_wait_s": round(waited, 4)} | seen
@@ -134,7 +139,13 @@ def stopped(step: int, first: int, signalled: bool, stage: Stage) -> StepError:
     )
 
 
-def build(job: Job) -> Llava:
+SWITCH = 0.0005
+"""Seconds after which a thread gives the interpreter to another."""
+ROW = 128
+"""Rows of compiled layers are multiples of this, as the tiles of matrix products are."""
+
+
+def build(job: Job, log: logging.Logger) -> Llava:
     """This rank's part of the model, with uninitialised weights, frozen as the stage says."""
     stage = job.stage
     geometry = Geometry.from_hf(json.loads((job.hf_dir / "config.json").read_bytes()))
@@ -147,10 +158,30 @@ def build(job: Job) -> Llava:
         freeze_projector=stage.freeze_projector,
         freeze_lm=bool(stage.freeze_lm),
         recompute=stage.recompute,
+        compiled=compiles(stage),
         pre_process=parallel.is_first_stage(),
         post_process=parallel.is_last_stage(),
     )
+    if options.compiled:
+        log.info("layers are compiled; the first step takes longer")
+    elif torch.cuda.is_available():
+        reason = "as asked" if stage.compile == "none" else stage.not_compiled() or "not bf16"
+        log.info("layers are not compiled (%s)", reason)
     return build_llava(geometry, options)
+
+
+def compiles(stage: Stage) -> bool:
+    """Whether this training compiles its layers."""
+    if stage.compile != "auto":
+        return stage.compile == "layers"
+    return torch.cuda.is_available() and stage.precision == "bf16" and not stage.not_compiled()
+
+
+def row_multiple(stage: Stage) -> int:
+    """What the length of every row is a multiple of."""
+    if compiles(stage):
+        return ROW
+    return stage.tensor_model_parallel if stage.sequence_parallel else 1
 
 
 def restore_or_start(
@@ -240,7 +271,7 @@ def open_loader(job: Job, consumed: int) -> TrainLoader:
         need_pixels=parallel.is_first_stage(),
         image_part=ps.get_tensor_model_parallel_rank(),
         image_parts=stage.tensor_model_parallel,
-        pad_to_multiple=stage.tensor_model_parallel if stage.sequence_parallel else 1,
+        pad_to_multiple=row_multiple(stage),
         equal_lengths=stage.pipeline_model_parallel > 1,
         packing=stage.packing,
         pack_length=stage.pack_length,
@@ -280,6 +311,7 @@ def forward_backward(
     """Gradients of the token mean over the global batch, left in the gradient buffers.
 
     With `datasets` the loss of each of them is told as well. There is a `beat` for each microbatch.
+    The pixels of `batch` are gone afterwards.
     """
     wrapped.zero_grad_buffer()
     optimizer.zero_grad()
@@ -294,6 +326,8 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=False,
     )
+    # Giving back their memory takes a while, in which the GPU has still work to do.
+    batch[:] = [replace(m, pixel_values=None) for m in batch]
     place = parallel.device()
     found = torch.stack(losses) if losses else torch.zeros(0, 1 + 2 * len(datasets), device=place)
     micro = found[:, 0].tolist()
@@ -314,19 +348,19 @@ def forward_step(
 ) -> tuple[Tensor, Any]:
     """One microbatch through this stage, in the form that Megatron's schedules ask for."""
     batch = next(batches)
-    place = parallel.device()
     output = wrapped(
-        batch.tokens.to(place),
-        batch.position_ids.to(place),
-        batch.cu_seqlens.to(place),
+        batch.tokens,
+        batch.position_ids,
+        batch.cu_seqlens,
         batch.max_seqlen,
         whole_images(batch),
-        batch.labels.to(place),
+        batch.labels,
     )
 
     def loss_sum(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = losses.sum()
-        count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+        # Filled on the device: a number from the host would wait for all work before it.
+        count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
         parts = [total.detach().double()[None]]
         if datasets:
             parts.append(by_dataset(losses, batch, datasets))

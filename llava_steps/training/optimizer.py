@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -42,7 +43,11 @@ def wrap(model: MegatronModule) -> DistributedDataParallel:
 class Optimizer:
     """AdamW over the trainable parameters of one rank; may hold none (a frozen pipeline stage)."""
 
-    def __init__(self, stage: Stage, model: DistributedDataParallel) -> None:
+    def __init__(
+        self, stage: Stage, model: DistributedDataParallel, fused: bool | None = None
+    ) -> None:
+        """`fused`: clip and update all parameters in one go; on CUDA unless told."""
+        self._fused = torch.cuda.is_available() if fused is None else fused
         config = OptimizerConfig(
             optimizer="adam",
             lr=stage.lr,
@@ -61,6 +66,9 @@ class Optimizer:
         assert isinstance(chained, ChainedOptimizer)
         (self._inner,) = chained.chained_optimizers
         assert isinstance(self._inner, DistributedOptimizer)
+        if self._fused and not self.empty:
+            for group in self._inner.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
 
     @property
     def empty(self) -> bool:
@@ -79,7 +87,13 @@ class Optimizer:
         A collective call; not finite when any gradient anywhere is not.
         """
         self._inner.prepare_grads()
-        return float(self._inner.get_grad_norm())
+        # megatron-core's own way, without Apex, waits for the GPU once per parameter.
+        grads = [] if self.empty else self._inner.get_main_grads_for_grad_norm()
+        total = torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device())
+        if grads:
+            total += torch.stack(torch._foreach_norm(grads)).square().sum()
+        dist.all_reduce(total, group=self._inner.get_grad_stats_parallel_group())
+        return math.sqrt(total.item())
 
     @torch.no_grad()
     def step(self, lr: float, norm: float) -> None:
@@ -89,11 +103,23 @@ class Optimizer:
             for group in self._inner.optimizer.param_groups:
                 group["lr"] = lr
                 group["weight_decay"] = self._stage.weight_decay * group["wd_mult"]
-            if self._stage.clip_grad > 0:
-                clip_grad_by_total_norm_fp32(
-                    self._inner.get_parameters(), self._stage.clip_grad, norm
-                )
+            self._clip(norm)
         self._inner.step_with_ready_grads()
+
+    def _clip(self, norm: float) -> None:
+        limit = self._stage.clip_grad
+        if not self._fused:
+            if limit > 0:
+                clip_grad_by_total_norm_fp32(self._inner.get_parameters(), limit, norm)
+            return
+        # The fused update divides by this on its way.
+        excess = max(1.0, (norm + 1e-6) / limit) if limit > 0 else 1.0
+        device = torch.cuda.current_device()
+        self._inner.optimizer.grad_scale = torch.full((), excess, device=device)
+
+    def _step_count(self, parameter: torch.Tensor, steps: int) -> torch.Tensor:
+        device = parameter.device if self._fused else torch.device("cpu")
+        return torch.full((), float(steps), dtype=torch.float32, device=device)
 
     def reload_weights(self) -> None:
         """Take the model's weights as the new fp32 masters, after weights were loaded alone."""
@@ -120,7 +146,7 @@ class Optimizer:
             moments[parameter].pop("step", None)
         self._inner.load_parameter_state_from_fully_reshardable(state)
         for parameter in moments:
-            moments[parameter]["step"] = torch.tensor(float(steps), dtype=torch.float32)
+            moments[parameter]["step"] = self._step_count(parameter, steps)
 
     def state_bytes(self) -> int:
         """Bytes of this rank's masters and moments, as they are saved."""
@@ -142,5 +168,5 @@ class Optimizer:
                 self._inner.optimizer.state[parameter] = {
                     "exp_avg": torch.zeros_like(parameter.data),
                     "exp_avg_sq": torch.zeros_like(parameter.data),
-                    "step": torch.tensor(0.0, dtype=torch.float32),
+                    "step": self._step_count(parameter, 0),
                 }

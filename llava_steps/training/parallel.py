@@ -91,6 +91,8 @@ def make_deterministic() -> None:
     """Refuse kernels whose result differs from run to run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # Else every new tensor is filled with NaN first, to show reads of what nobody wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
@@ -131,6 +133,8 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 def highest(values: list[float]) -> list[float]:
     """The highest of each value over all ranks of the job; the same answer on every rank."""
+    if dist.get_world_size() == 1:
+        return values  # asking the GPU would wait for all its work
     found = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return list(found.tolist())
@@ -138,6 +142,8 @@ def highest(values: list[float]) -> list[float]:
 
 def on_any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank of the job; the same answer on every rank."""
+    if dist.get_world_size() == 1:
+        return flag  # asking the GPU would wait for all its work
     raised = torch.tensor(int(flag), device=device())
     dist.all_reduce(raised, dist.ReduceOp.MAX)
     return bool(raised.item())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llava_steps.data.batch import MicroBatch
 from llava_steps.data.conversation import IGNORE
+from llava_steps.model.attention import upload
 
 
 class Sums:
@@ -61,5 +62,5 @@ def by_dataset(losses: Tensor, batch: MicroBatch, datasets: Sequence[str]) -> Te
     counts = torch.stack([supervised[a:b].sum() for a, b in itertools.pairwise(borders)])
     numbers = torch.tensor([datasets.index(name) for name in batch.datasets])
     owners = F.one_hot(torch.repeat_interleave(numbers, counts), len(datasets)).T
-    sums = (owners.to(losses.device) * losses.double()).sum(dim=1)
-    return torch.cat([sums, owners.sum(dim=1).to(sums)])
+    sums = (upload(owners, losses.device) * losses.double()).sum(dim=1)
+    return torch.cat([sums, upload(owners.sum(dim=1).to(sums.dtype), sums.device)])

@@ -20,6 +20,7 @@ LAYOUTS = {
     "tp2sp": ("--gpus=2", "--tp=2", "--sequence-parallel", "--micro-batch-size=8"),
     "pp2": ("--gpus=2", "--pp=2", "--micro-batch-size=2"),
     "dp2 packed": ("--gpus=2", "--packing", "--num-workers=1"),
+    "dp1 packed compiled": ("--gpus=1", "--packing", "--compile=layers"),
     "tp2 packed": ("--gpus=2", "--tp=2", "--packing"),
     "pp2 packed": ("--gpus=2", "--pp=2", "--packing", "--pad-to=budget"),
 }  # fmt: skip

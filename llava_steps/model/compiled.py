@@ -1,0 +1,179 @@
+"""Decoder layers, vision layers and the head as one compiled function each.
+
+A layer's whole forward and backward pass becomes a few matrix products, flash attention, and one
+kernel for whatever lies between two of these. Every layer is the same function of other weights, so
+it is compiled once; the number of tokens, images and supervised positions is a symbol in it, so
+no length makes it compile again.
+
+Only without tensor parallelism: the collectives of megatron-core's linears would cut the function
+into pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from llava_steps.core.geometry import Geometry
+from llava_steps.model.attention import Packed
+from llava_steps.model.kernels import attention, linear, swiglu
+from llava_steps.model.vision import plain_layer
+
+Function = Callable[..., Any]
+
+
+def compile_function(function: Function) -> Function:
+    """`function` compiled as a whole; what would break it up, or specialise it, is an error.
+
+    Without CUDA the same graphs are run operation by operation: that shows their correctness and
+    needs no compiler.
+    """
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def main_grad(weight: Tensor) -> Tensor:
+    """Where the gradient of `weight` is added up, or an empty tensor when it needs none."""
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return weight.new_empty(0, dtype=torch.float32)
+    found: Tensor | None = getattr(weight, "main_grad", None)
+    if found is None:
+        raise RuntimeError(
+            "compiled layers add gradients to main_grad: wrap the model in megatron-core's "
+            "DistributedDataParallel before training it"
+        )
+    return found.data
+
+
+def symbolic(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, whose first size is any number to the compiler."""
+    for tensor in tensors:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    return tensors
+
+
+def with_main_grad(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight, unknown to autograd, and its `main_grad`."""
+    return weight.detach(), main_grad(weight)
+
+
+def layer_function(geometry: Geometry) -> Function:
+    """The function of one decoder layer, not compiled.
+
+    Takes hidden [T, hidden]; cos and sin [T, head_dim]; borders and longest as in
+    `kernels.attention`; the four (weight, main_grad) pairs of qkv, proj, fc1 and fc2; the weights
+    of both norms; biases of the four products and the weights of the query and key norms, or None.
+    Returns [T, hidden].
+    """
+    g = geometry
+    groups, shared, width, eps = g.kv_heads, g.heads // g.kv_heads, g.head_dim, g.rms_eps
+    scale = width**-0.5
+
+    def product(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+        out: Tensor = linear(x, *weight)
+        return out if bias is None else out + bias
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def layer(
+        hidden: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, longest: Tensor,
+        qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor], fc1: tuple[Tensor, Tensor],
+        fc2: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor],
+        biases: tuple[Tensor | None, ...], qk_norms: tuple[Tensor | None, ...],
+    ) -> Tensor:  # fmt: skip
+        mixed = product(norm(hidden, norms[0]), qkv, biases[0]).view(-1, groups, shared + 2, width)
+        if qk_norms[0] is not None and qk_norms[1] is not None:
+            q, k, v = mixed[:, :, :shared], mixed[:, :, shared:-1], mixed[:, :, -1:]
+            mixed = torch.cat((norm(q, qk_norms[0]), norm(k, qk_norms[1]), v), dim=2)
+        out, *_ = attention(mixed, cos, sin, borders, longest, scale)
+        hidden = hidden + product(out.flatten(1), proj, biases[1])
+        both = product(norm(hidden, norms[1]), fc1, biases[2])
+        return hidden + product(swiglu(both), fc2, biases[3])
+
+    return layer
+
+
+class CompiledLayer(TransformerLayer):  # type: ignore[misc]
+    """megatron-core's layer, its parameters and its checkpoint, with a forward of our own."""
+
+    function: Function
+    """Set by `install`; the same for all layers of a model."""
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: Packed, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states [T, 1, hidden] -> the same."""
+        attend, mlp, packed = self.self_attention, self.mlp, packed_seq_params
+        linears = (attend.linear_qkv, attend.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
+        if any(x._forward_hooks or x._forward_pre_hooks for x in linears):
+            raise RuntimeError(
+                "compiled layers pass over hooks of their linears; set compile: none"
+            )
+        if any(x.weight.requires_grad for x in linears) and torch.is_grad_enabled():
+            # Autograd knows of the weights only through what flows into the layer.
+            assert hidden_states.requires_grad
+        out = self.function(
+            *symbolic(
+                hidden_states.squeeze(1),
+                packed.cos.flatten(1),
+                packed.sin.flatten(1),
+                packed.cu_seqlens,
+            ),
+            packed.longest,
+            *(with_main_grad(x.weight) for x in linears),
+            (self.input_layernorm.weight, self.pre_mlp_layernorm.weight),
+            tuple(x.bias for x in linears),
+            tuple(
+                getattr(norm, "weight", None) for norm in (attend.q_layernorm, attend.k_layernorm)
+            ),
+        )
+        return out.unsqueeze(1), None
+
+
+def install(block: torch.nn.Module, geometry: Geometry) -> None:
+    """Give the `CompiledLayer`s of a block their function."""
+    function = compile_function(layer_function(geometry))
+    for layer in block.layers:  # type: ignore[union-attr]
+        layer.function = function
+
+
+def head_losses(hidden: Tensor, weight: Tensor, main: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy fp32 [n] of hidden [n, hidden] at labels [n], weight [vocab, hidden].
+
+    Of the logits one copy in the compute dtype is kept. No scatter, whose deterministic form would
+    need the logits twice more in fp32.
+    """
+    logits = linear(hidden, weight, main).float()
+    places = torch.arange(logits.shape[1], device=logits.device)
+    wanted = torch.where(places == labels[:, None], logits, 0.0).sum(1)
+    return torch.logsumexp(logits, 1) - wanted
+
+
+def losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """`head_losses`, compiled, for any n above 1."""
+    hidden, labels = symbolic(hidden, labels)
+    out: Tensor = _head()(hidden, *with_main_grad(weight), labels)
+    return out
+
+
+@cache
+def _head() -> Function:
+    return compile_function(head_losses)
+
+
+def run_vision_layer(layer: Any, hidden: Tensor) -> Tensor:
+    """A layer of the tower, compiled for any number of images; see `vision.plain_layer`."""
+    out: Tensor = _vision_layer()(layer, *symbolic(hidden))
+    return out
+
+
+@cache
+def _vision_layer() -> Function:
+    return compile_function(plain_layer)

@@ -1,0 +1,206 @@
+"""Gradients of a small compiled model, and those of transformers in float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.model_fixtures import Tiny, _tiny, hf_model, pack_samples, samples
+
+ROOT = Path(__file__).parents[1]
+# Flash attention wants multiples of 8; a group of two query heads for each key head.
+SMALL = _tiny(
+    "compiled",
+    text={
+        "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2,
+        "initializer_range": 0.1,
+    },
+)  # fmt: skip
+
+
+def megatron(get: Callable[[str], Tensor], layers: int, groups: int) -> dict[str, Tensor]:
+    """What `get` gives for transformers' names, by megatron-core's names and in its form."""
+    lm = "model.language_model"
+    found = {
+        "language_model.embedding.word_embeddings.weight": get(f"{lm}.embed_tokens.weight"),
+        "language_model.decoder.final_layernorm.weight": get(f"{lm}.norm.weight"),
+        "language_model.output_layer.weight": get("lm_head.weight"),
+    }
+    for part in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"):
+        found[f"mm_projector.{part}"] = get(f"model.multi_modal_projector.{part}")
+    for i in range(layers):
+        old, new = f"{lm}.layers.{i}", f"language_model.decoder.layers.{i}"
+        q, k, v = (get(f"{old}.self_attn.{x}_proj.weight") for x in "qkv")
+        parts = [x.view(groups, -1, x.shape[1]) for x in (q, k, v)]
+        found[f"{new}.self_attention.linear_qkv.weight"] = torch.cat(parts, 1).flatten(0, 1)
+        found[f"{new}.self_attention.linear_proj.weight"] = get(f"{old}.self_attn.o_proj.weight")
+        gate, up = (get(f"{old}.mlp.{x}_proj.weight") for x in ("gate", "up"))
+        found[f"{new}.mlp.linear_fc1.weight"] = torch.cat((gate, up))
+        found[f"{new}.mlp.linear_fc2.weight"] = get(f"{old}.mlp.down_proj.weight")
+        found[f"{new}.input_layernorm.weight"] = get(f"{old}.input_layernorm.weight")
+        found[f"{new}.pre_mlp_layernorm.weight"] = get(f"{old}.post_attention_layernorm.weight")
+    return found
+
+
+def _model(tiny: Tiny, dtype: torch.dtype) -> Any:
+    """In float64, with weights that `dtype` can hold."""
+    model = hf_model(tiny)
+    return model.to(dtype).double()
+
+
+def expected(tiny: Tiny, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+    """Sum of the losses and its gradients, sample by sample."""
+    model, total = _model(tiny, dtype), 0.0
+    for sample in samples(4)[:3]:
+        pixels = None if sample.pixels is None else sample.pixels.to(dtype).double()
+        out = model(input_ids=sample.tokens[None], pixel_values=pixels).logits[0]
+        kept = sample.targets != -100
+        loss = torch.nn.functional.cross_entropy(out[kept], sample.targets[kept], reduction="sum")
+        loss.backward()
+        total += float(loss)
+    named = dict(model.named_parameters())
+    return total, megatron(lambda name: named[name].grad, 2, 2)
+
+
+def build(precision: str, compiled: bool) -> Any:
+    """Our model, in Megatron's wrapper, with the weights of the reference."""
+    from llava_steps.core.geometry import Geometry
+    from llava_steps.model.llava import build_llava
+    from llava_steps.model.options import DTYPES, ModelOptions
+    from llava_steps.training.optimizer import wrap
+
+    reference = _model(SMALL, DTYPES[precision])
+    options = ModelOptions(precision=precision, compiled=compiled)  # type: ignore[arg-type]
+    model = build_llava(Geometry.from_hf(reference.config.to_dict()), options)
+    weights = dict(reference.named_parameters())
+    named = megatron(lambda name: weights[name].data, 2, 2)
+    tower = "model.vision_tower."
+    named |= {
+        f"vision_tower.{n.removeprefix(tower).removeprefix('vision_model.')}": p.data
+        for n, p in weights.items()
+        if n.startswith(tower)
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(named[name])
+    return wrap(model)
+
+
+def run(wrapped: Any) -> float:
+    """Two rows forward and backward; the sum of their losses."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    everything, sums = samples(4), []
+    rows = [pack_samples(everything, (0, 1), 32), pack_samples(everything, (2,), 20)]
+
+    def loss(out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        sums.append(out.detach().double().sum())
+        return out.sum(), torch.ones((), dtype=torch.int, device=out.device), {}
+
+    def step(iterator: Any, chunk: Any) -> tuple[Tensor, Any]:
+        b = next(iterator)
+        place = b.tokens, b.position_ids, b.cu_seqlens, b.max_seqlen
+        return chunk(*place, b.pixel_values, b.labels), loss
+
+    wrapped.zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=step, data_iterator=iter(rows), model=[wrapped], num_microbatches=2,
+        seq_length=32, micro_batch_size=1, forward_only=False,
+    )  # fmt: skip
+    return float(sum(sums))
+
+
+def gradients(precision: str, compiled: bool) -> tuple[float, dict[str, Tensor], int]:
+    """The same of our model, and the number of graphs that were compiled."""
+    from torch._dynamo.utils import counters
+
+    if precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
+    wrapped = build(precision, compiled)
+    total = run(wrapped)
+    named = wrapped.module.named_parameters()
+    found = {n: p.main_grad.cpu().clone() for n, p in named if p.requires_grad}
+    return total, found, int(counters["stats"]["unique_graphs"])
+
+
+def updates(directory: Path) -> None:
+    """Weights before and after three clipped updates, plain and fused."""
+    from safetensors.torch import save_file
+
+    from llava_steps.core.config import Stage
+    from llava_steps.training.optimizer import Optimizer
+
+    stage = Stage(precision="fp32", stage=2, weight_decay=0.1, clip_grad=0.5)
+    for kind in ("plain", "fused"):
+        wrapped = build("fp32", False)
+
+        def weights(wrapped: Any = wrapped) -> dict[str, Tensor]:
+            named = wrapped.module.named_parameters()
+            return {n: p.detach().clone() for n, p in named if p.requires_grad}
+
+        optimizer = Optimizer(stage, wrapped, fused=kind == "fused")
+        optimizer.reload_weights()
+        save_file(weights(), directory / "start.safetensors")
+        for _ in range(3):
+            optimizer.zero_grad()
+            run(wrapped)
+            norm = optimizer.gradient_norm()
+            assert norm > 2 * stage.clip_grad
+            optimizer.step(1e-2, norm)
+        save_file(weights(), directory / f"{kind}.safetensors")
+
+
+def compare(directory: Path, precision: str, compiled: bool) -> tuple[float, float, int]:
+    """Relative deviations of loss and whole gradient, and the number of graphs."""
+    from safetensors.torch import load_file
+
+    from llava_steps.model.options import DTYPES
+
+    wanted_loss, wanted = expected(SMALL, DTYPES[precision])
+    line = [sys.executable, "-m", "tests.fast_model", precision, str(int(compiled)), str(directory)]
+    ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    loss, graphs = json.loads((directory / "sums.json").read_text())
+    found = load_file(directory / "gradients.safetensors")
+    assert set(found) == set(wanted)
+    off = {n: (found[n].double() - wanted[n]).norm() / wanted[n].norm() for n in found}
+    for name, value in sorted(off.items(), key=lambda item: -item[1])[:3]:
+        print(f"{precision} compiled={compiled}: {name} {value:.1e}")
+    error = torch.cat([(found[n].double() - wanted[n]).flatten() for n in found]).norm()
+    whole = torch.cat([wanted[n].flatten() for n in found]).norm()
+    return abs(loss - wanted_loss) / wanted_loss, float(error / whole), graphs
+
+
+def main() -> None:
+    """Compute and write `gradients` in a process of its own: a forked one cannot use CUDA."""
+    from safetensors.torch import save_file
+
+    from llava_steps.model import cpu_shim
+    from tests.dist_helpers import model_parallel
+
+    cpu_shim.install()
+    precision, compiled, directory = sys.argv[1], bool(int(sys.argv[2])), Path(sys.argv[3])
+    store = dist.FileStore(str(directory / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    with model_parallel(1, 1):
+        if precision == "updates":
+            updates(directory)
+        else:
+            loss, found, graphs = gradients(precision, compiled)
+            save_file(found, directory / "gradients.safetensors")
+            (directory / "sums.json").write_text(json.dumps([loss, graphs]))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

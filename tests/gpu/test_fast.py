@@ -1,0 +1,28 @@
+"""Compiled layers on a GPU: gradients against float64, and no more compilations than promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("precision", "bar"), [("fp32", 1e-5), ("bf16", 1.5e-2)])
+def test_gradients(tmp_path: Path, precision: str, bar: float) -> None:
+    from tests import fast_model
+
+    found = {}
+    for compiled in (False, True):
+        (directory := tmp_path / str(compiled)).mkdir()
+        loss, gradient, graphs = fast_model.compare(directory, precision, compiled)
+        print(f"{precision} {compiled}: loss {loss:.2e}, gradient {gradient:.2e}, {graphs} graphs")
+        assert loss <= bar and gradient <= bar
+        assert graphs == (3 if compiled else 0)
+        found[compiled] = gradient
+    assert found[True] <= 1.2 * found[False], "compiled layers are as near as the others"
