@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ METRICS = {
     "perplexity": "Perplexity of the references",
 }
 IN_PERCENT = ("accuracy", "vqa_accuracy", "rouge_l")
-BENCHMARKS = ("lmms_eval", "llm_jp_eval_mm")
 SETTINGS = (
     "train_steps", "global_batch_size", "lr", "lr_schedule", "warmup_steps", "weight_decay",
     "precision", "tensor_model_parallel", "pipeline_model_parallel", "seq_length", "packing",
@@ -62,14 +61,13 @@ def page(inputs: Inputs, title: str, samples: int) -> dict[str, Any]:
         InputError: a file of a result is not what its step writes.
     """
     manifests = {name: item.manifest for name, item in inputs.items() if item.manifest}
-    evaluation = _part(inputs, "evaluation", lambda item: _evaluation(item, samples))
+    held_out = inputs.get("evaluation")
     return {
         "title": title,
         "created": max((str(m.get("created", "")) for m in manifests.values()), default=""),
         "parameters": manifests.get("hf_model", {}).get("metrics", {}).get("parameters"),
         "figures": _figures(manifests),
-        "evaluation": evaluation,
-        "benchmarks": [_part(inputs, name, _benchmark) for name in BENCHMARKS if name in inputs],
+        "evaluation": None if held_out is None else _evaluation(held_out, samples),
         "data": _data(inputs),
         "stages": [_stage(name, words, inputs[name]) for name, words in STAGES.items()
                    if name in inputs],
@@ -78,10 +76,6 @@ def page(inputs: Inputs, title: str, samples: int) -> dict[str, Any]:
         "provenance": [_origin(name, m) for name, m in manifests.items()],
         "packages": _packages(manifests),
     }  # fmt: skip
-
-
-def _part(inputs: Inputs, name: str, make: Callable[[Input], Any]) -> Any:
-    return make(inputs[name]) if name in inputs else None
 
 
 def read_json(path: Path) -> Any:
@@ -174,11 +168,6 @@ def _prompts(entry: Path, models: Sequence[str]) -> list[dict[str, Any]]:
 
 def _pictures(entry: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     return [picture(entry / name) for name in names]
-
-
-def _benchmark(item: Input) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(item.path / "scores.json")
-    return found
 
 
 def _data(inputs: Inputs) -> dict[str, Any]:
