@@ -90,7 +90,7 @@ class Bench:
         """What the process of a part is told."""
         spec = dict(PARTS[part]) | json.loads(self.args.set)
         if self.args.tiny:
-            spec |= {"warm": 1, "measured": 1, "seconds": 300}
+            spec |= {"warm": 1, "measured": 1, "seconds": 3600}
         name = f"{shape}-{part}-{number}"
         return spec | {
             "name": name, "shape": shape, "out": str(self.root / f"{name}.json"),
