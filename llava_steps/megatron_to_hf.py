@@ -22,8 +22,8 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     from llava_steps.core.commit import latest_commit, read_commit
     from llava_steps.core.geometry import Geometry
     from llava_steps.model.convert import copy_companions, count_entries, dcp_to_hf
-    from llava_steps.model.dcp import Reader
     from llava_steps.model.export_format import older_layout, rewrite_companions
+    from llava_steps.model.lora import open_weights
     from llava_steps.model.selfcheck import compare_layers
     from llava_steps.model.tensors import TensorDirectory
 
@@ -44,7 +44,7 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
         certificate = dcp_to_hf(geometry, weights, layout, ctx.entry, bar.advance)
     text = json.loads((template / "config.json").read_bytes())["text_config"]
     with TensorDirectory(ctx.entry) as written:
-        forward = compare_layers(geometry, text, written, Reader(weights))
+        forward = compare_layers(geometry, text, written, open_weights(weights))
     ctx.log.info("%s -> %d tensors", checkpoint.name, certificate["hf_tensors"])
     return {
         "certificate": certificate,

@@ -73,6 +73,7 @@ def expected(tiny: Tiny, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
 
 def build(precision: str, compiled: bool) -> Any:
     """Our model, in Megatron's wrapper, with the weights of the reference."""
+    from llava_steps.core.config import Stage
     from llava_steps.core.geometry import Geometry
     from llava_steps.model.llava import build_llava
     from llava_steps.model.options import DTYPES, ModelOptions
@@ -92,7 +93,7 @@ def build(precision: str, compiled: bool) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(named[name])
-    return wrap(model)
+    return wrap(Stage(stage=2), [model])[0]
 
 
 def run(wrapped: Any) -> float:
@@ -147,7 +148,7 @@ def updates(directory: Path) -> None:
             named = wrapped.module.named_parameters()
             return {n: p.detach().clone() for n, p in named if p.requires_grad}
 
-        optimizer = Optimizer(stage, wrapped, fused=kind == "fused")
+        optimizer = Optimizer(stage, [wrapped], fused=kind == "fused")
         optimizer.reload_weights()
         save_file(weights(), directory / "start.safetensors")
         for _ in range(3):

@@ -20,6 +20,7 @@ from llava_steps.core.errors import IntegrityError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model.checkpoint import load_weights, save_weights
 from llava_steps.model.llava import build_llava
+from llava_steps.model.lora import Lora
 from llava_steps.model.options import ModelOptions
 from tests.dist_helpers import model_parallel
 from tests.model_fixtures import Batch
@@ -51,6 +52,7 @@ class Job:
     batches: tuple[Batch, ...]
     out: Path
     freeze_lm: bool = False
+    lora: Lora | None = None
 
 
 def build(job: Job) -> Any:
@@ -69,6 +71,7 @@ def build(job: Job) -> Any:
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             recompute=layout.recompute,  # type: ignore[arg-type]
+            lora=job.lora,
         ),
     )
     load_weights(model, job.weights)

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +81,30 @@ def train(
     warmup: int,
     weight_decay: float,
     clip: float,
+    prepare: Callable[[Any], None] = lambda model: None,
+    constant: bool = False,
+    factors: Mapping[str, float] = {},
 ) -> list[float]:
     """Losses (token mean over the global batch) of AdamW steps over `batches` of sample ids.
 
-    `trained`: substrings of the names of parameters that are trained.
+    `trained`: substrings of the names of parameters that are trained. `prepare`: what is done to
+    the model before, such as adding parameters. `constant`: the rate never falls. `factors`:
+    substring of the name of a parameter -> its rate as a multiple of `lr`.
     """
     torch.manual_seed(0)
     processor = AutoProcessor.from_pretrained(hf_dir, backend="pil")
     model = LlavaForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32)
     model.train()
+    prepare(model)
     samples = read_samples(dataset)
-    parameters = []
+    parameters, groups = [], []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(t in name for t in trained))
         if parameter.requires_grad:
             parameters.append(parameter)
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+            decay = weight_decay if parameter.dim() > 1 else 0.0
+            factor = next((f for part, f in factors.items() if part in name), 1.0)
+            groups.append({"params": [parameter], "weight_decay": decay, "factor": factor})
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
     losses = []
     for step, ids in enumerate(batches):
@@ -117,7 +122,8 @@ def train(
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, lr, warmup)
+            now = lr if constant and step >= warmup else rate(step, steps, lr, warmup)
+            group["lr"] = now * group["factor"]
         optimizer.step()
         losses.append(total / count)
     return losses

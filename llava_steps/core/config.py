@@ -20,6 +20,7 @@ from pydantic import NonNegativeInt as Count
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 StepRange = Annotated[str, Field(pattern=r"^[1-9]\d*-[1-9]\d*$")]
+LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Ratio3 = Annotated[list[Count], Field(min_length=3, max_length=3)]
 
 
@@ -177,6 +178,18 @@ class Stage(StepConfig):
     nodes: PositiveInt = value(1, "nodes", flag="--node")
     tensor_model_parallel: PositiveInt = value(1, "tensor parallel size", flag="--tp")
     pipeline_model_parallel: PositiveInt = value(1, "pipeline parallel size", flag="--pp")
+    virtual_pipeline: PositiveInt = value(
+        1,
+        "chunks of layers on each pipeline rank: above 1 the interleaved schedule, with less idle "
+        "time and more communication",
+    )
+    pipeline_split: str = value(
+        "auto",
+        "decoder layers of each pipeline chunk, in the order of the model, as 6,9,9; even; or "
+        "auto: computed, so that the chunk with the vision tower and the one with the head have no "
+        "more to do than the others",
+        pattern=r"^(auto|even|[1-9]\d*(,[1-9]\d*)*)$",
+    )
     sequence_parallel: bool = value(False, "shard activations between tensor-parallel regions")
 
     micro_batch_size: PositiveInt = value(1, "samples that go through the model together")
@@ -191,11 +204,31 @@ class Stage(StepConfig):
 
     lr: float = value(1e-3, "peak learning rate", gt=0)
     min_lr: float = value(0.0, "learning rate that the schedule ends with", ge=0)
+    vision_lr: float | None = value(
+        None, "peak learning rate of the vision tower, min_lr in proportion; unless given, lr", gt=0
+    )
+    projector_lr: float | None = value(
+        None, "peak learning rate of the projector, min_lr in proportion; unless given, lr", gt=0
+    )
+    lm_lr: float | None = value(
+        None,
+        "peak learning rate of the language model, min_lr in proportion; unless given, lr",
+        gt=0,
+    )
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = value(
         "cosine", "decay after warm-up; wsd: constant, then linear over decay_steps"
     )
     decay_steps: Count = value(0, "last steps in which the schedule wsd decays")
     warmup_steps: Count = value(0, "steps of linear warm-up; the first step already learns")
+    lora_rank: Count = value(
+        0, "rank of LoRA adapters on the language model, which stays frozen; 0: train it whole"
+    )
+    lora_alpha: float = value(16.0, "LoRA: adapters count lora_alpha / lora_rank", gt=0)
+    lora_targets: list[LoraTarget] = value(
+        ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        "LoRA: Megatron's fused linears with adapters: query, key and value; attention output; "
+        "gate and up; down",
+    )
     weight_decay: float = value(
         0.0, "AdamW decay; never on norms, biases and other 1-d weights", ge=0
     )
@@ -211,6 +244,17 @@ class Stage(StepConfig):
         "auto",
         "layers: decoder layers, vision layers and head are compiled once, for any length; needs "
         "tensor_model_parallel 1; auto: layers on a GPU in bf16 where that can be, else none",
+    )
+    overlap_grad_reduce: bool = value(
+        False, "data parallel: send gradients while the backward pass goes on"
+    )
+    overlap_param_gather: bool = value(
+        False, "data parallel: fetch updated weights while the next forward pass goes on"
+    )
+    bucket_size: Count = value(
+        0,
+        "weights whose gradients are sent together with overlap_grad_reduce; 0: 40 million, or one "
+        "million for each data parallel rank if that is more",
     )
     fp8: bool = value(False, "FP8 compute; not there yet, and refused")
     layer_spec: Literal["local"] = value("local", "layer implementation")
@@ -345,6 +389,28 @@ class Stage(StepConfig):
                 return f"no {name}: compiled layers pass over the hooks that it works with"
         return ""
 
+    def _check_pipeline(self) -> None:
+        pp, vp = self.pipeline_model_parallel, self.virtual_pipeline
+        if vp > 1 and pp == 1:
+            raise ValueError(
+                f"virtual_pipeline {vp} is for pipelines: set pipeline_model_parallel above 1, or "
+                "leave it out"
+            )
+        if self.pipeline_split not in ("auto", "even"):
+            chunks = len(self.pipeline_split.split(","))
+            if chunks != pp * vp:
+                raise ValueError(
+                    f"pipeline_split {self.pipeline_split} has {chunks} numbers; "
+                    f"pipeline_model_parallel x virtual_pipeline = {pp * vp} are needed, or auto"
+                )
+        share = self.micro_batch_size * self.data_parallel * pp
+        if vp > 1 and self.global_batch_size % share:
+            raise ValueError(
+                f"virtual_pipeline {vp} needs as many microbatches on each rank as a multiple of "
+                f"pipeline_model_parallel {pp}: set global_batch_size {self.global_batch_size} to "
+                f"a multiple of micro_batch_size x data parallel size x {pp} = {share}"
+            )
+
     @model_validator(mode="before")
     @classmethod
     def _frozen_by_stage(cls, given: Any) -> Any:
@@ -371,6 +437,7 @@ class Stage(StepConfig):
             )
         if self.compile == "layers" and (obstacle := self.not_compiled()):
             raise ValueError(f"compile layers needs {obstacle}; or set compile to auto or none")
+        self._check_pipeline()
         if self.packing and self.micro_batch_size != 1:
             raise ValueError(
                 f"packing fills each microbatch by itself: micro_batch_size is "
@@ -421,6 +488,29 @@ class Stage(StepConfig):
             raise ValueError(f"spike_factor {self.spike_factor} must be above 1, or 0")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        for rate, frozen in (
+            ("vision_lr", "freeze_vision"),
+            ("projector_lr", "freeze_projector"),
+            ("lm_lr", "freeze_lm"),
+        ):
+            if getattr(self, rate) is not None and getattr(self, frozen):
+                raise ValueError(
+                    f"{rate} {getattr(self, rate)} is for what {frozen} freezes: leave it out, or "
+                    f"set {frozen} to false"
+                )
+        if self.lora_rank and self.freeze_lm:
+            raise ValueError(
+                f"lora_rank {self.lora_rank} trains the language model, freeze_lm keeps it: set "
+                "freeze_lm to false (its own weights stay frozen under LoRA), or lora_rank to 0"
+            )
+        if not self.lora_targets or len(set(self.lora_targets)) < len(self.lora_targets):
+            raise ValueError(
+                f"lora_targets {self.lora_targets}: name each linear once, one at least"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather needs overlap_grad_reduce; set it as well")
+        if self.bucket_size and not self.overlap_grad_reduce:
+            raise ValueError("bucket_size is for overlap_grad_reduce; set that, or remove it")
         if self.freeze_vision and self.freeze_projector and self.freeze_lm:
             raise ValueError("everything is frozen: there is nothing to train")
         return self

@@ -1,13 +1,25 @@
-"""Whether a model can be cut into tensor and pipeline parallel parts; asked before a start."""
+"""Whether and how a model can be cut into tensor and pipeline parallel parts; asked before a start.
+
+The pipeline is cut into pp x vp chunks of whole decoder layers, in the order of the model: chunk c
+is held by pipeline rank c % pp. The first chunk has the vision tower and the embeddings beside its
+layers, the last one the head.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
+from llava_steps.core.config import Stage
+from llava_steps.core.costs import Trained, Work, flops
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
 
+Split = Sequence[int] | Literal["even"]
 
-def check_layout(geometry: Geometry, tp: int, pp: int) -> None:
-    """ConfigError, with the fix, unless the language model can be cut into tp x pp parts."""
+
+def check_layout(geometry: Geometry, tp: int, pp: int, vp: int = 1, split: Split = "even") -> None:
+    """ConfigError, with the fix, unless the language model can be cut into these parts."""
     divisible = {
         "vocab_size": geometry.vocab,
         "num_attention_heads": geometry.heads,
@@ -25,16 +37,67 @@ def check_layout(geometry: Geometry, tp: int, pp: int) -> None:
         raise ConfigError(
             f"pipeline_model_parallel {pp} exceeds the model's {geometry.layers} layers"
         )
-    if last_stage_layers(geometry.layers, pp) < 1:
+    if pp * vp > geometry.layers:
         raise ConfigError(
-            f"{geometry.layers} layers cannot be cut into {pp} pipeline stages; "
-            "choose a pipeline size that divides them"
+            f"pipeline_model_parallel {pp} x virtual_pipeline {vp} = {pp * vp} chunks, and the "
+            f"model has {geometry.layers} layers; set virtual_pipeline to at most "
+            f"{geometry.layers // pp}"
+        )
+    if split != "even" and (len(split) != pp * vp or sum(split) != geometry.layers):
+        raise ConfigError(
+            f"pipeline_split {','.join(map(str, split))} gives {sum(split)} layers to {len(split)} "
+            f"chunks; the model has {geometry.layers} layers for pipeline_model_parallel x "
+            f"virtual_pipeline = {pp * vp} chunks; auto finds a split"
         )
 
 
-def last_stage_layers(layers: int, pp: int) -> int:
-    """Layers of the last stage: the earlier ones take one more each where pp does not divide, for
-    the last one has the head to carry.
+def even_split(layers: int, chunks: int) -> tuple[int, ...]:
+    """Layers of each chunk; where they cannot be equal the later ones take one less, for the last
+    one has the head to carry.
     """
-    per_stage = -(-layers // pp)
-    return layers - per_stage * (pp - 1)
+    return tuple((layers + chunks - 1 - number) // chunks for number in range(chunks))
+
+
+def pipeline_split(geometry: Geometry, stage: Stage) -> tuple[int, ...]:
+    """Layers of each chunk as `stage` asks for them.
+
+    `auto` keeps the greatest amount of arithmetic of a chunk as small as whole layers allow.
+    ConfigError, with the fix, when the model cannot be cut so.
+    """
+    pp, vp = stage.pipeline_model_parallel, stage.virtual_pipeline
+    chosen: tuple[int, ...] | None = None
+    if stage.pipeline_split not in ("auto", "even"):
+        chosen = tuple(int(part) for part in stage.pipeline_split.split(","))
+    check_layout(geometry, stage.tensor_model_parallel, pp, vp, chosen or "even")
+    if chosen:
+        return chosen
+    if stage.pipeline_split == "even" or pp == 1:
+        return even_split(geometry.layers, pp * vp)
+    layer, first, last = costs(geometry, stage)
+    extra = [0.0] * (pp * vp)
+    extra[0] += first
+    extra[-1] += last
+    split = [1] * (pp * vp)
+    # Layers cost the same everywhere, so giving each to where it hurts least is optimal.
+    for _ in range(geometry.layers - pp * vp):
+        loads = [extra[chunk] + (count + 1) * layer for chunk, count in enumerate(split)]
+        split[loads.index(min(loads))] += 1
+    return tuple(split)
+
+
+def costs(geometry: Geometry, stage: Stage) -> tuple[float, float, float]:
+    """Operations of one row: (a decoder layer, tower and projector, head), to be compared.
+
+    A row is taken to be half image tokens and half text of which half is supervised.
+    """
+    tokens = (stage.pack_length if stage.packing else 0) or stage.seq_length
+    images = -(-tokens // (2 * geometry.tokens_per_image))
+    work = Work(tokens, tokens // 4, images, tokens * stage.seq_length)
+    whole = not stage.freeze_lm and not stage.lora_rank
+    trained = Trained(not stage.freeze_vision, not stage.freeze_projector, whole)
+    parts = flops(geometry, trained, work, "supervised")
+    layers = parts.layers + parts.attention
+    if stage.recompute == "full":
+        forward = flops(geometry, Trained(False, False, False), work, "supervised")
+        layers += forward.layers + forward.attention
+    return layers / geometry.layers, parts.vision + parts.projector, parts.head

@@ -38,12 +38,15 @@ class Layout:
     """Tokens of a packed row; None without packing."""
     shift: float
     """Where in a global batch this rank begins to find out lengths, in [0, 1)."""
+    rows_multiple: int = 1
+    """The number of packed rows of a rank is a multiple of this."""
 
     def rows(self, lengths: list[int] | None) -> list[list[int]]:
         """Places in the global batch of this rank's samples, row by row."""
         if self.capacity is not None:
             assert lengths is not None
-            return pack(lengths, self.capacity, self.dp_size)[self.dp_rank :: self.dp_size]
+            packed = pack(lengths, self.capacity, self.dp_size * self.rows_multiple)
+            return packed[self.dp_rank :: self.dp_size]
         size, share = self.micro_batch_size, self.micro_batch_size * self.dp_size
         starts = range(self.dp_rank * size, self.global_batch_size, share)
         return [list(range(start, start + size)) for start in starts]

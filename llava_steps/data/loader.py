@@ -44,6 +44,7 @@ class TrainLoader:
         packing: put as many samples into a row as fit; the number of rows varies between steps.
         pack_length: longest packed row in tokens; 0: seq_length.
         pad_to: `row` pads a row no further than the above needs, `budget` to pack_length.
+        rows_multiple: the number of packed rows of a rank is a multiple of this.
         patience: seconds after which a worker that begins no further sample is an error.
         scratch: directory of this attempt that the processes of a node share.
 
@@ -72,6 +73,7 @@ class TrainLoader:
         packing: bool = False,
         pack_length: int = 0,
         pad_to: Literal["row", "budget"] = "row",
+        rows_multiple: int = 1,
         patience: float = 600.0,
         scratch: Path | None = None,
     ) -> None:
@@ -112,6 +114,7 @@ class TrainLoader:
             dp_size,
             capacity if packing else None,
             (dp_rank * image_parts + image_part) / (dp_size * image_parts),
+            rows_multiple,
         )
         self._maker = RowMaker(
             corpus, hf_dir, seq_length, self._lengths(corpus, scratch) if packing else None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -24,6 +25,8 @@ from llava_steps.core.errors import IntegrityError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model import dcp
 from llava_steps.model.llava import Llava
+from llava_steps.model.lora import PREFIX, Lora, check_same
+from llava_steps.model.lora import stored_shapes as adapter_shapes
 from llava_steps.model.mapping import Shape, check_shapes, entries, stored_shapes
 from llava_steps.model.vision import tower_shapes
 
@@ -32,9 +35,10 @@ DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.Unpickli
 Chunks = torch.nn.Module | Sequence[torch.nn.Module]
 
 
-def megatron_shapes(geometry: Geometry) -> dict[str, Shape]:
+def megatron_shapes(geometry: Geometry, lora: Lora | None = None) -> dict[str, Shape]:
     """Name -> whole shape of every tensor of a model checkpoint."""
-    return stored_shapes(entries(geometry, tower_shapes(geometry)))
+    shapes = stored_shapes(entries(geometry, tower_shapes(geometry)))
+    return shapes | (adapter_shapes(geometry, lora) if lora else {})
 
 
 def sharding_metadata() -> dict[str, Any]:
@@ -48,9 +52,20 @@ def sharding_metadata() -> dict[str, Any]:
 
 def _models(chunks: Chunks) -> list[Llava]:
     modules = [chunks] if isinstance(chunks, torch.nn.Module) else list(chunks)
-    if len(modules) != 1:
-        raise ValueError(f"{len(modules)} model chunks: interleaved pipelines are not supported")
     return [unwrap_model(module) for module in modules]
+
+
+def sharded_weights(chunks: Chunks) -> dict[str, Any]:
+    """megatron-core's sharded state dicts of this rank's chunks, by their numbers.
+
+    The names that a chunk gives its layers count from its own first one; the names and places in
+    the checkpoint do not.
+    """
+    metadata = sharding_metadata()
+    return {
+        str(number): model.sharded_state_dict(metadata=metadata)
+        for number, model in enumerate(_models(chunks))
+    }
 
 
 def save_weights(chunks: Chunks, weights: str | Path) -> None:
@@ -59,11 +74,13 @@ def save_weights(chunks: Chunks, weights: str | Path) -> None:
     Equal weights give equal bytes. IntegrityError unless the ranks' parts cover this model's
     tensors exactly once.
     """
-    (model,) = _models(chunks)
-    save_sharded(model.sharded_state_dict(metadata=sharding_metadata()), weights)
-    check_shapes(
-        megatron_shapes(model.geometry), dcp.Reader(weights).shapes(), str(weights), "this model"
-    )
+    model = _models(chunks)[0]
+    save_sharded(sharded_weights(chunks), weights)
+    lora = model.options.lora
+    if lora and dist.get_rank() == 0:
+        lora.write(Path(weights))
+    shapes = megatron_shapes(model.geometry, lora)
+    check_shapes(shapes, dcp.Reader(weights).shapes(), str(weights), "this model")
 
 
 def save_sharded(state: dict[Any, Any], directory: str | Path) -> None:
@@ -89,25 +106,35 @@ def save_sharded(state: dict[Any, Any], directory: str | Path) -> None:
 def load_weights(chunks: Chunks, weights: str | Path) -> None:
     """Load the weights in place, cast to the parameters' dtype.
 
-    IntegrityError unless the checkpoint holds exactly the tensors of this model in its shapes.
+    IntegrityError unless the checkpoint holds exactly the tensors of this model in its shapes. Only
+    LoRA adapters may be missing, all of them: then they keep their first values. InputError when it
+    has others.
     An optimizer built before must be told (`reload_model_params`).
     """
-    (model,) = _models(chunks)
+    models = _models(chunks)
+    lora = models[0].options.lora
+    adapted = check_same(lora, Path(weights))
     # megatron-core lets embeddings of another size pass, so the shapes are compared here.
-    check_shapes(
-        megatron_shapes(model.geometry),
-        dcp.Reader(weights).shapes(),
-        str(weights),
-        "this model",
-    )
-    state = model.sharded_state_dict(metadata=sharding_metadata())
+    shapes = megatron_shapes(models[0].geometry, lora if adapted else None)
+    check_shapes(shapes, dcp.Reader(weights).shapes(), str(weights), "this model")
+    wanted = sharded_weights(models)
+    if lora and not adapted:
+        wanted = {
+            number: {name: part for name, part in state.items() if not name.startswith(PREFIX)}
+            for number, state in wanted.items()
+        }
     try:
-        loaded = dist_checkpointing.load(state, str(weights))
+        loaded = dist_checkpointing.load(wanted, str(weights))
     except (*DAMAGE, CheckpointingException, CheckpointException) as error:
         raise IntegrityError(f"{weights}: {error}") from error
-    result = model.load_state_dict(loaded, strict=False)
-    missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
-    if missing or result.unexpected_keys:
-        raise IntegrityError(
-            f"{weights}: missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}"
-        )
+    for number, model in enumerate(models):
+        result = model.load_state_dict(loaded[str(number)], strict=False)
+        missing = [
+            name
+            for name in result.missing_keys
+            if not name.endswith("_extra_state") and (adapted or not name.startswith(PREFIX))
+        ]
+        if missing or result.unexpected_keys:
+            raise IntegrityError(
+                f"{weights}: missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}"
+            )

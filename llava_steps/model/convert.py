@@ -19,6 +19,7 @@ from llava_steps.core.errors import IntegrityError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model import dcp
 from llava_steps.model.hf_names import by_canonical_name
+from llava_steps.model.lora import open_weights
 from llava_steps.model.mapping import Entry, check_hf, check_shapes, entries, stored_shapes
 from llava_steps.model.tensors import INDEX, LikeWriter, TensorDirectory
 from llava_steps.model.transforms import TRANSFORMS
@@ -124,10 +125,11 @@ def dcp_to_hf(
 ) -> dict[str, int]:
     """Write the checkpoint as safetensors laid out like `template`; returns the certificate.
 
-    Files, shards, headers, names and dtypes are the template's; only values come from `weights`.
+    Files, shards, headers, names and dtypes are the template's; only values come from `weights`,
+    LoRA adapters merged.
     """
     items, spelled = _plan(geometry, template)
-    reader = dcp.Reader(weights)
+    reader = open_weights(weights)
     check_shapes(stored_shapes(items), reader.shapes(), str(weights), "the mapping table")
     produced: Counter[str] = Counter()
     with LikeWriter(template, directory) as put:

@@ -7,26 +7,27 @@ the whole tensor and keeps its part.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
-from llava_steps.model.checkpoint import sharding_metadata
-from llava_steps.model.llava import Llava
+from llava_steps.model.checkpoint import Chunks, sharded_weights
+from llava_steps.model.lora import PREFIX
 
 
 @torch.no_grad()
-def draw_weights(model: Llava, seed: int, deviation: float) -> None:
+def draw_weights(chunks: Chunks, seed: int, deviation: float) -> None:
     """Fill the parameters: norms with 1, biases with 0, all else from N(0, deviation**2).
+
+    LoRA adapters have their first values already.
 
     An optimizer built before must be told (`reload_model_params`).
     """
-    state: dict[str, Any] = model.sharded_state_dict(metadata=sharding_metadata())
+    state = sharded_weights(chunks)
     apply_factories(state)
     for shard in nested_values(state):
-        if not shard.data.is_floating_point():
+        if not shard.data.is_floating_point() or shard.key.startswith(PREFIX):
             continue
         axes = shard.prepend_axis_num  # the layer's number, in stacked tensors
         layer = tuple(shard.global_offset[:axes])

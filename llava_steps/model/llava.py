@@ -25,6 +25,7 @@ from llava_steps.model import compiled
 from llava_steps.model.attention import pack, upload
 from llava_steps.model.head import best, hits
 from llava_steps.model.kernels import Words
+from llava_steps.model.lora import Adapters
 from llava_steps.model.options import ModelOptions, transformer_config
 from llava_steps.model.rope import RotaryTable
 from llava_steps.model.specs import local_block_spec, mark_tensor_parallel
@@ -66,7 +67,7 @@ class Projector(torch.nn.Module):
 
 
 class Llava(MegatronModule):  # type: ignore[misc]
-    """One pipeline stage of the model. Build it with `build_llava`."""
+    """One pipeline chunk of the model. Build it with `build_llava`."""
 
     def __init__(self, geometry: Geometry, options: ModelOptions) -> None:
         config = transformer_config(geometry, options)
@@ -75,17 +76,19 @@ class Llava(MegatronModule):  # type: ignore[misc]
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = options.pre_process, options.post_process
         # The schedules add up the two copies' gradients, of which a frozen head has none.
-        self.share_embeddings_and_output_weights = geometry.tied and not options.freeze_lm
+        frozen = options.freeze_lm or options.lora is not None
+        self.share_embeddings_and_output_weights = geometry.tied and not frozen
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.rotary = RotaryTable(geometry)
         if self.pre_process:
             self.vision_tower = build_tower(geometry, options.dtype)
             self.mm_projector = Projector(geometry, options.dtype)
+        number = options.chunk if options.vp > 1 else None
         self.language_model = GPTModel(
             config,
             local_block_spec(
                 geometry,
-                get_num_layers_to_build(config),
+                get_num_layers_to_build(config, number),
                 compiled.CompiledLayer if options.compiled else TransformerLayer,
             ),
             vocab_size=geometry.vocab,
@@ -95,15 +98,19 @@ class Llava(MegatronModule):  # type: ignore[misc]
             share_embeddings_and_output_weights=geometry.tied,
             position_embedding_type="none",
             scatter_embedding_sequence_parallel=False,
+            vp_stage=number,
         )
         mark_tensor_parallel(self.language_model)
         if options.compiled:
             compiled.install(self.language_model.decoder, geometry)
         self._vision_layer = compiled.run_vision_layer if options.compiled else plain_layer
+        self.lora: Adapters | None = None
+        if options.lora:
+            self.lora = Adapters(options.lora, self.language_model.decoder.layers, geometry)
         self._freeze()
 
     def _freeze(self) -> None:
-        if self.options.freeze_lm:
+        if self.options.freeze_lm or self.options.lora:
             self.language_model.requires_grad_(False)
         if self.pre_process and self.options.freeze_vision:
             self.vision_tower.requires_grad_(False)
@@ -195,6 +202,9 @@ class Llava(MegatronModule):  # type: ignore[misc]
         if self.options.sequence_parallel:
             # The clone lets the whole row go; the scatter returns a view of it.
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings).clone()
+        if self.options.lora and not embeddings.requires_grad:
+            # Layers that are recomputed get gradients only if their input wants one.
+            embeddings.requires_grad_()
         return embeddings
 
     def _features(self, pixels: Tensor) -> Tensor:
@@ -283,7 +293,7 @@ class Llava(MegatronModule):  # type: ignore[misc]
 
 
 def build_llava(geometry: Geometry, options: ModelOptions) -> Llava:
-    """One pipeline stage with undefined weights; load a checkpoint before use.
+    """One pipeline chunk with undefined weights; load a checkpoint before use.
 
     Needs initialised model parallelism of the same tp and pp (and, with sequence parallel,
     `tensor_parallel.model_parallel_cuda_manual_seed`). On a machine without CUDA the shim must be

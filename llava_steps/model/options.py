@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import check_layout, last_stage_layers
+from llava_steps.core.layout import check_layout, even_split
+from llava_steps.model.lora import Lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -20,7 +21,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class ModelOptions:
     """Layout and compute options of one model chunk.
 
-    `pre_process` / `post_process`: this rank is the first / last pipeline stage.
+    `split`: decoder layers of each of the pp x vp chunks, in the order of the model; empty: even.
+    `chunk`: which of its vp chunks this is to its pipeline rank.
+    `pre_process` / `post_process`: this chunk is the first / last of the model.
+    `lora`: adapters on the language model, which is frozen then.
     `recompute`: activations that are computed again in the backward pass.
     `compiled`: layers, tower and head are compiled functions (compiled.py); needs tp 1.
     """
@@ -28,6 +32,9 @@ class ModelOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     tp: int = 1
     pp: int = 1
+    vp: int = 1
+    split: tuple[int, ...] = ()
+    chunk: int = 0
     sequence_parallel: bool = False
     freeze_vision: bool = True
     freeze_projector: bool = False
@@ -36,6 +43,7 @@ class ModelOptions:
     post_process: bool = True
     recompute: Literal["none", "core_attn", "full"] = "none"
     compiled: bool = False
+    lora: Lora | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,7 +52,8 @@ class ModelOptions:
 
 def transformer_config(geometry: Geometry, options: ModelOptions) -> TransformerConfig:
     """megatron-core's configuration from the geometry alone. No dropout, no fusion, no init."""
-    check_layout(geometry, options.tp, options.pp)
+    chunks = options.pp * options.vp
+    check_layout(geometry, options.tp, options.pp, options.vp, options.split or "even")
     if options.sequence_parallel and options.tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel > 1")
     if options.compiled and options.tp > 1:
@@ -54,10 +63,20 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
             "recompute core_attn has nothing to do in compiled layers, whose attention keeps no "
             "scores; set recompute to none or full, or compile to none"
         )
-    uneven: dict[str, Any] = {}
-    if geometry.layers % options.pp:
-        last = last_stage_layers(geometry.layers, options.pp)
-        uneven = {"num_layers_in_last_pipeline_stage": last}
+    split = options.split or even_split(geometry.layers, chunks)
+    pipeline: dict[str, Any] = {}
+    if chunks > 1:
+        cut = [["decoder"] * layers for layers in split]
+        cut[0].insert(0, "embedding")
+        cut[-1].append("loss")
+        pipeline = {"pipeline_model_parallel_layout": cut}
+    if options.vp > 1:
+        # With two ranks each is the other's next and previous one: batched transfers would mix up.
+        pipeline |= {
+            "virtual_pipeline_model_parallel_size": options.vp,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
     recomputes: dict[str, dict[str, Any]] = {
         "none": {},
         "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -103,6 +122,6 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
-        **uneven,
+        **pipeline,
         **recomputes[options.recompute],
     )

@@ -17,20 +17,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from llava_steps.core import commit
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, DivergedError, StepError, StoppedError
 from llava_steps.core.geometry import Geometry
+from llava_steps.core.layout import pipeline_split
 from llava_steps.core.log import Progress
 from llava_steps.data.batch import MicroBatch
 from llava_steps.data.loader import TrainLoader
 from llava_steps.model.checkpoint import load_weights
 from llava_steps.model.fresh import draw_weights
 from llava_steps.model.llava import Llava, build_llava
+from llava_steps.model.lora import Lora
 from llava_steps.model.options import ModelOptions
 from llava_steps.training import parallel, state
 from llava_steps.training.answers import Answers
@@ -58,13 +61,13 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     sys.setswitchinterval(SWITCH)
     stop.limit(stage.exit_before)
     model = build(job, log)
-    wrapped = wrap(model)
+    wrapped = wrap(stage, model)
     optimizer = Optimizer(stage, wrapped)
     done, loader = restore_or_start(job, model, optimizer, log)
     if stage.save:
         state.check_space(job.entry, model, optimizer)
     guard = Guard(stage, done, log)
-    looks = Looks(job, wrapped, beat)
+    looks = Looks(job, wrapped, optimizer, beat)
     names = loader.datasets if len(loader.datasets) > 1 else []
     reports = Reports(job, done.step, names, log)
     batches = iter(loader)
@@ -145,29 +148,48 @@ ROW = 128
 """Rows of compiled layers are multiples of this, as the tiles of matrix products are."""
 
 
-def build(job: Job, log: logging.Logger) -> Llava:
-    """This rank's part of the model, with uninitialised weights, frozen as the stage says."""
+def build(job: Job, log: logging.Logger) -> list[Llava]:
+    """This rank's chunks of the model, with uninitialised weights, frozen as the stage says."""
     stage = job.stage
     geometry = Geometry.from_hf(json.loads((job.hf_dir / "config.json").read_bytes()))
     options = ModelOptions(
         precision=stage.precision,
         tp=stage.tensor_model_parallel,
         pp=stage.pipeline_model_parallel,
+        vp=stage.virtual_pipeline,
+        split=pipeline_split(geometry, stage),
         sequence_parallel=stage.sequence_parallel,
         freeze_vision=stage.freeze_vision,
         freeze_projector=stage.freeze_projector,
         freeze_lm=bool(stage.freeze_lm),
         recompute=stage.recompute,
+        lora=adapters(stage),
         compiled=compiles(stage),
-        pre_process=parallel.is_first_stage(),
-        post_process=parallel.is_last_stage(),
     )
     if options.compiled:
         log.info("layers are compiled; the first step takes longer")
     elif torch.cuda.is_available():
         reason = "as asked" if stage.compile == "none" else stage.not_compiled() or "not bf16"
         log.info("layers are not compiled (%s)", reason)
-    return build_llava(geometry, options)
+    return [
+        build_llava(
+            geometry,
+            replace(
+                options,
+                chunk=chunk,
+                pre_process=parallel.is_first_stage() and chunk == 0,
+                post_process=parallel.is_last_stage() and chunk == options.vp - 1,
+            ),
+        )
+        for chunk in range(options.vp)
+    ]
+
+
+def adapters(stage: Stage) -> Lora | None:
+    """The LoRA adapters that the stage asks for."""
+    if not stage.lora_rank:
+        return None
+    return Lora(stage.lora_rank, stage.lora_alpha, tuple(stage.lora_targets), stage.seed)
 
 
 def compiles(stage: Stage) -> bool:
@@ -185,7 +207,7 @@ def row_multiple(stage: Stage) -> int:
 
 
 def restore_or_start(
-    job: Job, model: Llava, optimizer: Optimizer, log: logging.Logger
+    job: Job, model: list[Llava], optimizer: Optimizer, log: logging.Logger
 ) -> tuple[Counters, TrainLoader]:
     """Load the newest checkpoint, or what to start from; open the loader there."""
     found = state.find(job.entry, log)
@@ -219,7 +241,7 @@ def latest(job: Job) -> Path:
     return commit.latest_commit(job.checkpoint)
 
 
-def start_fresh(job: Job, model: Llava, log: logging.Logger) -> None:
+def start_fresh(job: Job, model: list[Llava], log: logging.Logger) -> None:
     """Draw all weights, with the deviation that the language model's config names."""
     config = json.loads((job.hf_dir / "config.json").read_bytes())
     deviation = float(config.get("text_config", {}).get("initializer_range", 0.02))
@@ -235,7 +257,7 @@ def start_fresh(job: Job, model: Llava, log: logging.Logger) -> None:
 
 
 def roll_back(
-    job: Job, done: Counters, model: Llava, optimizer: Optimizer, log: logging.Logger
+    job: Job, done: Counters, model: list[Llava], optimizer: Optimizer, log: logging.Logger
 ) -> None:
     """Weights, optimizer and generators as in the last checkpoint; schedule and stream go on.
 
@@ -273,6 +295,7 @@ def open_loader(job: Job, consumed: int) -> TrainLoader:
         image_parts=stage.tensor_model_parallel,
         pad_to_multiple=row_multiple(stage),
         equal_lengths=stage.pipeline_model_parallel > 1,
+        rows_multiple=stage.pipeline_model_parallel if stage.virtual_pipeline > 1 else 1,
         packing=stage.packing,
         pack_length=stage.pack_length,
         pad_to=stage.pad_to,
@@ -284,8 +307,9 @@ def open_loader(job: Job, consumed: int) -> TrainLoader:
 class Looks:
     """Validation and sample answers, at the steps that the settings name; collective calls."""
 
-    def __init__(self, job: Job, wrapped: Any, beat: Beat) -> None:
+    def __init__(self, job: Job, wrapped: Any, optimizer: Optimizer, beat: Beat) -> None:
         self._stage, self._wrapped, self._beat = job.stage, wrapped, beat
+        self._optimizer = optimizer
         self._validation = Validation(job) if job.stage.eval_interval else None
         self._answers = Answers(job) if job.stage.eval_answers else None
 
@@ -294,15 +318,20 @@ class Looks:
         number, interval = step + 1, self._stage.eval_interval
         if not self._validation or (number % interval and number < self._stage.train_steps):
             return {}
+        # Replicas look at shares of their own: no weights may have to be fetched on the way.
+        self._optimizer.settle()
         return self._validation(self._wrapped, self._beat)
 
     def answers(self) -> list[dict[str, str]]:
         """Sample answers of the model as it is; nothing unless asked for."""
-        return self._answers(self._wrapped, self._beat) if self._answers else []
+        if not self._answers:
+            return []
+        self._optimizer.settle()
+        return self._answers(self._wrapped, self._beat)
 
 
 def forward_backward(
-    wrapped: Any,
+    wrapped: list[DistributedDataParallel],
     optimizer: Optimizer,
     batch: list[MicroBatch],
     datasets: Sequence[str],
@@ -313,14 +342,18 @@ def forward_backward(
     With `datasets` the loss of each of them is told as well. There is a `beat` for each microbatch.
     The pixels of `batch` are gone afterwards.
     """
-    wrapped.zero_grad_buffer()
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    wrapped.config.finalize_model_grads_func = finalize_model_grads
-    wrapped.config.no_sync_func = wrapped.no_sync
+    config, several = wrapped[0].config, len(wrapped) > 1
+    config.finalize_model_grads_func = finalize_model_grads
+    waits = [chunk.no_sync for chunk in wrapped]
+    config.no_sync_func = waits if several else waits[0]
+    streams = [beating(batch, beat) for _ in wrapped]
     losses = get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, datasets=datasets),
-        data_iterator=beating(batch, beat),
-        model=[wrapped],
+        data_iterator=streams if several else streams[0],
+        model=wrapped,
         num_microbatches=len(batch),
         seq_length=batch[0].tokens.shape[1],
         micro_batch_size=1,
@@ -346,14 +379,15 @@ def beating(batch: list[MicroBatch], beat: Callable[[], None]) -> Iterator[Micro
 def forward_step(
     batches: Iterator[MicroBatch], wrapped: Any, datasets: Sequence[str] = ()
 ) -> tuple[Tensor, Any]:
-    """One microbatch through this stage, in the form that Megatron's schedules ask for."""
+    """One microbatch through this chunk, in the form that Megatron's schedules ask for."""
     batch = next(batches)
+    images = whole_images(batch) if unwrap_model(wrapped).pre_process else None
     output = wrapped(
         batch.tokens,
         batch.position_ids,
         batch.cu_seqlens,
         batch.max_seqlen,
-        whole_images(batch),
+        images,
         batch.labels,
     )
 

@@ -10,41 +10,110 @@ one `step` tensor, which AdamW then increments once per parameter.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer.module import MegatronModule
 
 from llava_steps.core.config import Stage
+from llava_steps.model.llava import Llava
 
 METADATA = {"distrib_optim_fully_reshardable_mem_efficient": False}
 
 
-def wrap(model: MegatronModule) -> DistributedDataParallel:
-    """Data-parallel wrapper with one fp32 gradient buffer, reduced (summed) after the backward.
+def wrap(stage: Stage, chunks: Sequence[Llava]) -> list[DistributedDataParallel]:
+    """Data-parallel wrappers with fp32 gradient buffers, in which microbatches are summed up.
 
-    One bucket: with several, 0.16.1 saves misaligned optimizer state (padded bucket ends).
+    One bucket each, reduced after the backward; with `overlap_grad_reduce` several for the first
+    chunk of the first pipeline rank (what waits for the others is hidden anyway), each on its way
+    as soon as its gradients are there.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=stage.overlap_grad_reduce,
+        overlap_param_gather=stage.overlap_param_gather,
+        bucket_size=stage.bucket_size or None,
     )
-    return DistributedDataParallel(model.config, config, model, disable_bucketing=True)
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config,
+            config,
+            chunk,
+            disable_bucketing=number > 0 or not stage.overlap_grad_reduce,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    if stage.overlap_param_gather and chunks[-1].post_process:
+        _gather_head(wrapped[-1], chunks[-1])
+    return wrapped
+
+
+def _gather_head(wrapped: DistributedDataParallel, model: Llava) -> None:
+    """Have the head's weight waited for: it is read outside of the module that owns it, whose hook
+    thus never runs.
+    """
+    lm = model.language_model
+    weight = lm.shared_embedding_or_output_weight() if model.geometry.tied else None
+    weight = lm.output_layer.weight if weight is None else weight
+    if weight.requires_grad:
+        group = wrapped.param_to_bucket_group[weight]
+        lm.decoder.final_layernorm.register_forward_pre_hook(lambda *_: group.finish_param_sync())
+
+
+@contextlib.contextmanager
+def _places_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
+    """While it lasts, parameters have their places in a buffer whose buckets are not padded.
+
+    megatron-core 0.16.1 gathers the state of an optimizer without the padding between buckets and
+    then cuts the parameters out of it at the padded places: silently wrong from the second bucket.
+    """
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        shifts, end = [], 0
+        for (start, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
+            shifts.append(start - end)
+            end += bucket.numel_unpadded
+        buffer.param_index_map = {
+            parameter: (start - shifts[bucket], stop - shifts[bucket], bucket)
+            for parameter, (start, stop, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, padded, strict=True):
+            buffer.param_index_map = places
+
+
+def rates(stage: Stage) -> dict[str, float]:
+    """Part of the model -> its learning rate as a multiple of `lr`, where it has one of its own."""
+    own = {
+        "vision_tower": stage.vision_lr,
+        "mm_projector": stage.projector_lr,
+        "language_model": stage.lm_lr,
+        "lora": stage.lm_lr,
+    }
+    return {part: rate / stage.lr for part, rate in own.items() if rate is not None}
 
 
 class Optimizer:
     """AdamW over the trainable parameters of one rank; may hold none (a frozen pipeline stage)."""
 
     def __init__(
-        self, stage: Stage, model: DistributedDataParallel, fused: bool | None = None
+        self, stage: Stage, chunks: list[DistributedDataParallel], fused: bool | None = None
     ) -> None:
         """`fused`: clip and update all parameters in one go; on CUDA unless told."""
         self._fused = torch.cuda.is_available() if fused is None else fused
@@ -60,9 +129,15 @@ class Optimizer:
             bf16=stage.precision == "bf16",
             params_dtype=torch.bfloat16 if stage.precision == "bf16" else torch.float32,
             use_distributed_optimizer=True,
+            overlap_param_gather=stage.overlap_param_gather,
         )
         self._stage = stage
-        chained = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+        self._chunks = chunks
+        groups = get_standard_config_overrides(config)  # no weight decay for 1-d weights
+        for part, factor in rates(stage).items():
+            rate: Any = {"lr_mult": factor}
+            groups[ParamKey(name=f"*.{part}.*")] = rate
+        chained = get_megatron_optimizer(config, chunks, groups, use_gloo_process_groups=False)
         assert isinstance(chained, ChainedOptimizer)
         (self._inner,) = chained.chained_optimizers
         assert isinstance(self._inner, DistributedOptimizer)
@@ -101,7 +176,7 @@ class Optimizer:
         assert math.isfinite(norm)
         if not self.empty:
             for group in self._inner.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_mult"]
                 group["weight_decay"] = self._stage.weight_decay * group["wd_mult"]
             self._clip(norm)
         self._inner.step_with_ready_grads()
@@ -121,19 +196,28 @@ class Optimizer:
         device = parameter.device if self._fused else torch.device("cpu")
         return torch.full((), float(steps), dtype=torch.float32, device=device)
 
+    def settle(self) -> None:
+        """Wait until the model has the weights of the last step: with `overlap_param_gather` they
+        come while the next one runs. A collective call.
+        """
+        if self._stage.overlap_param_gather:
+            for chunk in self._chunks:
+                chunk.start_param_sync(force_sync=True)
+
     def reload_weights(self) -> None:
         """Take the model's weights as the new fp32 masters, after weights were loaded alone."""
         if not self.empty:
             self._inner.reload_model_params()
 
     def sharded_state(self, weights: dict[str, Any], loading: bool) -> dict[int, Any]:
-        """Masters and moments as sharded tensors; `weights` is the model's sharded state dict."""
+        """Masters and moments as sharded tensors; `weights` are the model's."""
         if self.empty:
             return {}
         # Before the first update there are no moments yet; zeros are what AdamW starts from.
         if loading or not self._inner.optimizer.state:
             self._allocate()
-        state = self._inner.sharded_param_state_fully_reshardable(weights, loading, METADATA)
+        with _places_without_padding(self._inner.buffers):
+            state = self._inner.sharded_param_state_fully_reshardable(weights, loading, METADATA)
         assert state is not None
         return dict(state)
 

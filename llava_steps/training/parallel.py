@@ -40,22 +40,28 @@ def processes(stage: Stage) -> Iterator[None]:
         backend, init_method=where, rank=rank, world_size=world, timeout=TIMEOUT
     )
     try:
-        ps.initialize_model_parallel(
-            stage.tensor_model_parallel,
-            stage.pipeline_model_parallel,
-            create_gloo_process_groups=False,
-        )
-        seed_all(stage.seed)
-        if stage.precision == "fp32":
-            forbid_tf32()
-        if stage.deterministic:
-            make_deterministic()
+        lay_out(stage)
         yield
     finally:
         # Only after success: a rank that failed must not wait for the others here.
         if not _failing():
             ps.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def lay_out(stage: Stage) -> None:
+    """Set up the parallel layout, seeds and determinism within the processes that there are."""
+    ps.initialize_model_parallel(
+        stage.tensor_model_parallel,
+        stage.pipeline_model_parallel,
+        stage.virtual_pipeline if stage.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False,
+    )
+    seed_all(stage.seed)
+    if stage.precision == "fp32":
+        forbid_tf32()
+    if stage.deterministic:
+        make_deterministic()
 
 
 def _failing() -> bool:

@@ -8,14 +8,14 @@ from pathlib import Path
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import check_layout
+from llava_steps.core.layout import pipeline_split
 
 
 def check(stage: Stage, hf_dir: Path) -> None:
     """ConfigError, with the fix, unless the model in `hf_dir` can be trained as `stage` says."""
     check_trackers(stage)
     geometry = Geometry.load(hf_dir)
-    check_layout(geometry, stage.tensor_model_parallel, stage.pipeline_model_parallel)
+    pipeline_split(geometry, stage)
     if stage.image_token_id is not None and stage.image_token_id != geometry.image_token_id:
         raise ConfigError(
             f"--image-token-id {stage.image_token_id}: {hf_dir} has {geometry.image_token_id} for "

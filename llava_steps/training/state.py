@@ -29,7 +29,12 @@ from torch import Tensor
 from llava_steps.core import commit, fsio
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import InputError, IntegrityError
-from llava_steps.model.checkpoint import load_weights, save_sharded, save_weights
+from llava_steps.model.checkpoint import (
+    load_weights,
+    save_sharded,
+    save_weights,
+    sharded_weights,
+)
 from llava_steps.model.llava import Llava
 from llava_steps.training import parallel
 from llava_steps.training.guard import Counters
@@ -43,7 +48,7 @@ def save(
     root: Path,
     counters: Counters,
     stage: Stage,
-    model: Llava,
+    model: list[Llava],
     optimizer: Optimizer,
     loader: dict[str, Any],
 ) -> Path:
@@ -57,6 +62,7 @@ def save(
     if dist.get_rank() == 0:
         fsio.remove_temporaries(root)
     check_space(root, model, optimizer)
+    optimizer.settle()
     if dist.get_rank() == 0:
         for name in (WEIGHTS, RNG):
             (temporary / name).mkdir(parents=True)
@@ -64,7 +70,7 @@ def save(
     try:
         save_weights(model, temporary / WEIGHTS)
         if stage.save_optim or counters.step < stage.train_steps:
-            sharded = optimizer.sharded_state(model.sharded_state_dict(), loading=False)
+            sharded = optimizer.sharded_state(sharded_weights(model), loading=False)
             save_sharded(sharded, temporary / OPTIMIZER)
         fsio.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
     except OSError as error:
@@ -81,12 +87,13 @@ def save(
     return final
 
 
-def check_space(root: Path, model: Llava, optimizer: Optimizer) -> None:
+def check_space(root: Path, model: list[Llava], optimizer: Optimizer) -> None:
     """InputError unless the disk of `root` has room for one more checkpoint; a collective call."""
     # Tensor-parallel ranks each count what they replicate, so this is never too little.
     own = torch.tensor(optimizer.state_bytes(), device=parallel.device())
     if parallel_state.get_data_parallel_rank() == 0:
-        own += sum(p.numel() * p.element_size() for p in model.parameters())
+        parameters = [p for chunk in model for p in chunk.parameters()]
+        own += sum(p.numel() * p.element_size() for p in parameters)
     dist.all_reduce(own)
     free = shutil.disk_usage(root).free
     short = parallel.on_any_rank(free < own.item())
@@ -158,7 +165,7 @@ def verified(path: Path) -> Path:
 
 
 def load(
-    path: Path, stage: Stage, model: Llava, optimizer: Optimizer
+    path: Path, stage: Stage, model: list[Llava], optimizer: Optimizer
 ) -> tuple[Counters, dict[str, Any]]:
     """Restore a verified checkpoint of a training; returns (counters, loader state).
 
@@ -172,8 +179,9 @@ def load(
                 "leave load_optim out to start from its weights"
             )
     state = json.loads((path / STATE).read_bytes())
+    optimizer.settle()  # nothing may arrive behind what is loaded
     load_weights(model, path / WEIGHTS)
-    wanted = optimizer.sharded_state(model.sharded_state_dict(), loading=True)
+    wanted = optimizer.sharded_state(sharded_weights(model), loading=True)
     loaded = dist_checkpointing.load(wanted, str(path / OPTIMIZER))
     counters = Counters(**{f.name: state[f.name] for f in fields(Counters)})
     optimizer.load_sharded_state(loaded, counters.updates)

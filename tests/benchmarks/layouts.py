@@ -1,10 +1,11 @@
 """python -m tests.benchmarks.layouts [--pairs N]: every parallel layout trains the same model.
 
-Each layout trains 20 steps from the same weights, in fp32, with a constant learning rate; its
-losses are compared with those of one process. Then each one's checkpoint of step 10, optimizer
-included, is loaded by each other layout (`load_optim`), which trains on to step 20: again the same
-losses, from the first step on. The last line is JSON: {"layouts", "passed", "pairs",
-"pairs_passed", "max_deviation"}.
+Each layout trains 20 steps from the same weights, in fp32, vision tower included, with a constant
+learning rate; its losses are compared with those of one process. Then each one's checkpoint of step
+10, optimizer included, is loaded by each other layout (`load_optim`), which trains on to step 20:
+again the same losses, from the first step on. LoRA's are compared with each other in the same way,
+as its losses are others. The last line is JSON: {"layouts", "passed", "pairs", "pairs_passed",
+"max_deviation"}.
 """
 
 from __future__ import annotations
@@ -16,91 +17,154 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tests import chain
+from tests.dist_helpers import spawn
+from tests.layout_workers import Room, Training, deep_model
 
-STEPS, HALF, BAR = 20, 10, 1e-5
-COMMON = (
-    "--stage=2", "--lr=1e-3", "--lr-schedule=constant", "--warmup-steps=3", "--weight-decay=0.1",
-    "--global-batch-size=8", "--micro-batch-size=2",
-)  # fmt: skip
-LAYOUTS = {
-    "one process": ("--gpus=1",),
-    "dp2": ("--gpus=2",),
-    "dp4": ("--gpus=4",),
-    "tp2": ("--gpus=2", "--tp=2"),
-    "tp2 sp": ("--gpus=2", "--tp=2", "--sequence-parallel"),
-    "pp2": ("--gpus=2", "--pp=2"),
-    "tp2 dp2": ("--gpus=4", "--tp=2"),
-    "tp2 sp dp2": ("--gpus=4", "--tp=2", "--sequence-parallel"),
-    "pp2 dp2": ("--gpus=4", "--pp=2"),
-    "tp2 pp2": ("--gpus=4", "--tp=2", "--pp=2"),
-    "tp2 sp pp2": ("--gpus=4", "--tp=2", "--pp=2", "--sequence-parallel"),
-    "recompute core_attn": ("--gpus=1", "--recompute=core_attn"),
-    "recompute full": ("--gpus=1", "--recompute=full"),
-    "tp2 sp pp2 recompute full": (
-        "--gpus=4", "--tp=2", "--pp=2", "--sequence-parallel", "--recompute=full",
-    ),
+STEPS, BAR = 20, 1e-5
+COMMON: dict[str, Any] = {
+    "stage": 2, "precision": "fp32", "num_workers": 0, "seq_length": 256, "lr": 1e-3,
+    "lr_schedule": "constant", "weight_decay": 0.1, "global_batch_size": 8,
+    "freeze_vision": False, "vision_lr": 3e-4, "projector_lr": 2e-3,
 }  # fmt: skip
-REFERENCE = "one process"
 
 
-def losses(made: chain.Chain, name: str, *flags: str) -> list[float]:
-    """Losses of a training into results/NAME."""
-    return [row["loss"] for row in chain.metrics(made.train(name, *COMMON, *flags))]
+class Layout(NamedTuple):
+    """Processes and the settings that differ from COMMON."""
+
+    ranks: int
+    settings: dict[str, Any]
+
+    @property
+    def lora(self) -> bool:
+        return "lora_rank" in self.settings
 
 
-def deviation(found: list[float], expected: list[float]) -> float:
+PP2 = {"pipeline_model_parallel": 2}
+PP4 = {"pipeline_model_parallel": 4}
+TP2 = {"tensor_model_parallel": 2}
+SP = {**TP2, "sequence_parallel": True}
+VP = {**PP2, "virtual_pipeline": 2}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 20_000}
+FULL = {"recompute": "full"}
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "freeze_vision": True, "vision_lr": None, "lm_lr": 3e-3}
+LAYOUTS = {
+    "one process": Layout(1, {}),
+    "dp2": Layout(2, {}),
+    "dp4": Layout(4, {}),
+    "dp4 overlap": Layout(4, OVERLAP),
+    "tp2": Layout(2, TP2),
+    "tp2 sp": Layout(2, SP),
+    "pp2": Layout(2, PP2),
+    "pp4": Layout(4, PP4),
+    "tp2 dp2": Layout(4, TP2),
+    "tp2 sp dp2 overlap": Layout(4, {**SP, **OVERLAP}),
+    "pp2 dp2 overlap": Layout(4, {**PP2, **OVERLAP}),
+    "pp2 dp2 uneven": Layout(4, {**PP2, "pipeline_split": "1,3"}),
+    "pp2 dp2 interleaved": Layout(4, VP),
+    "pp2 dp2 interleaved overlap": Layout(4, {**VP, **OVERLAP}),
+    "tp2 pp2": Layout(4, {**TP2, **PP2}),
+    "tp2 sp pp2 uneven": Layout(4, {**SP, **PP2, "pipeline_split": "3,1"}),
+    "tp2 sp pp2 interleaved": Layout(4, {**SP, **VP, **FULL}),
+    "recompute core_attn": Layout(1, {"recompute": "core_attn"}),
+    "recompute full": Layout(1, FULL),
+    "lora": Layout(1, LORA),
+    "lora dp4 overlap": Layout(4, {**LORA, **OVERLAP}),
+    "lora tp2 pp2": Layout(4, {**LORA, **TP2, **PP2}),
+    "lora tp2 sp pp2 interleaved": Layout(4, {**LORA, **SP, **VP, **FULL}),
+}
+REFERENCES = {False: "one process", True: "lora"}
+Row = tuple[str, float]
+
+
+def deviation(found: Sequence[float], expected: Sequence[float]) -> float:
     """Largest relative difference."""
     assert len(found) == len(expected)
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
-def compare(made: chain.Chain, names: list[str], pairs: int, seed: int) -> dict[str, float]:
-    """Train in all layouts, then from each other's checkpoints; prints a row each."""
-    slug = {name: name.replace(" ", "_") for name in LAYOUTS}
-    whole = losses(made, "whole", f"--train-steps={STEPS}", *LAYOUTS[REFERENCE])
-    assert len(set(whole)) == STEPS
-    worst, passed = 0.0, 0
+def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(writer, reader) of all that can go on from each other."""
+    every = itertools.permutations(names, 2)
+    return [(a, b) for a, b in every if LAYOUTS[a].lora == LAYOUTS[b].lora]
+
+
+def train(room: Room, trainings: Sequence[tuple[str, Training]]) -> dict[str, list[float]]:
+    """Losses of trainings, given as (layout, training), by their names."""
+    found: dict[str, list[float]] = {}
+    for ranks in sorted({LAYOUTS[layout].ranks for layout, _ in trainings}):
+        own = [training for layout, training in trainings if LAYOUTS[layout].ranks == ranks]
+        losses = spawn("tests.layout_workers:train", ranks, room.root, room, own, timeout=7200)[0]
+        found |= {training.name: row for training, row in zip(own, losses, strict=True)}
+    return found
+
+
+def compare(
+    room: Room, start: Path, names: Sequence[str], pairs: Sequence[tuple[str, str]], steps: int
+) -> tuple[list[Row], list[Row]]:
+    """Deviations of the layouts, and of the pairs after half of the steps, from their reference.
+
+    The reference is the first of `names` with LoRA, and without.
+    """
+    half = steps // 2
+    trainings = []
     for name in names:
-        flags = LAYOUTS[name]
-        found = losses(made, f"all_{slug[name]}", f"--train-steps={STEPS}", *flags)
-        losses(made, f"half_{slug[name]}", f"--train-steps={HALF}", *flags)
-        apart = deviation(found, whole)
-        worst, passed = max(worst, apart), passed + (apart <= BAR)
-        print(f"{name:28s} {apart:.1e} {'ok' if apart <= BAR else 'WRONG'}", flush=True)
-    every = list(itertools.permutations(names, 2))
-    chosen = every if not pairs else random.Random(seed).sample(every, min(pairs, len(every)))
-    good = 0
-    for number, (source, target) in enumerate(chosen):
-        start = (made.root / f"results/half_{slug[source]}").resolve()
-        line = (f"--train-steps={STEPS}", "--load-optim", f"--megatron-load-dir={start}")
-        found = losses(made, f"pair_{number}", *line, *LAYOUTS[target])
-        apart = deviation(found, whole[HALF:])
-        worst, good = max(worst, apart), good + (apart <= BAR)
-        verdict = "ok" if apart <= BAR else "WRONG"
-        print(f"{source:28s} -> {target:28s} {apart:.1e} {verdict}", flush=True)
-        entry = (made.root / f"results/pair_{number}/samples").resolve().parent
-        shutil.rmtree(entry)
-    return {
-        "layouts": len(names),
-        "passed": passed,
-        "pairs": len(chosen),
-        "pairs_passed": good,
-        "max_deviation": worst,
-    }
+        settings = {**COMMON, **LAYOUTS[name].settings}
+        for kind, count in (("whole", steps), ("half", half)):
+            made = Training(f"{kind} {name}", {**settings, "train_steps": count}, start)
+            trainings.append((name, made))
+    whole = train(room, trainings)
+    going_on = []
+    for source, target in pairs:
+        settings = {**COMMON, **LAYOUTS[target].settings, "train_steps": steps, "load_optim": True}
+        made = Training(f"{source} -> {target}", settings, room.entry(f"half {source}"))
+        going_on.append((target, made))
+    rest = train(room, going_on)
+
+    def expected(name: str) -> list[float]:
+        first = next(n for n in names if LAYOUTS[n].lora == LAYOUTS[name].lora)
+        losses = whole[f"whole {first}"]
+        assert len(set(losses)) == steps
+        return losses
+
+    rows = [(name, deviation(whole[f"whole {name}"], expected(name))) for name in names]
+    pair_rows = [
+        (training.name, deviation(rest[training.name], expected(target)[half:]))
+        for target, training in going_on
+    ]
+    return rows, pair_rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=0, help="only so many pairs, at random")
     given = parser.parse_args()
-    room = Path(tempfile.mkdtemp(prefix="layouts-"))
+    root = Path(tempfile.mkdtemp(prefix="layouts-"))
+    names = list(LAYOUTS)
+    pairs = pairs_of(names)
+    if given.pairs:
+        pairs = random.Random(1).sample(pairs, min(given.pairs, len(pairs)))
     try:
-        found = compare(chain.make(room), list(LAYOUTS), given.pairs, 1)
+        made = chain.make(root)
+        hf, start = deep_model(made, root)
+        rows, pair_rows = compare(
+            Room(hf, made.dataset.resolve(), root / "entries"), start, names, pairs, STEPS
+        )
     finally:
-        shutil.rmtree(room)
+        shutil.rmtree(root)
+    for name, apart in (*rows, *pair_rows):
+        print(f"{name:60s} {apart:.1e} {'ok' if apart <= BAR else 'WRONG'}")
+    found = {
+        "layouts": len(rows),
+        "passed": sum(apart <= BAR for _, apart in rows),
+        "pairs": len(pair_rows),
+        "pairs_passed": sum(apart <= BAR for _, apart in pair_rows),
+        "max_deviation": max(apart for _, apart in (*rows, *pair_rows)),
+    }
     print(json.dumps(found))
     return (found["passed"], found["pairs_passed"]) != (found["layouts"], found["pairs"])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import shutil
 import sys
@@ -40,14 +41,15 @@ def prepare(chain: Path, room: Path) -> tuple[Stage, Any, Any]:
     parallel_state.initialize_model_parallel(1, 1, create_gloo_process_groups=False)
     parallel.seed_all(1)
     hf, checkpoint = (chain / "results" / n for n in ("hf_model", "megatron_checkpoint"))
-    model = loop.build(Job(stage, room, room, checkpoint, hf, room, "f"))
-    return stage, model, Optimizer(stage, wrap(model))
+    job = Job(stage, room, room, checkpoint, hf, room, "f")
+    model = loop.build(job, logging.getLogger("save"))
+    return stage, model, Optimizer(stage, wrap(stage, model))
 
 
 def fill(model: Any, optimizer: Any, value: float) -> None:
     """Weights and optimizer state that belong to checkpoint number `value`."""
     with torch.no_grad():
-        for number, weight in enumerate(model.parameters()):
+        for number, weight in enumerate(model[0].parameters()):
             weight.fill_(value + number / 1000)
     optimizer.reload_weights()
 

@@ -1,0 +1,88 @@
+"""Layouts of the trainer beyond those of test_loss_parity.py, in one set of four processes.
+
+`make layouts` has the whole table and every pair, against one process.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llava_steps.model.dcp import Reader
+from tests import plain_lora, reference
+from tests.benchmarks.layouts import BAR, COMMON, Row, compare
+from tests.chain import Chain, metrics, sample_ids
+from tests.layout_workers import Room, deep_model
+
+STEPS = 6
+NAMES = (
+    "dp4", "dp4 overlap", "pp2 dp2 interleaved", "pp2 dp2 interleaved overlap", "pp2 dp2 uneven",
+    "tp2 sp pp2 interleaved", "lora tp2 pp2", "lora tp2 sp pp2 interleaved",
+)  # fmt: skip
+PAIRS = (
+    ("dp4", "tp2 sp pp2 interleaved"),
+    ("pp2 dp2 interleaved", "dp4 overlap"),
+    ("tp2 sp pp2 interleaved", "pp2 dp2 uneven"),
+    ("dp4 overlap", "dp4"),
+    ("pp2 dp2 interleaved overlap", "pp2 dp2 interleaved"),
+    ("pp2 dp2 uneven", "pp2 dp2 interleaved overlap"),
+    ("lora tp2 sp pp2 interleaved", "lora tp2 pp2"),
+    ("lora tp2 pp2", "lora tp2 sp pp2 interleaved"),
+)
+
+
+@pytest.fixture(scope="module")
+def room(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Room:
+    root = tmp_path_factory.mktemp("layouts")
+    hf, _ = deep_model(chain, root)
+    return Room(hf, chain.dataset.resolve(), root)
+
+
+@pytest.fixture(scope="module")
+def tables(chain: Chain, room: Room) -> tuple[list[Row], list[Row]]:
+    _, start = deep_model(chain, room.root)
+    return compare(room, start, NAMES, PAIRS, STEPS)
+
+
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=lambda n: NAMES[n])
+def test_every_layout_has_the_same_losses(tables: tuple[list[Row], list[Row]], number: int) -> None:
+    name, apart = tables[0][number]
+    assert name == NAMES[number] and apart <= BAR, apart
+
+
+@pytest.mark.parametrize("number", range(len(PAIRS)), ids=lambda n: " -> ".join(PAIRS[n]))
+def test_each_goes_on_from_the_other(tables: tuple[list[Row], list[Row]], number: int) -> None:
+    name, apart = tables[1][number]
+    assert name == " -> ".join(PAIRS[number]) and apart <= BAR, apart
+
+
+def test_lora_trains_as_in_plain_pytorch(tables: tuple[list[Row], list[Row]], room: Room) -> None:
+    entry = room.entry("whole lora tp2 pp2")
+    losses = [row["loss"] for row in metrics(entry)]
+    targets = list(plain_lora.FUSED)
+    trained = Reader(next(entry.glob("iter_*/weights")))
+
+    def first_values(name: str) -> torch.Tensor:
+        """A is uniform within 1 / sqrt(in), by seed 1234, layer and target; B is 0."""
+        shape, (target, part) = trained.shapes()[f"lora.{name}"], name.split(".")
+        if part == "b":
+            return torch.zeros(shape)
+        seeds = [(1234 * 100003 + layer) * 8 + targets.index(target) for layer in range(shape[0])]
+        drawn = [
+            torch.empty(shape[1:]).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        return torch.stack(drawn) / shape[-1] ** 0.5
+
+    def prepare(model: object) -> None:
+        plain_lora.add(model, first_values, tuple(targets), 8.0 / 4)
+
+    expected = reference.train(
+        room.hf, room.dataset, sample_ids(entry), trained=("multi_modal_projector", "lora_"),
+        steps=STEPS, lr=COMMON["lr"], warmup=0, weight_decay=0.1, clip=1.0, prepare=prepare,
+        constant=True, factors={"multi_modal_projector": 2.0, "lora_": 3.0},
+    )  # fmt: skip
+    apart = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+    print(f"largest relative deviation {apart:.1e}")
+    assert apart <= BAR
+    assert losses[-1] < losses[0]
