@@ -34,7 +34,7 @@ def digest(wrapped: Any, optimizer: Any) -> str:
     inner = optimizer._inner.optimizer
     moments = [v for s in inner.state.values() for _, v in sorted(s.items())]
     masters = [p for group in inner.param_groups for p in group["params"]]
-    for tensor in [*wrapped.parameters(), *masters, *moments]:
+    for tensor in [*wrapped[0].parameters(), *masters, *moments]:
         if isinstance(tensor, torch.Tensor):
             total.update(tensor.detach().contiguous().numpy().tobytes())
     return total.hexdigest()
@@ -58,7 +58,7 @@ def poison(loop: Any) -> None:
         now["case"] = PLAN.get(now["step"])
         kind, where, _ = now["case"] or ("", -1, -1)
         if kind == "nan weight" and rank == where:
-            weight = next(p for p in wrapped.parameters() if p.requires_grad)
+            weight = next(p for p in wrapped[0].parameters() if p.requires_grad)
             before = weight.data.clone()
             weight.data.view(-1)[0] = float("nan")
             now["restore"] = lambda: weight.data.copy_(before)
@@ -66,7 +66,7 @@ def poison(loop: Any) -> None:
         sums = whole(wrapped, optimizer, batch, *more)
         if kind.endswith("gradient") and rank == where:
             # After the reduction: only this rank sees it until the norm is agreed on.
-            wrapped.buffers[0].grad_data.fill_(FACTORS[kind.split()[0]])
+            wrapped[0].buffers[0].grad_data.fill_(FACTORS[kind.split()[0]])
         return sums
 
     def forward_step(batches: Any, wrapped: Any, **more: Any) -> Any:
