@@ -31,16 +31,10 @@ def look(rank: int, paths: dict[str, Path], layouts: list[dict[str, Any]]) -> li
         )  # fmt: skip
         place = paths["entry"]
         job = Job(stage, place, place, paths["checkpoint"], paths["hf"], paths["dataset"], "f")
-        # Each gloo group costs a thread that wakes up a hundred times a second.
-        ps.initialize_model_parallel(
-            stage.tensor_model_parallel,
-            stage.pipeline_model_parallel,
-            create_gloo_process_groups=False,
-        )
-        parallel.seed_all(stage.seed)
+        parallel.lay_out(stage)
         model = loop.build(job)
         loop.load_weights(model, loop.latest(job) / state.WEIGHTS)
-        wrapped = wrap(model)
+        wrapped = wrap(stage, model)
         validation = Validation(job)
         rows = len(validation._data._rows)
         figures = validation(wrapped, lambda: None)
