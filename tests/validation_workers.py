@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def look(rank: int, paths: dict[str, Path], layouts: list[dict[str, Any]]) -> li
         place = paths["entry"]
         job = Job(stage, place, place, paths["checkpoint"], paths["hf"], paths["dataset"], "f")
         parallel.lay_out(stage)
-        model = loop.build(job)
+        model = loop.build(job, logging.getLogger("validation"))
         loop.load_weights(model, loop.latest(job) / state.WEIGHTS)
         wrapped = wrap(stage, model)
         validation = Validation(job)
