@@ -18,6 +18,8 @@ is refused by name. energon itself reads these files too; `subflavors` mean noth
 from __future__ import annotations
 
 import math
+import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ import yaml
 from llava_steps.core.errors import ConfigError, InputError
 
 _HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
-_SUBFLAVORS = ("name", "max_turns", "chat_template")
+_SUBFLAVORS = ("name", "max_turns", "chat_template", "augment")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _blend(base: Path, table: Any, split: str) -> Blend:
     table = _mapping(table, "the top level")
     for key, wanted in _HEAD.items():
         if table.get(key) != wanted:
-            raise _Refused(f"{key} is {table.get(key)!r}; only {wanted} is read")
+            raise _Refused(f"{key} is {reprlib.repr(table.get(key))}; only {wanted} is read")
     _only(table, (*_HEAD, "splits"), "")
     splits = _mapping(table.get("splits"), "splits")
     if split not in splits:
@@ -123,12 +125,17 @@ def _member(base: Path, item: Any, here: str, split: str, share: str) -> Member:
     _only(item, ("path", share, "split_part", "subflavors"), f"{here}.")
     text = _value(item, "path", here, str)
     path = base / text
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise _Refused(f"{here}.path: {path} is not a directory; blends of blends are not read")
     options = _mapping(item.get("subflavors", {}), f"{here}.subflavors")
     _only(options, _SUBFLAVORS, f"{here}.subflavors.")
+    if options.get("augment", False) is not False:
+        raise _Refused(
+            f"{here}.subflavors.augment is {reprlib.repr(options['augment'])}; expected false: no "
+            "image is ever altered at random here"
+        )
     template = _value(options, "chat_template", f"{here}.subflavors", str, None)
-    if template is not None and not (base / template).is_file():
+    if template is not None and not os.path.isfile(base / template):
         raise _Refused(f"{here}.subflavors.chat_template: {base / template} is not a file")
     return Member(
         path=path,
@@ -157,7 +164,7 @@ def _value(
     value = table.get(key)
     if isinstance(value, bool) or not isinstance(value, kind) or not check(value):
         wanted = {str: "text", int: "a whole number above 0"}.get(kind, "a number above 0")
-        raise _Refused(f"{here}.{key} is {value!r}; expected {wanted}")
+        raise _Refused(f"{here}.{key} is {reprlib.repr(value)}; expected {wanted}")
     return value
 
 

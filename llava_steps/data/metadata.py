@@ -8,6 +8,9 @@ anything outside a short list of energon's own classes, or brings Python files, 
 from __future__ import annotations
 
 import json
+import re
+import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,9 @@ SHARDS = "shards.json"
 ALLOWED_MODULES = frozenset({"megatron.energon"})
 ALLOWED_CLASSES = frozenset({"VQASample", "VQAWebdataset", "CrudeWebdataset"})
 _CODE_KEYS = ("sample_loader", "part_filter")
+_CODE_FILES = (".py", ".pyc", ".pyd", ".so")
+MOST_NAMES = 1_000_000
+"""Names that the patterns of one split may stand for; a short pattern can stand for any number."""
 
 
 @dataclass(frozen=True)
@@ -57,39 +63,60 @@ def read_metadata(root: Path) -> DatasetMeta:
         raise InputError(f"{folder / '.info.json'}: `shard_counts` must map tars to sample counts")
     for name in counts:
         _check_name(root, name)
-    fields = {}
-    if (folder / "dataset.yaml").is_file():
-        fields = _load(folder / "dataset.yaml").get("field_map", {})
-    return DatasetMeta(root, counts, fields)
+    return DatasetMeta(root, counts, _field_map(folder / "dataset.yaml"))
+
+
+def _field_map(path: Path) -> dict[str, str]:
+    table = _load(path) if path.is_file() else {}
+    if not isinstance(table, dict):
+        raise InputError(f"{path} must be keys and values, it is {reprlib.repr(table)}")
+    fields = table.get("field_map") or {}
+    if not isinstance(fields, dict) or not all(
+        isinstance(x, str) for p in fields.items() for x in p
+    ):
+        raise InputError(f"{path}: field_map must map names to texts, it is {reprlib.repr(fields)}")
+    return fields
 
 
 def refuse_code(folder: Path) -> None:
     """Raise InputError when anything below a `.nv-meta` folder would make energon run code."""
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".py", ".pyc", ".so"):
+        if path.suffix.lower() in _CODE_FILES:
             raise InputError(
                 f"{path}: dataset metadata must not bring Python code; remove the file"
             )
         if path.suffix in (".yaml", ".yml", ".json"):
-            _refuse_objects(path, _load(path), "")
+            _refuse_objects(path, _load(path))
 
 
-def _refuse_objects(path: Path, value: Any, where: str) -> None:
-    if isinstance(value, list):
-        for number, item in enumerate(value):
-            _refuse_objects(path, item, f"{where}[{number}]")
-    if not isinstance(value, dict):
-        return
-    for key, item in value.items():
-        here = f"{where}.{key}" if where else str(key)
-        allowed = {"__module__": ALLOWED_MODULES, "__class__": ALLOWED_CLASSES}.get(key)
-        if allowed is not None and item not in allowed:
-            raise InputError(f"{path}: {here} is {item!r}; only {sorted(allowed)} are allowed")
-        if key == "__function__" or (key in _CODE_KEYS and isinstance(item, str)):
-            raise InputError(
-                f"{path}: {here} names code to run; use a field_map instead (`{key}` is refused)"
-            )
-        _refuse_objects(path, item, here)
+def _refuse_objects(path: Path, value: Any) -> None:
+    """Look at every mapping once: an alias of YAML can make few lines a tree without end."""
+    seen: set[int] = set()
+    waiting = [("", value)]
+    while waiting:
+        where, item = waiting.pop()
+        if not isinstance(item, list | dict) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, list):
+            waiting.extend((f"{where}[{number}]", inner) for number, inner in enumerate(item))
+            continue
+        for key, inner in item.items():
+            here = f"{where}.{key}" if where else str(key)
+            _refuse_object(path, here, key, inner)
+            waiting.append((here, inner))
+
+
+def _refuse_object(path: Path, here: str, key: Any, item: Any) -> None:
+    allowed = {"__module__": ALLOWED_MODULES, "__class__": ALLOWED_CLASSES}.get(key)
+    if allowed is not None and (not isinstance(item, str) or item not in allowed):
+        raise InputError(
+            f"{path}: {here} is {reprlib.repr(item)}; only {sorted(allowed)} are allowed"
+        )
+    if key == "__function__" or (key in _CODE_KEYS and isinstance(item, str)):
+        raise InputError(
+            f"{path}: {here} names code to run; use a field_map instead (`{key}` is refused)"
+        )
 
 
 def _load(path: Path) -> Any:
@@ -117,21 +144,62 @@ def split_shards(meta: DatasetMeta, split: str) -> list[str]:
         ConfigError: there is no such split.
         InputError: the split is empty, names unknown tars, or excludes single samples.
     """
-    from braceexpand import braceexpand
-
     path = meta.root / META / "split.yaml"
     table = _load(path)
     parts = table.get("split_parts") if isinstance(table, dict) else None
     if not isinstance(parts, dict):
         raise InputError(f"{path}: `split_parts` is missing")
     if split not in parts:
-        raise ConfigError(f"{path} has no split {split!r}; there are {sorted(parts)}")
-    excluded = {name for item in table.get("exclude") or [] for name in braceexpand(item)}
+        raise ConfigError(f"{path} has no split {split!r}; there are {sorted(map(str, parts))}")
+    excluded = set(_expanded(path, "exclude", table.get("exclude")))
     if any(name.partition(".tar")[2] for name in excluded):
         raise InputError(f"{path}: excluding single samples is not supported, only whole tars")
-    names = [n for item in parts[split] or [] for n in braceexpand(item) if n not in excluded]
+    named = _expanded(path, f"split_parts.{split}", parts[split])
+    names = [name for name in named if name not in excluded]
     if unknown := [name for name in names if name not in meta.shard_counts]:
         raise InputError(f"{path}: split {split!r} names unknown tars: {unknown[:5]}")
     if not names:
         raise InputError(f"{path}: split {split!r} is empty; change the split ratio")
     return names
+
+
+def _expanded(path: Path, key: str, patterns: Any) -> Iterator[str]:
+    """The names that a list of brace patterns stands for; InputError before there are too many."""
+    from braceexpand import braceexpand
+
+    if not isinstance(patterns, list | None) or not all(isinstance(p, str) for p in patterns or []):
+        raise InputError(f"{path}: {key} must be a list of names, it is {reprlib.repr(patterns)}")
+    if sum(map(count_names, patterns or [])) > MOST_NAMES:
+        raise InputError(f"{path}: {key} stands for more than {MOST_NAMES} names")
+    for pattern in patterns or []:
+        try:
+            yield from braceexpand(pattern)
+        except (ValueError, RecursionError) as error:  # braces that do not close
+            raise InputError(f"{path}: {key}: {reprlib.repr(pattern)}: {error}") from error
+
+
+_RANGE = re.compile(r"{(-?\d{1,99}|[A-Za-z])\.\.(-?\d{1,99}|[A-Za-z])(?:\.\.-?\d+)?}")
+
+
+def count_names(pattern: str) -> int:
+    """How many names a brace pattern stands for (a range with a step: without the step)."""
+    levels = [(0, 0, 1)]  # of each open brace: where, names before the last comma, names since it
+    place = 0
+    while place < len(pattern):
+        start, before, since = levels[-1]
+        if pattern[place] == "\\":
+            place += 1
+        elif pattern[place] == "{":
+            levels.append((place, 0, 1))
+        elif pattern[place] == "," and len(levels) > 1:
+            levels[-1] = (start, before + since, 1)
+        elif pattern[place] == "}" and len(levels) > 1:
+            names = before + since
+            if ends := _RANGE.fullmatch(pattern, start, place + 1):
+                first, last = (int(e) if e[-1].isdigit() else ord(e) for e in ends.groups())
+                names = abs(first - last) + 1
+            levels.pop()
+            start, before, since = levels[-1]
+            levels[-1] = (start, before, since * names)
+        place += 1
+    return levels[-1][1] + levels[-1][2]

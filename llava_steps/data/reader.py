@@ -73,15 +73,12 @@ class SampleReader:
         Made from the tars' sha256 where `shards.json` gives them; for other datasets from the
         names, sizes and sample offsets of the tars.
         """
-        known = {}
-        if (self.root / SHARDS).is_file():
-            listed = json.loads((self.root / SHARDS).read_text(encoding="utf-8"))
-            known = {shard["name"]: shard["sha256"] for shard in listed["shards"]}
+        known = _listed(self.root / SHARDS)
         rows = []
         for name in self.shards:
             content = known.get(name)
             if content is None:
-                index = (self.root / name).with_suffix(".tar.idx").read_bytes()
+                index = _read(self.root / f"{name}.idx")
                 content = f"{(self.root / name).stat().st_size}:{hashlib.sha256(index).hexdigest()}"
             rows.append([name, self._meta.shard_counts[name], content])
         return fsio.sha256_json(rows)
@@ -141,6 +138,24 @@ class SampleReader:
             SampleError: unusable; the message does not say where it stands.
         """
         return from_parts(raw.key, raw.parts, self._fields)
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """Name to sha256 of each tar in a `shards.json`; empty when there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["shards"]
+        return {str(row["name"]): str(row["sha256"]) for row in rows}
+    except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from error
 
 
 def _open(root: Path, shards: list[str], counts: dict[str, int]) -> Any:

@@ -19,6 +19,7 @@ from llava_steps.core import store
 from llava_steps.core.config import EnergonDataset, TarShards
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
 from llava_steps.core.run import execute
+from llava_steps.data import metadata
 from llava_steps.data.reader import SampleReader
 from llava_steps.data.split import split
 from llava_steps.prepare_energon import run
@@ -363,6 +364,10 @@ def test_tars_are_copied_where_links_cannot_be_made(
         assert not os.path.samefile(path, tmp_path / "ds" / path.name)
 
 
+MANY = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]\n" for n in range(1, 30))
+"""Few lines of YAML, 8 ** 29 leaves: each line names the one before eight times."""
+
+
 @pytest.mark.parametrize(
     ("file", "text", "reason"),
     [
@@ -373,6 +378,19 @@ def test_tars_are_copied_where_links_cannot_be_made(
         ("dataset.yaml", "a: !!python/object/apply:os.system ['x']\n", "cannot be read"),
         ("split.yaml", "__module__: x\nsplit_parts: {train: [000000.tar]}\n", "__module__"),
         ("sample_loader.py", "import os\n", "Python code"),
+        ("LOADER.PY", "import os\n", "Python code"),
+        ("dataset.yaml", f"a0: &a0 [x]\n{MANY}__module__: *a29\n", "__module__"),
+        ("dataset.yaml", "a: &a [*a, {__function__: system}]\n", r"a\[1\]\.__function__"),
+        ("dataset.yaml", "__class__: [VQASample]\n", "__class__"),
+        ("dataset.yaml", "- a\n", "keys and values"),
+        ("dataset.yaml", "field_map: [a]\n", "field_map"),
+        ("dataset.yaml", "field_map: {image: 5}\n", "field_map"),
+        ("split.yaml", "split_parts: {train: [1]}\n", "list of names"),
+        ("split.yaml", "split_parts: {train: 000000.tar}\n", "list of names"),
+        ("split.yaml", "split_parts: {train: ['{1..9999999}.tar']}\n", "more than"),
+        ("split.yaml", f"split_parts: {{train: ['{'{a,b}' * 40}.tar']}}\n", "more than"),
+        ("split.yaml", "split_parts: {train: ['{a.tar']}\n", "nbalanced"),
+        ("split.yaml", "split_parts: {train: [000000.tar]}\nexclude: 5\n", "exclude"),
         (".info.json", '{"shard_counts": {"../../x.tar": 1}}', "outside the dataset"),
         (".info.json", '{"shard_counts": {"/x.tar": 1}}', "outside the dataset"),
         (".info.json", '{"shard_counts": {"9.tar": 1}}', "missing"),
@@ -392,6 +410,29 @@ def test_hostile_or_broken_metadata_is_refused_and_never_run(
     (tmp_path / "ds" / ".nv-meta" / file).write_text(text)
     with pytest.raises(StepError, match=reason):
         SampleReader(tmp_path / "ds", "train")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a.tar", "{0..9}.tar", "{09..100}", "{b..e}{,x}", "{a{1..3},b,c{x,{y,z}}}.tar", r"{a\,b,c}",
+     "{a}", "{}", "a,b", "{3..-2}", "{1..2}{1..3}/{a,b}.tar"],
+)  # fmt: skip
+def test_patterns_are_counted_before_they_are_written_out(pattern: str) -> None:
+    from braceexpand import braceexpand
+
+    assert metadata.count_names(pattern) == len(list(braceexpand(pattern)))
+
+
+def test_broken_lists_of_tars_and_missing_indices_are_input_errors(tmp_path: Path) -> None:
+    prepare(our_tars(tmp_path / "raw", 2, 2), tmp_path / "ds")
+    for text in ("[]", "{", '{"shards": [5]}', '{"shards": [{"name": "000000.tar"}]}'):
+        (tmp_path / "ds" / "shards.json").write_text(text)
+        with pytest.raises(InputError, match=r"shards\.json cannot be read"):
+            _ = SampleReader(tmp_path / "ds", "train").digest
+    (tmp_path / "ds" / "shards.json").unlink()
+    (tmp_path / "ds" / "000000.tar.idx").unlink()
+    with pytest.raises(InputError, match="prepare the dataset again"):
+        _ = SampleReader(tmp_path / "ds", "train").digest
 
 
 def test_a_directory_that_is_no_dataset_is_an_input_error(tmp_path: Path) -> None:
