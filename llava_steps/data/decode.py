@@ -50,7 +50,7 @@ def to_jpeg(data: bytes, max_pixels: int) -> bytes:
     """An image of another format as a JPEG of quality 95 without chroma subsampling.
 
     Raises:
-        SampleError: not an image, animated, too large, or broken.
+        SampleError: not an image, animated, too large, broken, or of more than 8 bits a channel.
     """
     image = _decode(data, max_pixels, quick=False, still=True)
     out = io.BytesIO()
@@ -79,6 +79,8 @@ def _decode(data: bytes, max_pixels: int | None, quick: bool, still: bool = Fals
                     raise SampleError(f"too many pixels: {width} x {height}")
                 if still and getattr(image, "is_animated", False):
                     raise SampleError(_animated(image.format))
+                if still and image.mode.startswith(("I", "F")):
+                    _stop_if_clipped(image)
                 if quick:
                     image.draft(image.mode, (max(1, width // 8), max(1, height // 8)))
                 return ImageOps.exif_transpose(image).convert("RGB")
@@ -88,6 +90,16 @@ def _decode(data: bytes, max_pixels: int | None, quick: bool, still: bool = Fals
         raise SampleError(f"too many pixels: {error}") from error
     except Exception as error:  # a broken file can make the decoders raise anything
         raise SampleError(f"unreadable image: {type(error).__name__}: {error}") from error
+
+
+def _stop_if_clipped(image: Image.Image) -> None:
+    """Pillow makes 8 bits of more by clipping: a picture of 16 bits would come out white."""
+    low, high = image.getextrema()
+    if float(low) < 0 or float(high) > 255:  # type: ignore[arg-type]
+        raise SampleError(
+            f"more than 8 bits: values from {low} to {high} (mode {image.mode}); scale them to 0 "
+            "to 255 and save as 8 bits"
+        )
 
 
 def _not_jpeg(data: bytes) -> str:

@@ -236,10 +236,18 @@ def picture(form: str, mode: str = "RGB", **options: Any) -> bytes:
     return out.getvalue()
 
 
+def deep(form: str = "PNG", mode: str = "I;16") -> bytes:
+    """Values up to 3,000, which 8 bits cannot hold."""
+    out = io.BytesIO()
+    Image.linear_gradient("L").convert("I").point(lambda v: v * 12).convert(mode).save(out, form)
+    return out.getvalue()
+
+
 def test_other_images_become_jpeg_if_asked_for_and_jpeg_stays(tmp_path: Path) -> None:
     images = [
         jpeg(0), picture("PNG", "RGBA"), picture("WEBP"), picture("PNG", "P"), picture("BMP"),
-        picture("GIF", save_all=True), picture("PNG")[:60], picture("PNG", "I;16"),
+        picture("GIF", save_all=True), picture("PNG")[:60], picture("PNG", "I;16"), deep(),
+        deep("TIFF", "F"),
     ]  # fmt: skip
     lines = ["image\tquestion\tanswer"]
     for number, data in enumerate(images):
@@ -249,13 +257,15 @@ def test_other_images_become_jpeg_if_asked_for_and_jpeg_stays(tmp_path: Path) ->
     metrics = shard(tmp_path / "t.tsv", tmp_path / "no", quarantine_limit=0.9)
     assert metrics["samples_written"] == 1
     assert metrics["quarantine_reasons"] == {
-        "animated image": 1, "not a JPEG": 6
+        "animated image": 1, "not a JPEG": 8
     }  # fmt: skip
     metrics = shard(
         tmp_path / "t.tsv", tmp_path / "yes", quarantine_limit=0.9, other_images="jpeg",
         samples_per_shard=9,
     )  # fmt: skip
-    assert metrics["quarantine_reasons"] == {"animated image": 1, "unreadable image": 1}
+    assert metrics["quarantine_reasons"] == {
+        "animated image": 1, "more than 8 bits": 2, "unreadable image": 1
+    }  # fmt: skip
     with tarfile.open(tmp_path / "yes/000000.tar") as tar:
         found = {m.name: tar.extractfile(m) for m in tar if m.name.endswith(".jpg")}
         first = found["000000000.jpg"]
