@@ -45,7 +45,9 @@ def run(ctx: Context, cfg: Audit) -> Mapping[str, Any]:
 
     # Not resolved: what a blend names is relative to where its file stands, link or not.
     corpus = Corpus(ctx.inputs["data_path"].path.absolute(), cfg.split, cfg.seed)
-    auditor = audit.Auditor(corpus, ctx.inputs["tokenizer_load_dir"].path, cfg.seq_length)
+    auditor = audit.Auditor(
+        corpus, ctx.inputs["tokenizer_load_dir"].path, cfg.seq_length, cfg.too_long == "truncate"
+    )
     places = audit.choose(corpus, cfg.samples, cfg.seed)
     examples: list[Example] = []
     pictures: list[dict[str, str]] = []

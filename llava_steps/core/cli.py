@@ -36,6 +36,12 @@ def flag_name(name: str, field: FieldInfo) -> str:
     return str(declared) if declared else "--" + name.replace("_", "-")
 
 
+def _bare(field: FieldInfo) -> Any:
+    """What a flag without a value stands for; None when it needs one."""
+    extra = field.json_schema_extra
+    return extra.get("bare") if isinstance(extra, dict) else None
+
+
 def _plain(annotation: Any) -> Any:
     """The annotation without Annotated and without `| None`."""
     while hasattr(annotation, "__metadata__"):
@@ -102,6 +108,8 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
             spec |= {"type": _pair, "action": "append", "metavar": "NAME=VALUE"}
         else:
             spec |= {"type": TYPES.get(name, plain), "metavar": plain.__name__.upper()}
+            if (bare := _bare(field)) is not None:
+                spec |= {"nargs": "?", "const": bare}
         group = groups[role(field)]
         long = flag_name(name, field)
         spelled = "--" + name.replace("_", "-")

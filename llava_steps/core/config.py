@@ -24,9 +24,19 @@ LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Ratio3 = Annotated[list[Count], Field(min_length=3, max_length=3)]
 
 
-def value(default: Any = ..., help: str = "", flag: str | None = None, **bounds: Any) -> Any:
-    """A setting that is part of the fingerprint; `flag` names it on the command line."""
-    return Field(default, description=help, json_schema_extra=_extra("value", flag), **bounds)
+def value(
+    default: Any = ...,
+    help: str = "",
+    flag: str | None = None,
+    bare: int | None = None,
+    **bounds: Any,
+) -> Any:
+    """A setting that is part of the fingerprint.
+
+    `flag` names it on the command line; `bare` is its value when the flag is given without one.
+    """
+    extra = _extra("value", flag) | ({} if bare is None else {"bare": bare})
+    return Field(default, description=help, json_schema_extra=extra, **bounds)
 
 
 def source(default: Any = ..., help: str = "", flag: str | None = None) -> Any:
@@ -139,8 +149,13 @@ class HfModel(StepConfig):
     projector_hidden_act: Literal["gelu"] = value("gelu", "activation between the projector layers")
     vocab_size_padding: Count = value(
         128,
-        "embedding rows are padded to a multiple of this, if they are not one; 0 pads nothing",
+        "embedding rows are padded to a multiple of this times tp, if they are not one; 0 pads "
+        "nothing",
         flag="--vocab-size-padding",
+        bare=128,
+    )
+    tp: PositiveInt = value(
+        1, "tensor parallel size that the rows are padded for; any that divides them can train"
     )
     dtype: Literal["fp32", "bf16", "source"] = value("source", "dtype of the saved weights")
 
@@ -195,6 +210,10 @@ class Stage(StepConfig):
     micro_batch_size: PositiveInt = value(1, "samples that go through the model together")
     global_batch_size: PositiveInt = value(1, "samples of one optimizer step, over all ranks")
     seq_length: PositiveInt = value(2048, "longest sample in tokens, image tokens included")
+    too_long: Literal["refuse", "truncate"] = value(
+        "refuse",
+        "a longer sample: ends the training by name, or is cut after its last answer that fits",
+    )
     packing: bool = value(False, "fill each microbatch with samples; micro_batch_size must be 1")
     pack_length: Count = value(0, "longest packed microbatch in tokens; 0: seq_length")
     pad_to: Literal["row", "budget"] = value(
@@ -523,6 +542,9 @@ class Audit(StepConfig):
     tokenizer_load_dir: str = source("", "HF directory; in a run that of the stage")
     data_path: str = source("", "energon dataset or YAML of a blend; in a run that of the stage")
     seq_length: PositiveInt = value(2048, "longest sample in tokens; in a run that of the stage")
+    too_long: Literal["refuse", "truncate"] = value(
+        "refuse", "what is done with longer samples; in a run that of the stage"
+    )
     split: Literal["train", "val", "test"] = value("train", "split to look at")
     samples: Count = value(1000, "samples to look at, spread over the datasets; 0: all")
     examples: Count = value(3, "samples to print with their supervised text marked")
@@ -627,7 +649,7 @@ class Config(BaseModel):
     @field_validator("audit")
     @classmethod
     def _audits_are_of_stages(cls, audit: Audit) -> Audit:
-        taken = {"stage", "tokenizer_load_dir", "data_path", "seq_length"}
+        taken = {"stage", "tokenizer_load_dir", "data_path", "seq_length", "too_long"}
         if given := sorted(taken & audit.model_fields_set):
             raise ValueError(f"{given[0]} is that of each stage; set it in stage1 and stage2")
         return audit

@@ -95,7 +95,7 @@ AFTER = {"stage1_checkpoint": "stage1_audit", "stage2_checkpoint": "stage2_audit
 RESULTS = ("hf_export", "evaluation")
 """What a run is for; its report tells these and every rule before them, and asks for no other."""
 
-AUDITED = ("tokenizer_load_dir", "data_path", "seq_length")
+AUDITED = ("tokenizer_load_dir", "data_path", "seq_length", "too_long")
 """Settings of a stage that its audit takes over."""
 
 DATA_FILES = ("source", "data")

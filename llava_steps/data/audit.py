@@ -21,7 +21,7 @@ import torch
 from llava_steps.data.batch import join, pad
 from llava_steps.data.conversation import IGNORE, ConversationEncoder, Encoded
 from llava_steps.data.corpus import Corpus, Place
-from llava_steps.data.samples import Sample, SampleError
+from llava_steps.data.samples import PLACEHOLDER, Sample, SampleError
 
 NAMED = 100
 """Samples that a report lists by name for each kind of trouble; all are counted."""
@@ -58,6 +58,7 @@ class Auditor:
         corpus: the datasets.
         hf_dir: HF directory with tokenizer, chat template and image processor.
         seq_length: longest accepted sample in tokens.
+        truncate: longer samples are cut.
 
     Raises:
         InputError, ConfigError: nothing can be trained with them; the message says why.
@@ -66,6 +67,7 @@ class Auditor:
     corpus: Corpus
     hf_dir: Path
     seq_length: int
+    truncate: bool = False
     lengths: list[int] = field(default_factory=list)
     """Tokens of each usable sample."""
     totals: Counter[str] = field(default_factory=Counter)
@@ -74,11 +76,11 @@ class Auditor:
     broken: list[dict[str, str]] = field(default_factory=list)
     """Samples whose labels or image tokens break a rule."""
     truncated: list[str] = field(default_factory=list)
-    """Samples that their dataset's max_turns cuts."""
+    """Samples that max_turns of their dataset or seq_length cuts."""
 
     def __post_init__(self) -> None:
         self._encoders = {
-            template: ConversationEncoder(self.hf_dir, self.seq_length, template)
+            template: ConversationEncoder(self.hf_dir, self.seq_length, template, self.truncate)
             for template in {member.chat_template for member in self.corpus.members}
         }
 
@@ -99,12 +101,12 @@ class Auditor:
         try:
             sample = self.corpus.parse(place, raw)
             encoded = encoder.encode(sample.turns)
-            pixels = encoder.images(sample.images)
+            pixels = encoder.images(sample.images[: encoded.images])
         except SampleError as error:
             self._name(self.refused, where, str(error), "refused")
             return None
         whole = self.corpus.readers[place.dataset].parse(raw)
-        if len(sample.turns) < len(whole.turns):
+        if encoded.cut or len(sample.turns) < len(whole.turns):
             self.totals["truncated"] += 1
             if len(self.truncated) < NAMED:
                 self.truncated.append(where)
@@ -119,8 +121,8 @@ class Auditor:
         self.totals["usable"] += 1
         self.totals["tokens"] += len(encoded.tokens)
         self.totals["supervised"] += encoded.supervised
-        self.totals["images"] += len(sample.images)
-        self.totals["answers"] += len(sample.turns) // 2
+        self.totals["images"] += encoded.images
+        self.totals["answers"] += encoded.answers
 
     def _name(self, found: list[dict[str, str]], where: str, why: str, kind: str) -> None:
         self.totals[kind] += 1
@@ -188,18 +190,21 @@ def judge(
     if encoder.pad_id not in encoder.end_ids and (labels == encoder.pad_id).any():
         found.append("a padding token is supervised")
     spans = runs(supervised)
-    answers = len(sample.turns) // 2
+    answers, wanted = len(sample.turns) // 2, len(sample.images)
+    if encoded.cut:  # whole rounds with their images, or part of the first one
+        answers = min(max(len(spans), 1), answers)
+        wanted = sum(turn.content.count(PLACEHOLDER) for turn in sample.turns[: 2 * answers])
     if len(spans) != answers:
         found.append(f"{len(spans)} supervised spans for {answers} answers")
     ended = sum(int(labels[stop - 1]) in encoder.end_ids for _, stop in spans)
-    if ended != answers:
+    if ended != answers and not (encoded.cut and answers == 1 and length == encoder.seq_length):
         found.append(f"{ended} of {answers} answers are supervised up to an end token")
+    if length > encoder.seq_length:
+        found.append(f"{length} tokens are more than seq_length {encoder.seq_length}")
     images = int((tokens == encoder.image_token_id).sum())
-    if images != encoder.tokens_per_image * len(sample.images):
-        found.append(
-            f"{images} image tokens for {len(sample.images)} images of {encoder.tokens_per_image}"
-        )
-    if len(pixels) != len(sample.images) or not bool(torch.isfinite(pixels).all()):
+    if images != encoder.tokens_per_image * wanted:
+        found.append(f"{images} image tokens for {wanted} images of {encoder.tokens_per_image}")
+    if len(pixels) != wanted or not bool(torch.isfinite(pixels).all()):
         found.append("pixel values are missing or not finite")
     return found
 

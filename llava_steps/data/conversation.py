@@ -35,6 +35,12 @@ class Encoded:
     shifted_labels: torch.Tensor
     """int64 [T]: the id that position t has to predict, that is tokens[t + 1], where that one is
     part of an answer or its end token; -100 elsewhere, always at T - 1."""
+    images: int
+    """Images whose tokens are in it: the first ones, all of them unless it is cut."""
+    answers: int
+    """Answers that are whole, end token included."""
+    cut: bool = False
+    """Longer than seq_length, and cut."""
 
     @property
     def supervised(self) -> int:
@@ -71,17 +77,26 @@ class ConversationEncoder:
         hf_dir: directory with tokenizer, processor and chat template.
         seq_length: longest accepted conversation in tokens, image tokens included.
         chat_template: Jinja file used instead of the directory's own template.
+        truncate: cut longer conversations after the last answer that fits, end token included; if
+            not even the first does, inside it.
 
     Raises:
         InputError, ConfigError: nothing can be trained with this directory; the message says why.
     """
 
-    def __init__(self, hf_dir: Path, seq_length: int, chat_template: Path | None = None) -> None:
+    def __init__(
+        self,
+        hf_dir: Path,
+        seq_length: int,
+        chat_template: Path | None = None,
+        truncate: bool = False,
+    ) -> None:
         processor = load_processor(hf_dir)
         tokenizer = processor.tokenizer
         if not tokenizer.is_fast:
             raise ConfigError(f"{hf_dir}: a fast tokenizer (tokenizer.json) is needed for labels")
         self.seq_length = seq_length
+        self._truncate = truncate
         self.images = ImageTransform(processor.image_processor)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(processor.image_token)
         self.tokens_per_image = _tokens_per_image(processor, self.images)
@@ -96,8 +111,9 @@ class ConversationEncoder:
         """Ids and labels of a checked conversation.
 
         Raises:
-            SampleError: longer than seq_length, nothing supervised, an image token inside an
-                answer, a token across the border of an answer, or what `Template.render` refuses.
+            SampleError: longer than seq_length and not to be cut, or not so that an answer and its
+                images stay; nothing supervised, an image token inside an answer, a token across
+                the border of an answer, or what `Template.render` refuses.
         """
         rendered = self._template.render(turns)
         encoding = self._tokenize(rendered.text)
@@ -107,25 +123,32 @@ class ConversationEncoder:
         if (inside & is_image).any():
             raise SampleError("an image token stands in an answer")
         repeats = np.where(is_image, self.tokens_per_image, 1)
-        self._check_length(int(repeats.sum()))
-        tokens = np.repeat(ids, repeats)
-        targets = np.where(np.repeat(inside, repeats), tokens, IGNORE)
+        kept = len(ids)
+        if cut := self._too_long(int(repeats.sum())):
+            kept = _fitting(np.cumsum(repeats), inside, is_image, self.seq_length)
+        tokens = np.repeat(ids[:kept], repeats[:kept])
+        targets = np.where(np.repeat(inside[:kept], repeats[:kept]), tokens, IGNORE)
         shifted = np.full_like(targets, IGNORE)
         shifted[:-1] = targets[1:]
         if not (shifted != IGNORE).any():
             raise SampleError("no token is supervised")
-        return Encoded(torch.from_numpy(tokens), torch.from_numpy(shifted))
+        return Encoded(
+            torch.from_numpy(tokens),
+            torch.from_numpy(shifted),
+            images=int(is_image[:kept].sum()),
+            answers=int((_ends(inside) < kept).sum()),
+            cut=cut,
+        )
 
     def length(self, turns: Sequence[Turn]) -> int:
         """Number of tokens that `encode` gives, image tokens included.
 
         Raises:
-            SampleError: longer than seq_length, or no text for it.
+            SampleError: longer than seq_length and not to be cut, or no text for it.
         """
         ids: list[int] = self._tokenize(self._template.text(turns)).ids
         length = len(ids) + ids.count(self.image_token_id) * (self.tokens_per_image - 1)
-        self._check_length(length)
-        return length
+        return len(self.encode(turns).tokens) if self._too_long(length) else length
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.int64]) -> str:
         """The text of some tokens, special ones included."""
@@ -137,12 +160,14 @@ class ConversationEncoder:
         template_has_bos = self._bos is not None and text.startswith(self._bos)
         return self._backend.encode(text, add_special_tokens=not template_has_bos)
 
-    def _check_length(self, length: int) -> None:
-        if length > self.seq_length:
+    def _too_long(self, length: int) -> bool:
+        """Whether to cut; SampleError if a longer conversation is not to be cut."""
+        if length > self.seq_length and not self._truncate:
             raise SampleError(
-                f"{length} tokens are more than seq_length {self.seq_length}; raise seq_length or "
-                "remove the sample"
+                f"{length} tokens are more than seq_length {self.seq_length}; raise seq_length, "
+                "set too_long to truncate, or remove the sample"
             )
+        return length > self.seq_length
 
 
 def _template(processor: Any, ends: Sequence[str], where: Path) -> Template:
@@ -177,6 +202,42 @@ def _inside(
                 )
         mask |= real & (starts >= start) & (ends <= end)
     return mask
+
+
+def _ends(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The last position of each answer."""
+    return np.flatnonzero(inside & ~np.append(inside[1:], False))
+
+
+def _fitting(
+    lengths: npt.NDArray[np.int64],
+    inside: npt.NDArray[np.bool_],
+    is_image: npt.NDArray[np.bool_],
+    limit: int,
+) -> int:
+    """How many ids of a conversation stay when `limit` tokens may.
+
+    Args:
+        lengths: tokens up to each id and with it, images expanded.
+        inside: which ids belong to answers.
+        is_image: which ids stand for an image.
+        limit: seq_length.
+
+    Raises:
+        SampleError: the first answer, or an image of its question, would not be there at all.
+    """
+    ends = _ends(inside)
+    whole = ends[lengths[ends] <= limit]
+    if len(whole):
+        return int(whole[-1]) + 1
+    kept = int(np.searchsorted(lengths, limit, side="right"))
+    first = ends[0] + 1 if len(ends) else len(lengths)
+    if is_image[kept:first].any() or not inside[:kept].any():
+        raise SampleError(
+            f"of its {lengths[-1]} tokens the first {limit} (seq_length) hold no part of an answer "
+            "with all its images; raise seq_length or remove the sample"
+        )
+    return kept
 
 
 def _exact_offsets(tokenizer: Any) -> Any:

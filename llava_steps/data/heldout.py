@@ -26,7 +26,7 @@ class HeldOut:
         samples: how many to take, from the beginning of the split's order.
         row_samples: samples of one row.
         part, parts: this rank's share: rows part, part + parts, ...; possibly none.
-        need_pixels, image_part, image_parts: as for `TrainLoader`.
+        need_pixels, image_part, image_parts, truncate: as for `TrainLoader`.
 
     Raises:
         ConfigError, InputError: no such split, nothing in it, or a sample that cannot be used.
@@ -46,6 +46,7 @@ class HeldOut:
         need_pixels: bool,
         image_part: int = 0,
         image_parts: int = 1,
+        truncate: bool = False,
     ) -> None:
         corpus = Corpus(dataset, split, seed)
         self.samples = min(samples, len(corpus))
@@ -55,9 +56,9 @@ class HeldOut:
         starts = range(part * row_samples, self.samples, parts * row_samples)
         self._rows = [range(i, min(i + row_samples, self.samples)) for i in starts]
         arguments = (corpus, hf_dir, seq_length, None)
-        self._maker = RowMaker(*arguments, need_pixels, image_part, image_parts)
+        self._maker = RowMaker(*arguments, need_pixels, image_part, image_parts, truncate)
         # What cannot be used is told now, not after an hour of training.
-        texts = RowMaker(*arguments, False, 0, 1)
+        texts = RowMaker(*arguments, False, 0, 1, truncate)
         for row in self._rows:
             texts.row(0, row, None)
         self.encoder = self._maker.encoder()

@@ -47,6 +47,7 @@ class TrainLoader:
         rows_multiple: the number of packed rows of a rank is a multiple of this.
         patience: seconds after which a worker that begins no further sample is an error.
         scratch: directory of this attempt that the processes of a node share.
+        truncate: cut samples that are longer than seq_length; otherwise they are an error.
 
     Raises:
         ConfigError, InputError: sizes do not fit, or dataset or HF directory cannot be used.
@@ -76,6 +77,7 @@ class TrainLoader:
         rows_multiple: int = 1,
         patience: float = 600.0,
         scratch: Path | None = None,
+        truncate: bool = False,
     ) -> None:
         share = micro_batch_size * dp_size
         if global_batch_size % share:
@@ -118,7 +120,7 @@ class TrainLoader:
         )
         self._maker = RowMaker(
             corpus, hf_dir, seq_length, self._lengths(corpus, scratch) if packing else None,
-            need_pixels, image_part, image_parts,
+            need_pixels, image_part, image_parts, truncate,
         )  # fmt: skip
         self._maker.check()
         self._pad_id = self._maker.encoder().pad_id

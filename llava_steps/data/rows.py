@@ -26,6 +26,7 @@ class RowMaker:
         lengths: table of known lengths, by `corpus.number`.
         need_pixels: decode images.
         image_part, image_parts: which part of a row's images is decoded here.
+        truncate: cut samples that are longer than seq_length.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class RowMaker:
         need_pixels: bool,
         image_part: int,
         image_parts: int,
+        truncate: bool = False,
     ) -> None:
         self.corpus = corpus
         self._hf = (hf_dir, seq_length)
+        self._truncate = truncate
         self._lengths = lengths
         self._need_pixels = need_pixels
         self._part = (image_part, image_parts)
@@ -55,7 +58,7 @@ class RowMaker:
         """
         template = self.corpus.members[dataset].chat_template
         if template not in self._encoders:
-            self._encoders[template] = ConversationEncoder(*self._hf, template)
+            self._encoders[template] = ConversationEncoder(*self._hf, template, self._truncate)
         return self._encoders[template]
 
     def check(self) -> None:
@@ -124,7 +127,7 @@ class RowMaker:
             keys.append(raw.where)
             datasets.append(self.corpus.members[place.dataset].name)
             encoded.append(item)
-            for number, data in enumerate(sample.images):
+            for number, data in enumerate(sample.images[: item.images]):
                 images.append((first + place_in_batch, data, f"{where}: image {number}"))
             total += len(item.tokens)
         if tokens is not None and total != tokens:

@@ -65,7 +65,7 @@ def build(tower_dir: Path, text_dir: Path, out: Path, cfg: HfModel) -> Built:
     tokenizer, added = load_tokenizer(text_dir)
     known = len(tokenizer) - len(added)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    rows = padded(max(text.config.vocab_size, len(tokenizer)), cfg.vocab_size_padding)
+    rows = padded(max(text.config.vocab_size, len(tokenizer)), cfg.vocab_size_padding * cfg.tp)
     fresh = [int(i) for i in tokenizer.convert_tokens_to_ids(list(added))]
     fresh += range(text.config.vocab_size, rows)
     weights = language_weights(text, rows, sorted(set(fresh)), known)

@@ -35,7 +35,7 @@ class Answers:
             # Every rank of the first stage decodes all images: they go to the model as they are.
             self._data = HeldOut(
                 job.dataset, "val", job.hf_dir, stage.seq_length, stage.seed, stage.eval_answers,
-                1, 0, 1, parallel.is_first_stage(),
+                1, 0, 1, parallel.is_first_stage(), truncate=stage.too_long == "truncate",
             )  # fmt: skip
 
     def __call__(self, wrapped: Any, beat: Callable[[], None]) -> list[dict[str, str]]:

@@ -301,6 +301,7 @@ def open_loader(job: Job, consumed: int) -> TrainLoader:
         pad_to=stage.pad_to,
         patience=stage.loader_timeout,
         scratch=Path(tempfile.gettempdir()),  # the launcher's
+        truncate=stage.too_long == "truncate",
     )
 
 

@@ -45,6 +45,7 @@ class Validation:
             parallel.is_first_stage(),
             ps.get_tensor_model_parallel_rank(),
             stage.tensor_model_parallel,
+            truncate=stage.too_long == "truncate",
         )
         self.samples = self._data.samples
 

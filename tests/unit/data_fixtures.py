@@ -7,7 +7,7 @@ import json
 import logging
 import random
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,10 @@ def members(samples: Mapping[str, Mapping[str, bytes]]) -> list[tuple[str, bytes
     ]
 
 
-def make_energon(root: Path, samples: int, per_tar: int) -> Path:
-    """A dataset of `sample_parts`, prepared by energon itself; every tar is in `train`."""
+def make_energon(
+    root: Path, samples: int, per_tar: int, parts: Callable[[int], dict[str, bytes]] = sample_parts
+) -> Path:
+    """A dataset of `parts` of each number, prepared by energon itself; every tar is in `train`."""
     from megatron.energon.flavors import BaseWebdatasetFactory
 
     root.mkdir(parents=True)
@@ -133,7 +135,7 @@ def make_energon(root: Path, samples: int, per_tar: int) -> Path:
     for shard, start in enumerate(range(0, samples, per_tar)):
         names.append(f"{shard:06d}.tar")
         numbers = range(start, min(start + per_tar, samples))
-        write_tar(root / names[-1], members({f"{n:06d}": sample_parts(n) for n in numbers}))
+        write_tar(root / names[-1], members({f"{n:06d}": parts(n) for n in numbers}))
     BaseWebdatasetFactory.prepare_dataset(
         root,
         names,

@@ -116,6 +116,19 @@ def test_samples_cut_to_max_turns_are_named(hf_dir: Path, dataset: Path, tmp_pat
     assert all(".tar/" in name for name in report["truncated_samples"])
 
 
+def test_samples_cut_to_seq_length_are_named_and_pass(hf_dir: Path, tmp_path: Path) -> None:
+    root = make_energon(tmp_path / "set", SAMPLES, 10)
+    limit = max(
+        len(ConversationEncoder(hf_dir, 512).encode(from_parts("0", sample_parts(n)).turns).tokens)
+        for n in range(SAMPLES)
+    )
+    with pytest.raises(InputError, match="set too_long to truncate"):
+        run(hf_dir, root, tmp_path / "refused", seq_length=limit - 1)
+    found = run(hf_dir, root, tmp_path / "out", seq_length=limit - 1, too_long="truncate")
+    assert 0 < found["truncated"] < SAMPLES and found["usable"] == SAMPLES
+    assert found["lengths"]["max"] < limit
+
+
 def without_end(item: Encoded, encoder: ConversationEncoder) -> Encoded:
     labels = item.shifted_labels.clone()
     labels[labels == encoder.end_ids[0]] = -100
@@ -141,13 +154,13 @@ def padding(item: Encoded, encoder: ConversationEncoder) -> Encoded:
     labels, tokens = item.shifted_labels.clone(), item.tokens.clone()
     place = int((labels != -100).nonzero()[0])
     labels[place] = tokens[place + 1] = encoder.pad_id
-    return Encoded(tokens, labels)
+    return replace(item, tokens=tokens, shifted_labels=labels)
 
 
 def one_token_less(item: Encoded, encoder: ConversationEncoder) -> Encoded:
     place = int((item.tokens == encoder.image_token_id).nonzero()[0])
     kept = torch.arange(len(item.tokens)) != place
-    return Encoded(item.tokens[kept], item.shifted_labels[kept])
+    return replace(item, tokens=item.tokens[kept], shifted_labels=item.shifted_labels[kept])
 
 
 @pytest.mark.parametrize(

@@ -326,11 +326,11 @@ def test_names_that_are_neither_directory_nor_hub_id(monkeypatch: pytest.MonkeyP
 
 
 def test_on_the_command_line(tmp_path: Path, tower: Path, text: Path) -> None:
-    flags = ("--save-dir=out", "--vocab-size-padding=8")
+    flags = ("--save-dir=out", "--tp=3", "--vocab-size-padding")
     models = (f"--vision-tower={tower}", f"--text-model={text}")
     run_step("build_hf", *flags, *models, cwd=tmp_path)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert manifest["metrics"]["vocab"] == 304
+    assert manifest["metrics"]["vocab"] == 384
     assert manifest["metrics"]["added_tokens"] == ["<image>"]
     parameters = sum(value.numel() for value in weights(tmp_path / "out").values())
     assert manifest["metrics"]["parameters"] == parameters

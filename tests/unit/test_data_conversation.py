@@ -156,6 +156,51 @@ def test_samples_are_refused_by_name(
     assert reason in str(caught.value)
 
 
+ROUNDS = ("<image>\nWhat?", "A seven.", "And <image> this?", "An eight, I think.", "Sure?", "Yes.")
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, CHATML])
+def test_what_is_too_long_is_cut_after_the_last_answer_that_fits(
+    tmp_path: Path, template: str
+) -> None:
+    """At each limit: the rounds that `encode` alone finds to fit, or part of the first answer."""
+    hf_dir = make_hf_dir(tmp_path, template)
+    free = ConversationEncoder(hf_dir, 512)
+    whole = free.encode(turns(*ROUNDS))
+    assert (whole.images, whole.answers, whole.cut) == (2, 3, False)
+    # The tokens up to the end of each answer: what follows it, a line break, may be left out.
+    ends = [int(n) + 2 for n in (whole.shifted_labels == free.end_ids[0]).nonzero()]
+    first = int((whole.shifted_labels != -100).nonzero()[0]) + 2
+    for limit in range(1, len(whole.tokens) + 1):
+        encoder = ConversationEncoder.__new__(ConversationEncoder)
+        encoder.__dict__.update(free.__dict__ | {"seq_length": limit, "_truncate": True})
+        if limit < first:
+            with pytest.raises(SampleError, match="no part of an answer"):
+                encoder.encode(turns(*ROUNDS))
+            continue
+        rounds = sum(end <= limit for end in ends)
+        kept = ends[rounds - 1] if rounds else limit
+        kept = len(whole.tokens) if limit == len(whole.tokens) else kept
+        item = encoder.encode(turns(*ROUNDS))
+        assert torch.equal(item.tokens, whole.tokens[:kept])
+        assert torch.equal(item.shifted_labels[:-1], whole.shifted_labels[: kept - 1])
+        assert item.shifted_labels[-1] == -100
+        assert item.answers == rounds and item.images == (2 if rounds > 1 else 1)
+        assert item.cut is (limit < len(whole.tokens))
+        assert encoder.length(turns(*ROUNDS)) == kept
+
+
+def test_an_image_of_the_first_question_is_never_cut(tmp_path: Path) -> None:
+    hf_dir = make_hf_dir(tmp_path)
+    question = ("What? " * 20 + "<image>", "A seven.")
+    whole = ConversationEncoder(hf_dir, 512).encode(turns(*question))
+    last = int((whole.tokens == whole.tokens[-1]).nonzero()[0])
+    image = int((whole.tokens.diff() == 0).nonzero()[-1])
+    assert 60 < image < last
+    with pytest.raises(SampleError, match="with all its images"):
+        ConversationEncoder(hf_dir, image - 3, truncate=True).encode(turns(*question))
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_fixtures import make_energon, make_hf_dir
+from data_fixtures import jpeg, make_energon, make_hf_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,6 +135,39 @@ def test_packed_rows_hold_the_samples_of_unpacked_ones(
             assert row.num_images == images
             assert row.num_supervised == sum(single[i].num_supervised for i in row.sample_ids)
             assert row.datasets == ["energon"] * len(row.sample_ids)
+
+
+def two_rounds(number: int) -> dict[str, bytes]:
+    """Two questions with an image each."""
+    turns = [
+        {"role": "user", "content": "<image>\nWhat digit is this?"},
+        {"role": "assistant", "content": f"It is a {number}."},
+        {"role": "user", "content": "<image>\nAnd this?"},
+        {"role": "assistant", "content": f"Another {number}."},
+    ]
+    meta = {"question": "What digit is this?", "conversations": turns}
+    return {
+        "jpg": jpeg(number), "1.jpg": jpeg(100 + number), "txt": b"It is.",
+        "json": json.dumps(meta).encode(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_images_of_rounds_that_are_cut_are_cut_too(
+    hf_dir: Path, tmp_path: Path, packing: bool
+) -> None:
+    root = make_energon(tmp_path / "set", 8, 8, two_rounds)
+    options: dict[str, Any] = {"packing": packing, "pack_length": 3 * CAPACITY * packing}
+    whole = [row for step in steps(root, hf_dir, 1, **options) for row in step]
+    cut = [
+        row for s in steps(root, hf_dir, 1, seq_length=60, truncate=True, **options) for row in s
+    ]
+    assert [sum(row.num_images for row in rows) for rows in (whole, cut)] == [16, 8]
+    pixels = [torch.cat([row.pixel_values for row in rows]) for rows in (whole, cut)]
+    firsts = {image.numpy().tobytes() for image in pixels[0]}
+    assert len(pixels[1]) == 8 and all(p.numpy().tobytes() in firsts for p in pixels[1])
+    assert all(max(row.cu_seqlens.diff().tolist()) <= 60 for row in cut)
+    assert sum((row.labels != -100).sum() for row in cut) == sum(row.num_supervised for row in cut)
 
 
 def test_budget_padding_gives_rows_of_one_length(dataset: Path, hf_dir: Path) -> None:
