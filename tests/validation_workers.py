@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
 from llava_steps.core.config import Stage
-from llava_steps.training import loop, parallel, state
+from llava_steps.training import parallel, start, state
 from llava_steps.training.answers import Answers
 from llava_steps.training.job import Job
 from llava_steps.training.optimizer import wrap
@@ -33,8 +33,8 @@ def look(rank: int, paths: dict[str, Path], layouts: list[dict[str, Any]]) -> li
         place = paths["entry"]
         job = Job(stage, place, place, paths["checkpoint"], paths["hf"], paths["dataset"], "f")
         parallel.lay_out(stage)
-        model = loop.build(job, logging.getLogger("validation"))
-        loop.load_weights(model, loop.latest(job) / state.WEIGHTS)
+        model = start.build(job, logging.getLogger("validation"))
+        start.load_weights(model, start.latest(job) / state.WEIGHTS)
         wrapped = wrap(stage, model)
         validation = Validation(job)
         rows = len(validation._data._rows)

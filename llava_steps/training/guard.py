@@ -2,7 +2,7 @@
 gradient is not finite, or jumps.
 
 Either way the step is over: schedule and sample stream go on, weights and optimizer stay untouched.
-When that happens too often the training rolls back (see `loop.roll_back`), and then gives up.
+When that happens too often the training rolls back (see `start.roll_back`), and then gives up.
 """
 
 from __future__ import annotations

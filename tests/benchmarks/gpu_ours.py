@@ -156,7 +156,7 @@ def main() -> int:
 
     from llava_steps.core.config import Stage
     from llava_steps.core.costs import Work
-    from llava_steps.training import loop, parallel
+    from llava_steps.training import loop, parallel, start
     from llava_steps.training.guard import Counters
     from llava_steps.training.job import Job
     from llava_steps.training.stop import StopRequest
@@ -178,7 +178,7 @@ def main() -> int:
                 else:
                     torch.nn.init.normal_(p, std=0.02, generator=generator)
         optimizer.reload_weights()
-        return Counters(), loop.open_loader(job, 0)
+        return Counters(), start.open_loader(job, 0)
 
     work: list[Work] = []
     inner = loop.forward_backward

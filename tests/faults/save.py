@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llava_steps.core import commit
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import StepError
-from llava_steps.training import loop, parallel, state
+from llava_steps.training import parallel, start, state
 from llava_steps.training.guard import Counters
 from llava_steps.training.job import Job
 from llava_steps.training.optimizer import Optimizer, wrap
@@ -42,7 +42,7 @@ def prepare(chain: Path, room: Path) -> tuple[Stage, Any, Any]:
     parallel.seed_all(1)
     hf, checkpoint = (chain / "results" / n for n in ("hf_model", "megatron_checkpoint"))
     job = Job(stage, room, room, checkpoint, hf, room, "f")
-    model = loop.build(job, logging.getLogger("save"))
+    model = start.build(job, logging.getLogger("save"))
     return stage, model, Optimizer(stage, wrap(stage, model))
 
 

@@ -1,0 +1,188 @@
+"""How a training begins: its part of the model, the checkpoint it goes on from, its loader."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state as ps
+
+from llava_steps.core import commit
+from llava_steps.core.config import Stage
+from llava_steps.core.errors import ConfigError, DivergedError
+from llava_steps.core.geometry import Geometry
+from llava_steps.core.layout import pipeline_split
+from llava_steps.data.loader import TrainLoader
+from llava_steps.model.checkpoint import load_weights
+from llava_steps.model.fresh import draw_weights
+from llava_steps.model.llava import Llava, build_llava
+from llava_steps.model.lora import Lora
+from llava_steps.model.options import ModelOptions
+from llava_steps.training import parallel, state
+from llava_steps.training.guard import Counters
+from llava_steps.training.job import Job
+from llava_steps.training.optimizer import Optimizer
+
+ROW = 128
+"""Rows of compiled layers are multiples of this, as the tiles of matrix products are."""
+
+
+def build(job: Job, log: logging.Logger) -> list[Llava]:
+    """This rank's chunks of the model, with uninitialised weights, frozen as the stage says."""
+    stage = job.stage
+    geometry = Geometry.from_hf(json.loads((job.hf_dir / "config.json").read_bytes()))
+    options = ModelOptions(
+        precision=stage.precision,
+        tp=stage.tensor_model_parallel,
+        pp=stage.pipeline_model_parallel,
+        vp=stage.virtual_pipeline,
+        split=pipeline_split(geometry, stage),
+        sequence_parallel=stage.sequence_parallel,
+        freeze_vision=stage.freeze_vision,
+        freeze_projector=stage.freeze_projector,
+        freeze_lm=bool(stage.freeze_lm),
+        recompute=stage.recompute,
+        lora=adapters(stage),
+        compiled=compiles(stage),
+    )
+    if options.compiled:
+        log.info("layers are compiled; the first step takes longer")
+    elif torch.cuda.is_available():
+        reason = "as asked" if stage.compile == "none" else stage.not_compiled() or "not bf16"
+        log.info("layers are not compiled (%s)", reason)
+    return [
+        build_llava(
+            geometry,
+            replace(
+                options,
+                chunk=chunk,
+                pre_process=parallel.is_first_stage() and chunk == 0,
+                post_process=parallel.is_last_stage() and chunk == options.vp - 1,
+            ),
+        )
+        for chunk in range(options.vp)
+    ]
+
+
+def adapters(stage: Stage) -> Lora | None:
+    """The LoRA adapters that the stage asks for."""
+    if not stage.lora_rank:
+        return None
+    return Lora(stage.lora_rank, stage.lora_alpha, tuple(stage.lora_targets), stage.seed)
+
+
+def compiles(stage: Stage) -> bool:
+    """Whether this training compiles its layers."""
+    if stage.compile != "auto":
+        return stage.compile == "layers"
+    return torch.cuda.is_available() and stage.precision == "bf16" and not stage.not_compiled()
+
+
+def row_multiple(stage: Stage) -> int:
+    """What the length of every row is a multiple of."""
+    if compiles(stage):
+        return ROW
+    return stage.tensor_model_parallel if stage.sequence_parallel else 1
+
+
+def restore_or_start(
+    job: Job, model: list[Llava], optimizer: Optimizer, log: logging.Logger
+) -> tuple[Counters, TrainLoader]:
+    """Load the newest checkpoint, or what to start from; open the loader there."""
+    found = state.find(job.entry, log)
+    goes_on = found is None and job.stage.load_optim
+    if found is None and job.checkpoint is None:
+        start_fresh(job, model, log)
+        optimizer.reload_weights()
+        return Counters(), open_loader(job, 0)
+    if goes_on:
+        found = state.verified(latest(job))
+    if found is None:
+        load_weights(model, state.verified(latest(job)) / state.WEIGHTS)
+        optimizer.reload_weights()
+        log.info("starting from %s", job.checkpoint)
+        return Counters(), open_loader(job, 0)
+    counters, kept = state.load(found, job.stage, model, optimizer)
+    loader = open_loader(job, kept["consumed_samples"])
+    loader.check_state(kept)
+    if goes_on and counters.step >= job.stage.train_steps:
+        raise ConfigError(
+            f"train_steps {job.stage.train_steps}: {found} has done {counters.step} steps already; "
+            "load_optim goes on from there, so set train_steps higher"
+        )
+    log.info("resuming after step %d from %s", counters.step, found.name)
+    return counters, loader
+
+
+def latest(job: Job) -> Path:
+    """The checkpoint to start from."""
+    assert job.checkpoint is not None
+    return commit.latest_commit(job.checkpoint)
+
+
+def start_fresh(job: Job, model: list[Llava], log: logging.Logger) -> None:
+    """Draw all weights, with the deviation that the language model's config names."""
+    config = json.loads((job.hf_dir / "config.json").read_bytes())
+    deviation = float(config.get("text_config", {}).get("initializer_range", 0.02))
+    draw_weights(model, job.stage.seed, deviation)
+    log.info("starting from weights drawn anew with deviation %g", deviation)
+    names = {
+        "vision tower": job.stage.freeze_vision,
+        "projector": job.stage.freeze_projector,
+        "language model": job.stage.freeze_lm,
+    }
+    if frozen := [name for name, is_frozen in names.items() if is_frozen]:
+        log.warning("init: frozen and therefore random to the end: %s", ", ".join(frozen))
+
+
+def roll_back(
+    job: Job, done: Counters, model: list[Llava], optimizer: Optimizer, log: logging.Logger
+) -> None:
+    """Weights, optimizer and generators as in the last checkpoint; schedule and stream go on.
+
+    Raises DivergedError when nothing was saved yet.
+    """
+    found = state.find(job.entry, log)
+    if found is None:
+        raise DivergedError(
+            f"step {done.step}: too many rejected steps, and no checkpoint yet to roll back to; "
+            "the log names the samples"
+        )
+    before, _ = state.load(found, job.stage, model, optimizer)
+    done.updates, done.recent, done.rejected = before.updates, before.recent, 0
+    done.rollbacks += 1
+    log.error("step %d: rolled back to %s, rollback %d", done.step, found.name, done.rollbacks)
+
+
+def open_loader(job: Job, consumed: int) -> TrainLoader:
+    """This rank's loader, `consumed` samples into the stream."""
+    stage = job.stage
+    return TrainLoader(
+        job.dataset,
+        "train",
+        job.hf_dir,
+        stage.seq_length,
+        stage.global_batch_size,
+        stage.micro_batch_size,
+        ps.get_data_parallel_rank(),
+        ps.get_data_parallel_world_size(),
+        stage.seed,
+        stage.num_workers,
+        consumed,
+        need_pixels=parallel.is_first_stage(),
+        image_part=ps.get_tensor_model_parallel_rank(),
+        image_parts=stage.tensor_model_parallel,
+        pad_to_multiple=row_multiple(stage),
+        equal_lengths=stage.pipeline_model_parallel > 1,
+        rows_multiple=stage.pipeline_model_parallel if stage.virtual_pipeline > 1 else 1,
+        packing=stage.packing,
+        pack_length=stage.pack_length,
+        pad_to=stage.pad_to,
+        patience=stage.loader_timeout,
+        scratch=Path(tempfile.gettempdir()),  # the launcher's
+        truncate=stage.too_long == "truncate",
+    )
