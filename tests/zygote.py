@@ -63,8 +63,10 @@ class Forked(subprocess.Popen[bytes]):
     """A training worker as a fork of this process, a child of it like any other."""
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
-        _, _, _, _, _, env, *_ = rest
-        assert args[1:3] == ["-m", WORKER], args
+        _, _, _, _, _, env, _, _, _, *pipes = rest
+        if args[1:3] != ["-m", WORKER] or any(end != -1 for end in pipes[:6]):
+            super()._execute_child(args, *rest)  # type: ignore[misc]
+            return
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -86,7 +88,7 @@ def call(request: dict[str, Any]) -> NoReturn:
         os.chdir(request["cwd"])
         sys.path.insert(0, request["cwd"])
         launch = sys.modules["llava_steps.training.launch"]
-        launch.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[attr-defined]
+        launch.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": Forked})  # type: ignore[attr-defined]
     except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)

@@ -30,7 +30,10 @@ OVERLAY = {
         "pretrain_vision_steps": 0, "pretrain_text_steps": 0, "text_layers": 2, "vision_layers": 2,
     },
     "stage1": {"train_steps": 2, "warmup_steps": 0, "save_interval": 1000},
-    "stage2": {"train_steps": STEPS, "warmup_steps": 4, "save_interval": 7},
+    "stage2": {
+        "train_steps": STEPS, "warmup_steps": 4, "save_interval": 7,
+        "global_batch_size": 16, "micro_batch_size": 8,
+    },
 }  # fmt: skip
 
 
