@@ -32,7 +32,8 @@ def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
         if remains != ctx.work:
             fsio.remove(remains)
     tower, text = ctx.inputs["vision_tower"].path, ctx.inputs["text_model"].path
-    built = build(tower, text, ctx.entry, cfg)
+    template = ctx.inputs["chat_template"].path if cfg.chat_template else None
+    built = build(tower, text, ctx.entry, cfg, template)
     if not built.class_tokens and cfg.vision_feature_select_strategy == "default":
         ctx.log.warning(
             "%s has no class token: the select strategy 'default' drops the first patch of every "
@@ -71,6 +72,7 @@ STEP = Step(
     config=HfModel,
     run=run,
     doc=__doc__,
+    optional=frozenset({"chat_template"}),
     resolve={"vision_tower": local, "text_model": local},
 )
 

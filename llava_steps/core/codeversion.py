@@ -29,8 +29,10 @@ NOT_COMPUTING = frozenset(
         "costs",
         "digest",
         "errors",
+        "hardware",
         "lease",
         "log",
+        "memory",
         "run",
         "store",
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llava_steps.core.config import Stage
 
 
-class _Sum:
+class Sum:
     """A dataclass of numbers that has a total and can be added up."""
 
     @property
@@ -48,7 +48,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Parameters(_Sum):
+class Parameters(Sum):
     """Numbers of parameters. `vision_read` is the part of the tower that training runs, embeddings
     included; `vision_rest` what lies behind the hidden state that is read.
     """
@@ -67,7 +67,7 @@ def parameters(geometry: Geometry) -> Parameters:
     g = geometry
     tower = _tower(g)
     layer = _layer_weights(g) + 2 * g.hidden
-    layer += g.qkv_bias * (_q(g) + 2 * _kv(g)) + g.output_bias * g.hidden
+    layer += g.qkv_bias * (q_width(g) + 2 * kv_width(g)) + g.output_bias * g.hidden
     layer += g.mlp_bias * (2 * g.ffn + g.hidden) + g.qk_norm * 2 * g.head_dim
     return Parameters(
         vision_read=tower.embeddings + g.feature_depth * tower.layer,
@@ -124,7 +124,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Flops(_Sum):
+class Flops(Sum):
     """Floating-point operations, forward and backward together, by part of the model.
 
     `layers` are the products with the weights of the decoder layers; `attention` is what grows with
@@ -176,7 +176,7 @@ def flops(
         ),
         layers=work.tokens * g.layers * _layer_weights(g) * through,
         # Two products, 2 operations each, over half the square.
-        attention=g.layers * 2 * _q(g) * work.squares * (3 if lm or before else 1),
+        attention=g.layers * 2 * q_width(g) * work.squares * (3 if lm or before else 1),
         head=heads * g.vocab * g.hidden * through,
     )
 
@@ -225,17 +225,19 @@ def _vision(g: Geometry, images: int) -> tuple[int, int, int]:
     )
 
 
-def _q(g: Geometry) -> int:
+def q_width(g: Geometry) -> int:
+    """Width of all queries of a layer."""
     return g.heads * g.head_dim
 
 
-def _kv(g: Geometry) -> int:
+def kv_width(g: Geometry) -> int:
+    """Width of all keys, or all values, of a layer."""
     return g.kv_heads * g.head_dim
 
 
 def _layer_weights(g: Geometry) -> int:
     """Elements of the matrices of one decoder layer."""
-    return g.hidden * (2 * _q(g) + 2 * _kv(g) + 3 * g.ffn)
+    return g.hidden * (2 * q_width(g) + 2 * kv_width(g) + 3 * g.ffn)
 
 
 def _projector_weights(g: Geometry) -> int:

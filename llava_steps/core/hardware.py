@@ -1,6 +1,8 @@
-"""What a GPU can do at most, by the name that its driver gives it."""
+"""What a GPU can do at most: by the name that its driver gives it, and by name for a plan."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 BF16_TFLOPS = {
     "B200": 2250.0,
@@ -20,3 +22,40 @@ def peak_tflops(name: str, precision: str) -> float:
     if precision != "bf16":
         return 0.0
     return next((peak for known, peak in BF16_TFLOPS.items() if known in name), 0.0)
+
+
+GIB = 2**30
+SET_ASIDE = 0.08
+"""Share of a GPU's memory that a plan leaves to the CUDA context, communication and fragments."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """gib: usable memory; bf16, fp32: peak operations a second of dense matrix products, fp32
+    without TF32; link, net: bytes a second and direction to a GPU of the same and another node.
+    """
+
+    name: str
+    gib: float
+    bf16: float
+    fp32: float
+    link: float
+    net: float = 50e9
+
+    def peak(self, precision: str) -> float:
+        """Operations a second in `precision`, bf16 or fp32."""
+        return self.bf16 if precision == "bf16" else self.fp32
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100-40", 39.4, BF16_TFLOPS["A100"] * 1e12, 19.5e12, 300e9, 25e9),
+        Gpu("A100", 79.1, BF16_TFLOPS["A100"] * 1e12, 19.5e12, 300e9, 25e9),
+        Gpu("H100", 79.1, BF16_TFLOPS["H100"] * 1e12, 67e12, 450e9),
+        Gpu("H200", 139.8, BF16_TFLOPS["H200"] * 1e12, 67e12, 450e9),
+        Gpu("B200", 178.0, BF16_TFLOPS["B200"] * 1e12, 80e12, 900e9),
+        Gpu("L40S", 44.5, BF16_TFLOPS["L40S"] * 1e12, 91.6e12, 32e9),
+    )
+}
+"""NVIDIA's data sheets (A100, H100 and H200 SXM, B200, L40S), tensor cores without sparsity."""

@@ -98,7 +98,7 @@ RESULTS = ("hf_export", "evaluation")
 AUDITED = ("tokenizer_load_dir", "data_path", "seq_length", "too_long")
 """Settings of a stage that its audit takes over."""
 
-DATA_FILES = ("source", "data")
+DATA_FILES = ("source", "data", "chat_template")
 """Source fields that name a file of data; the others may name a directory or a hub id."""
 
 

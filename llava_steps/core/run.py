@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from llava_steps.core import cli, container, fsio, store
 from llava_steps.core.codeversion import code_version
@@ -166,17 +166,8 @@ def _evaluate(
     root: Path = given["store"]
     root.mkdir(parents=True, exist_ok=True)
     known = Digests(root)
-    inputs = _inputs(step, config, known)
-    name = step.name if isinstance(step.name, str) else step.name(config)
-    slice_ = {
-        key: getattr(config, key)
-        for key, info in step.config.model_fields.items()
-        if cli.role(info) == "value"
-    }
-    digests = {key: item.digest for key, item in inputs.items()}
-    code = code_version(module)
     image = _image(given, known)
-    print_ = store.fingerprint(name, slice_, digests, code, image)
+    name, slice_, inputs, code, print_ = identify(step, module, config, known, image)
     entry = root / name / print_
     work = entry / store.WORK
     _take_aside(entry, out, given["force"])
@@ -238,6 +229,34 @@ def _image(given: Mapping[str, Any], digests: Digests) -> str:
     if stated and stated != found:
         raise ConfigError(f"--image {stated}: --sif-path {given['sif_path']} has {found}")
     return found
+
+
+class Identity(NamedTuple):
+    """What a computation is known by."""
+
+    name: str
+    settings: dict[str, Any]
+    inputs: dict[str, Input]
+    code: str
+    fingerprint: str
+
+
+def identify(step: Step[C], module: str, config: C, digests: Digests, image: str = "") -> Identity:
+    """The name of a computation; every input that is a result is compared with its manifest.
+
+    Raises:
+        InputError, ConfigError: an input is missing or was not given.
+        IntegrityError: an input disagrees with its manifest.
+    """
+    inputs = _inputs(step, config, digests)
+    name = step.name if isinstance(step.name, str) else step.name(config)
+    fields = step.config.model_fields
+    slice_ = {k: getattr(config, k) for k in fields if cli.role(fields[k]) == "value"}
+    code = code_version(module)
+    contents = {key: item.digest for key, item in inputs.items()}
+    return Identity(
+        name, slice_, inputs, code, store.fingerprint(name, slice_, contents, code, image)
+    )
 
 
 def _take_aside(entry: Path, out: Path, force: bool) -> None:

@@ -48,8 +48,12 @@ class Built:
     parameters: int
 
 
-def build(tower_dir: Path, text_dir: Path, out: Path, cfg: HfModel) -> Built:
+def build(
+    tower_dir: Path, text_dir: Path, out: Path, cfg: HfModel, template: Path | None = None
+) -> Built:
     """Write the LLaVA directory `out`: weights, config, processor, generation config.
+
+    `template` is a Jinja file used instead of the tokenizer's chat template.
 
     Raises:
         ConfigError: a family, tokenizer or image processor that cannot be used.
@@ -62,7 +66,7 @@ def build(tower_dir: Path, text_dir: Path, out: Path, cfg: HfModel) -> Built:
     logging.disable_progress_bar()
     tower, class_tokens = load_tower(tower_dir)
     text = load_text(text_dir)
-    tokenizer, added = load_tokenizer(text_dir)
+    tokenizer, added = load_tokenizer(text_dir, template)
     known = len(tokenizer) - len(added)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     rows = padded(max(text.config.vocab_size, len(tokenizer)), cfg.vocab_size_padding * cfg.tp)
@@ -162,7 +166,7 @@ def stop_if_missing(report: dict[str, Any], path: Path) -> None:
         raise IntegrityError(f"{path}: weights are missing from the files: {wrong}")
 
 
-def load_tokenizer(path: Path) -> tuple[Any, tuple[str, ...]]:
+def load_tokenizer(path: Path, template: Path | None = None) -> tuple[Any, tuple[str, ...]]:
     """The tokenizer with `<image>` and a padding token, and the tokens that were added to it."""
     from transformers import AutoTokenizer
 
@@ -172,10 +176,15 @@ def load_tokenizer(path: Path) -> tuple[Any, tuple[str, ...]]:
         raise InputError(f"hf_model.text_model: {path} has no usable tokenizer: {error}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"hf_model.text_model: {path} has no fast tokenizer (tokenizer.json)")
+    if template is not None:
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"hf_model.chat_template: {template}: {error}") from error
     if not tokenizer.chat_template:
         raise ConfigError(
             f"hf_model.text_model: the tokenizer of {path} has no chat template; write one into "
-            "chat_template.jinja beside tokenizer.json"
+            "chat_template.jinja beside tokenizer.json or give hf_model.chat_template"
         )
     before = set(tokenizer.get_vocab())
     if IMAGE_TOKEN not in before:

@@ -106,3 +106,11 @@ def test_nothing_of_a_machine_is_written_down() -> None:
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     for line in pins:
         assert line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+", line), line
+
+
+def test_recipes_that_the_page_lists_are_those_that_there_are() -> None:
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([\w.-]+\.yaml)` \|", page, flags=re.M))
+    there = {p.name for p in (ROOT / "config/recipes").glob("*.yaml")}
+    assert listed == {name for name in there if "x8" not in name}
+    assert {f"`{name}`" for name in there - listed} <= set(re.findall(r"`\w+\.yaml`", page))

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "demo": {"core", "demo"},
     "evaluation": {"core", "data", "evaluation"},
     "reporting": {"core", "reporting"},
+    "planning": {"core", "planning"},
 }
 STEPS = set(MAY_IMPORT)
 """What a module directly in llava_steps/ may import: everything but another such module."""

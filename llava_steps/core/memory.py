@@ -1,0 +1,204 @@
+"""Memory of one training process by part, predicted from shapes and layout. No torch.
+
+What is kept is what the `local` layer spec keeps, layer by layer. Sizes are bytes. Temporary
+tensors of single kernels, the CUDA context and the buffers of communication libraries are not in
+it; `core/hardware.py` sets a share of a GPU aside for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from llava_steps.core.costs import Sum, Trained, kv_width, parameters, q_width
+from llava_steps.core.geometry import Geometry
+from llava_steps.core.layout import last_stage_layers
+
+if TYPE_CHECKING:
+    from llava_steps.core.config import Stage
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training is laid out and computed. `cuda`: with the kernels of a GPU."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    recompute: Literal["none", "core_attn", "full"] = "none"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    cuda: bool = True
+
+    @classmethod
+    def by(cls, stage: Stage, cuda: bool = True) -> Layout:
+        """The layout of a stage."""
+        return cls(
+            stage.tensor_model_parallel,
+            stage.pipeline_model_parallel,
+            stage.data_parallel,
+            stage.sequence_parallel,
+            stage.recompute,
+            stage.precision,
+            cuda,
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One microbatch: positions with padding, samples and the longest of them, images, labels."""
+
+    tokens: int
+    samples: int
+    longest: int
+    images: int
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Memory(Sum):
+    """Bytes of one process. `logits` is what the head and the loss keep."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+
+def memory(
+    geometry: Geometry, trained: Trained, layout: Layout, row: Row, microbatches: int = 1
+) -> Memory:
+    """Of the process that needs most: the largest sum over the pipeline stages."""
+    each = (
+        of_stage(geometry, trained, layout, row, microbatches, number)
+        for number in range(layout.pp)
+    )
+    return max(each, key=lambda found: found.total)
+
+
+def of_stage(
+    g: Geometry, trained: Trained, layout: Layout, row: Row, microbatches: int, number: int
+) -> Memory:
+    """Of a process of pipeline stage `number`, in one step of `microbatches` rows like `row`.
+
+    One forward one backward: stage k of p holds up to p - k microbatches (Narayanan et al. 2021,
+    arXiv:2104.04473, section 2.2).
+    """
+    first, last = number == 0, number == layout.pp - 1
+    weights, learned = _weights(g, trained, layout, first, last)
+    size = _bytes(layout)
+    flying = min(layout.pp - number, microbatches)
+    activations, once = _layers(g, trained, layout, row, last)
+    kept = flying * activations + once
+    logits = 0
+    if first:
+        kept += flying * _front(g, trained, layout, row)
+    if last:
+        norm, logits = _head(g, trained, layout, row)
+        kept += norm
+    # The distributed optimizer: fp32 masters (in fp32 the weights themselves) and two moments.
+    states = 12 if layout.precision == "bf16" else 8
+    return Memory(
+        weights=weights * size,
+        gradients=learned * 4,
+        optimizer=-(-learned * states // layout.dp),
+        activations=kept,
+        logits=logits,
+    )
+
+
+def _bytes(layout: Layout) -> int:
+    return 2 if layout.precision == "bf16" else 4
+
+
+def stage_layers(g: Geometry, layout: Layout, last: bool) -> int:
+    """Decoder layers of the last or of any other pipeline stage."""
+    return last_stage_layers(g.layers, layout.pp) if last else -(-g.layers // layout.pp)
+
+
+def _weights(
+    g: Geometry, trained: Trained, layout: Layout, first: bool, last: bool
+) -> tuple[int, int]:
+    """Parameters of a process, and those that it trains."""
+    p, tp, lm = parameters(g), layout.tp, trained.language_model
+    whole = 2 * g.hidden + (g.output_bias + g.mlp_bias) * g.hidden + g.qk_norm * 2 * g.head_dim
+    layer = p.layers // g.layers
+    language = stage_layers(g, layout, last) * (whole + (layer - whole) // tp)
+    if first:
+        language += p.embedding // tp
+    if last:
+        language += p.final_norm + p.head // tp
+        if g.tied and not first:
+            language += p.embedding // tp  # a copy, kept equal
+    weights, learned = language, lm * language
+    if first:
+        weights += p.vision_read + p.vision_rest + p.projector
+        learned += trained.vision * p.vision_read + trained.projector * p.projector
+    return weights, learned
+
+
+def _layers(g: Geometry, trained: Trained, layout: Layout, row: Row, last: bool) -> tuple[int, int]:
+    """Bytes that a stage's layers keep for one microbatch, and those of one layer at a time."""
+    b, tp = _bytes(layout), layout.tp
+    q, kv = q_width(g) // tp, kv_width(g) // tp
+    ffn, heads = g.ffn // tp, g.heads // tp
+    wide = row.tokens // (tp if layout.sequence_parallel else 1)
+    dense = row.tokens if layout.cuda else row.samples * row.longest
+    lm = trained.language_model
+    # A norm keeps its input and one number a position; for the gradient of its weight the quotient
+    # too, unless the kernel is fused; its output is kept by the product behind it.
+    norm = wide * (g.hidden * b * (1 + lm * (1 if layout.cuda else 2)) + 4)
+    if layout.cuda or row.samples > 1:
+        attention = dense * ((2 * q + 2 * kv) * b + heads * 4)
+        if not layout.cuda:
+            attention += lm * row.tokens * q * b  # the output once more, back in its row
+    else:
+        # Values are a view of the fused projection, which therefore stays as a whole.
+        attention = dense * ((3 * q + 3 * kv) * b + heads * 4)
+    # The fused gate and up, the activated gate, up, and their product.
+    mlp = row.tokens * ffn * b * (4 + lm)
+    if not lm and not (trained.projector or trained.vision):
+        return 0, 0
+    whole = 2 * norm + attention + mlp
+    layers = stage_layers(g, layout, last)
+    tables = row.tokens * 2 * g.head_dim * b
+    if not layout.cuda and row.samples > 1:
+        tables += 8 * (dense + row.tokens)
+    if layout.recompute == "full":
+        return layers * wide * g.hidden * b + tables, whole
+    if layout.recompute == "core_attn":
+        lean = row.tokens * (2 * q + 2 * kv) * b
+        return layers * (2 * norm + lean + mlp) + tables, attention
+    return layers * whole + tables, 0
+
+
+def _front(g: Geometry, trained: Trained, layout: Layout, row: Row) -> int:
+    """Bytes that embedding, tower and projector keep for one microbatch."""
+    b, positions = _bytes(layout), row.images * g.tokens_per_image
+    kept = trained.language_model * row.tokens * 8
+    if trained.vision or trained.projector:
+        # linear_1's input, the activation's, linear_2's, and the features with their places.
+        kept += positions * (
+            trained.projector * (g.vision_hidden + g.hidden) * b + 2 * g.hidden * b + 8
+        )
+    elif trained.language_model:
+        kept += positions * (g.hidden * b + 8)
+    if trained.vision:
+        patches = (g.image_size // g.patch_size) ** 2 + 1
+        ffn = g.vision_config.get("intermediate_size", 3072)
+        layer = (10 * g.vision_hidden + 4 * ffn) * b
+        kept += row.images * patches * g.feature_depth * layer
+    return kept
+
+
+def _head(g: Geometry, trained: Trained, layout: Layout, row: Row) -> tuple[int, int]:
+    """Bytes kept by the final norm, and by the head and the loss, for one microbatch."""
+    b, lm = _bytes(layout), trained.language_model
+    wide = row.tokens // (layout.tp if layout.sequence_parallel else 1)
+    norm = wide * (g.hidden * b * (1 + (not layout.cuda) * lm) + 4)
+    rows = row.supervised
+    selected = lm * g.hidden * b + 8 + 1 + 8
+    # Softmax in fp32; on a GPU in bf16 the logits themselves are there beside it for a moment.
+    passing = 2 if layout.cuda and layout.precision == "bf16" else 0
+    return norm, rows * (g.vocab // layout.tp * (4 + passing) + selected)

@@ -1,0 +1,164 @@
+"""What a run will compute and what that takes, before anything runs.
+
+    python -m llava_steps.plan --configfile mine.yaml
+    python -m llava_steps.plan --configfile mine.yaml --gpu H200 --efficiency 0.5
+    python -m llava_steps.plan --configfile mine.yaml --search 2
+
+From the configuration and the models' config.json alone: which steps are done, what the others wait
+for; parameters, tokens, memory of a process by part, operations, time, disk. A stage that does not
+fit is told with settings that would. --search ranks the layouts of a number of nodes. The figures
+of time rest on --efficiency, the share of the GPUs' peak that training reaches, which is assumed;
+lengths are those of the audit once that is done, and assumed before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core import load, pipeline
+from llava_steps.core.config import Config, Stage
+from llava_steps.core.errors import ConfigError, StepError
+from llava_steps.core.hardware import GPUS, Gpu
+from llava_steps.planning import cached, stages, text
+from llava_steps.planning.models import Model, model_of
+
+CONFIG = Path("config/config.yaml")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the plan; returns the exit code."""
+    given = parser().parse_args(arguments)
+    try:
+        config = load.load([CONFIG, *given.configfile])
+        for line in lines(config, given):
+            print(line)
+    except StepError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m llava_steps.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--configfile", type=Path, action="append", default=[], help="overlay")
+    made.add_argument(
+        "--gpu", choices=[*GPUS, "none"], default="H100", help="GPU; none: processes on a CPU"
+    )
+    made.add_argument(
+        "--efficiency", type=float, default=0.4, help="share of the peak that is reached (0.4)"
+    )
+    made.add_argument(
+        "--text-tokens", type=int, default=200, help="text of a sample before an audit is done"
+    )
+    made.add_argument("--search", type=int, metavar="NODES", help="rank layouts of NODES nodes")
+    made.add_argument("--show", type=int, default=10, help="layouts that --search prints (10)")
+    made.add_argument("--json", action="store_true", help="figures as one line of JSON")
+    return made
+
+
+def lines(config: Config, given: argparse.Namespace, image: str = "") -> Iterator[str]:
+    """The plan of a run, line by line; see `main` for the arguments.
+
+    Raises:
+        InputError: a model's configuration is not at hand.
+        ConfigError: a layout does not fit the model, or an argument is out of range.
+    """
+    if not 0 < given.efficiency <= 1:
+        raise ConfigError(f"--efficiency {given.efficiency}: a share above 0, at most 1")
+    found = {
+        s.rule: s for s in cached.states(pipeline.chain(config, image), Path(config.store), image)
+    }
+    gpu = GPUS.get(given.gpu)
+    model = model_of(config)
+    plans = [_stage(model, stage, found, given) for stage in (config.stage1, config.stage2)]
+    if given.json:
+        yield json.dumps(figures(model, plans, found, gpu, given.efficiency))
+        return
+    yield f"Plan of run {config.run}"
+    yield from text.steps_text(list(found.values()))
+    yield from text.model_text(model)
+    for plan in plans:
+        yield from text.stage_text(plan, gpu, given.efficiency)
+        if gpu and not plan.fits(gpu):
+            yield "  to fit: " + stages.suggestion(
+                model.geometry, plan.stage, plan.data, gpu, given.efficiency
+            )
+    yield from _disk(model, plans)
+    if given.search:
+        if gpu is None:
+            raise ConfigError("--search ranks GPUs: name one with --gpu")
+        for plan in plans:
+            where = f"{given.search} x {plan.stage.gpus} {gpu.name}"
+            yield f"Layouts of stage {plan.stage.stage} on {where}"
+            ranked = stages.search(
+                model.geometry, plan.stage, plan.data, given.search, gpu, given.efficiency
+            )
+            yield from text.search_text(plan.stage, ranked, given.show)
+
+
+def _stage(
+    model: Model, stage: Stage, found: dict[str, cached.State], given: argparse.Namespace
+) -> stages.StagePlan:
+    report = cached.audit_of(found, stage.stage)
+    data = (
+        stages.Data.audited(report)
+        if report
+        else stages.Data.assumed(model.geometry, given.text_tokens, stage.seq_length)
+    )
+    return stages.stage_plan(model.geometry, stage, data, cuda=given.gpu != "none")
+
+
+def _disk(model: Model, plans: list[stages.StagePlan]) -> Iterator[str]:
+    bytes_each = 2 if "16" in model.geometry.dtype else 4
+    weights = plans[0].parameters * bytes_each
+    checkpoints = [stages.disk(model.geometry, plan) for plan in plans]
+    yield (
+        f"Disk: {text.size(2 * weights)} for the model before training, "
+        f"{text.size(2 * weights)} for both exports, at most {text.size(sum(checkpoints))} for "
+        "checkpoints while training, and the raw images once more as tars"
+    )
+
+
+def figures(
+    model: Model,
+    plans: list[stages.StagePlan],
+    found: dict[str, cached.State],
+    gpu: Gpu | None,
+    efficiency: float,
+) -> dict[str, Any]:
+    """The plan as JSON: bytes, operations, hours."""
+    return {
+        "steps": {s.rule: s.outlook for s in found.values()},
+        "model": model.source,
+        "stages": [
+            {
+                "stage": plan.stage.stage,
+                "samples": plan.samples,
+                "tokens": plan.tokens,
+                "parameters": plan.parameters,
+                "trained_parameters": plan.trained_parameters,
+                "row": asdict(plan.row),
+                "memory": plan.memory.parts() | {"total": plan.memory.total},
+                "operations_per_step": plan.operations.parts() | {"total": plan.operations.total},
+                "fits": plan.fits(gpu) if gpu else None,
+                "hours": plan.hours(gpu, efficiency) if gpu else None,
+                "checkpoint_bytes": stages.disk(model.geometry, plan),
+            }
+            for plan in plans
+        ],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The model of a run before it is built: from configurations alone, no weights, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_steps.core.config import Config, DemoAssets
+from llava_steps.core.errors import InputError
+from llava_steps.core.geometry import Geometry
+from llava_steps.core.load import DEMO
+
+SHAPES = Path("config/recipes/models")
+"""Configurations of published models, beside the recipes that name them."""
+PARTS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A geometry, where it comes from, and whether its vocabulary is certain."""
+
+    geometry: Geometry
+    source: str
+    sure: bool
+
+
+def model_of(config: Config, shapes: Path = SHAPES) -> Model:
+    """The model that a run trains.
+
+    Raises:
+        InputError: a configuration cannot be found or used; the message says where it was sought.
+    """
+    built = Path(config.stage2.tokenizer_load_dir or Path(config.results, config.run, "hf_model"))
+    if (built / "config.json").is_file():
+        return Model(Geometry.load(built), str(built), True)
+    hf = config.hf_model
+    vision, from_vision, _ = _part(hf.vision_tower, config.demo_assets, shapes, "vision_tower")
+    text, from_text, tokens = _part(hf.text_model, config.demo_assets, shapes, "text_model")
+    if vision.get("model_type") in PARTS:
+        inner = vision.get("vision_config")
+        vision = {"model_type": PARTS[str(vision["model_type"])], **(inner or {})}
+        vision["model_type"] = PARTS.get(str(vision["model_type"]), vision["model_type"])
+    vocab = text.get("vocab_size", 32000)
+    # Building adds <image>; whether it needs a row of its own only the tokenizer knows.
+    rows = max(vocab, tokens or vocab + 1)
+    multiple = hf.vocab_size_padding
+    rows = -(-rows // multiple) * multiple if multiple else rows
+    llava = {
+        "model_type": "llava",
+        "text_config": {**text, "vocab_size": rows},
+        "vision_config": vision,
+        "vision_feature_layer": hf.vision_feature_layer,
+        "vision_feature_select_strategy": hf.vision_feature_select_strategy,
+        "projector_hidden_act": hf.projector_hidden_act,
+        "image_token_index": rows - 1,
+    }
+    try:
+        geometry = Geometry.from_hf(llava)
+    except InputError as error:
+        raise InputError(f"{from_vision}, {from_text}: {error}") from error
+    return Model(geometry, f"{from_vision}, {from_text}", tokens is not None)
+
+
+def _part(
+    text: str, demo: DemoAssets | None, shapes: Path, key: str
+) -> tuple[Mapping[str, Any], str, int | None]:
+    """config.json of a part of the model, where it is from, and the tokens that are needed."""
+    if text.startswith(DEMO) and demo is not None:
+        config, tokens = _demo(demo, key)
+        return config, text, tokens
+    place = Path(text) / "config.json"
+    if place.is_file():
+        return _read(place), text, _tokens(Path(text))
+    shipped = shapes / (text.replace("/", "--") + ".json")
+    if shipped.is_file():
+        known = dict(_read(shipped))
+        tokens = known.pop("tokens_with_image", None)
+        known.pop("from", None)
+        return known, text, tokens
+    if cached := _hub(text):
+        return _read(cached), text, _tokens(cached.parent)
+    raise InputError(
+        f"hf_model.{key}: {text} is no directory here, not in the cache of Hugging Face and not in "
+        f"{shapes}; download it, or give its config.json the name {shipped}"
+    )
+
+
+def _hub(text: str) -> Path | None:
+    """config.json of a hub id that was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(text, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no configuration of a model")
+    return found
+
+
+def _tokens(directory: Path) -> int | None:
+    """Tokens of a directory's tokenizer with those that building adds; None when it has none."""
+    path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise InputError(f"{path} cannot be read: {error}") from error
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    pads = bool(settings.is_file() and _read(settings).get("pad_token"))
+    return len(known) + ("<image>" not in known) + (not pads and "<pad>" not in known)
+
+
+def _demo(demo: DemoAssets, key: str) -> tuple[Mapping[str, Any], int | None]:
+    """What `demo_assets` will write, as demo/vision.py and demo/text.py build it."""
+    if key == "vision_tower":
+        return {
+            "model_type": "clip_vision_model",
+            "image_size": demo.image_size,
+            "patch_size": demo.patch_size,
+            "hidden_size": demo.vision_hidden_size,
+            "intermediate_size": 4 * demo.vision_hidden_size,
+            "num_hidden_layers": demo.vision_layers,
+        }, None
+    # The tokenizer learns as many tokens as it may; building adds <image>.
+    return {
+        "model_type": "llama",
+        "vocab_size": demo.vocab_size,
+        "hidden_size": demo.text_hidden_size,
+        "intermediate_size": 3 * demo.text_hidden_size,
+        "num_hidden_layers": demo.text_layers,
+        "num_attention_heads": demo.text_heads,
+        "num_key_value_heads": demo.text_kv_heads,
+        "max_position_embeddings": 512,
+    }, demo.vocab_size + 1

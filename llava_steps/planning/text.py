@@ -1,0 +1,92 @@
+"""A plan as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llava_steps.core.costs import parameters
+from llava_steps.core.hardware import GIB, SET_ASIDE, Gpu
+from llava_steps.planning.cached import State
+from llava_steps.planning.models import Model
+from llava_steps.planning.stages import StagePlan, bubble, changes, rows_of
+
+WORDS = {"done": "done ", "run": "run  ", "after": "later"}
+
+
+def steps_text(states: Sequence[State]) -> list[str]:
+    """A line for each step."""
+    return [f"  {WORDS[s.outlook]}  {s.rule:<20} {s.why}" for s in states]
+
+
+def model_text(model: Model) -> list[str]:
+    """Sizes of the model by part."""
+    g, p = model.geometry, parameters(model.geometry)
+    language = p.embedding + p.layers + p.final_norm + p.head
+    vocabulary = f"vocabulary {g.vocab:,}" + ("" if model.sure else " (tokenizer not at hand)")
+    return [
+        f"Model: {p.total:,} parameters, from {model.source}",
+        f"  vision tower {p.vision_read + p.vision_rest:,} ({p.vision_read:,} of them are run), "
+        f"projector {p.projector:,}, language model {language:,}",
+        f"  {g.tokens_per_image} tokens an image, {vocabulary}",
+    ]
+
+
+def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]:
+    """A paragraph for a stage."""
+    s, m = plan.stage, plan.memory
+    dp, tp, pp = s.data_parallel, s.tensor_model_parallel, s.pipeline_model_parallel
+    parts = ", ".join(f"{name} {size(number)}" for name, number in m.parts().items())
+    lines = [
+        f"Stage {s.stage}: {plan.trained_parameters:,} of {plan.parameters:,} parameters trained",
+        f"  {s.train_steps:,} steps of {s.global_batch_size} samples: {plan.samples:,} samples, "
+        f"{amount(plan.tokens)} tokens ({plan.data.tokens:.0f} a sample, {plan.data.source})",
+        f"  {s.world_size} processes: tp {tp}, pp {pp}, dp {dp}; {rows_of(s)} microbatches of at "
+        f"most {plan.row.tokens:,} tokens; {s.precision}, recompute {s.recompute}",
+        f"  memory of a process: {size(m.total)} ({parts})",
+        f"  {plan.operations.total:.3g} operations a step, "
+        f"{plan.operations.total * s.train_steps:.3g} in all",
+    ]
+    if gpu:
+        room = gpu.gib * GIB * (1 - SET_ASIDE)
+        hours = plan.hours(gpu, efficiency)
+        lines += [
+            f"  on {s.world_size} {gpu.name}: "
+            + ("fits" if plan.fits(gpu) else "does not fit")
+            + f" ({size(m.total)} of {size(room)} without what is set aside); "
+            f"{duration(hours)}, {hours * s.world_size:.3g} GPU-hours at {efficiency:.0%} of the "
+            f"peak" + (f" and {bubble(s):.0%} pipeline bubble" if pp > 1 else "")
+        ]
+    return lines
+
+
+def search_text(stage: Any, ranked: Sequence[tuple[float, StagePlan]], count: int) -> list[str]:
+    """A table of the best layouts."""
+    lines = ["  seconds a step  memory      settings"]
+    for seconds, plan in ranked[:count]:
+        settings = ", ".join(f"{k}: {v}" for k, v in changes(stage, plan.stage).items())
+        lines.append(f"  {seconds:>14.3g}  {size(plan.memory.total):<10}  {settings or 'as it is'}")
+    return lines
+
+
+def size(number: float) -> str:
+    """Bytes for people."""
+    for unit, factor in (("GiB", GIB), ("MiB", 2**20)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number / 1024:.1f} KiB"
+
+
+def amount(number: float) -> str:
+    """A count for people."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def duration(hours: float) -> str:
+    """A time for people."""
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
