@@ -35,16 +35,26 @@ class Sum:
 
 @dataclass(frozen=True)
 class Trained:
-    """Which parts of the model are trained."""
+    """Which parts of the model are trained.
+
+    `adapters`: the language model has LoRA adapters, which are trained; their own parameters and
+    operations, a per cent or so of the model's, are left out.
+    """
 
     vision: bool = False
     projector: bool = True
     language_model: bool = True
+    adapters: bool = False
 
     @classmethod
     def by(cls, stage: Stage) -> Trained:
         """What a stage trains."""
-        return cls(not stage.freeze_vision, not stage.freeze_projector, not stage.freeze_lm)
+        return cls(
+            not stage.freeze_vision,
+            not stage.freeze_projector,
+            not stage.freeze_lm and not stage.lora_rank,
+            bool(stage.lora_rank),
+        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +173,8 @@ def flops(
     positions = work.images * g.tokens_per_image
     heads = work.supervised if head == "supervised" else work.tokens
     # Embeddings are trained with the language model, so its first layer passes gradients on.
-    through = 2 + 2 * (lm or before) + 2 * lm
+    passes = lm or before or trained.adapters
+    through = 2 + 2 * passes + 2 * lm
     return Flops(
         vision=vision * (2 + 4 * trained.vision)
         # Nobody asks for the gradient of the pixels.
@@ -176,7 +187,7 @@ def flops(
         ),
         layers=work.tokens * g.layers * _layer_weights(g) * through,
         # Two products, 2 operations each, over half the square.
-        attention=g.layers * 2 * q_width(g) * work.squares * (3 if lm or before else 1),
+        attention=g.layers * 2 * q_width(g) * work.squares * (3 if passes else 1),
         head=heads * g.vocab * g.hidden * through,
     )
 

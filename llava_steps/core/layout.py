@@ -93,8 +93,7 @@ def costs(geometry: Geometry, stage: Stage) -> tuple[float, float, float]:
     tokens = (stage.pack_length if stage.packing else 0) or stage.seq_length
     images = -(-tokens // (2 * geometry.tokens_per_image))
     work = Work(tokens, tokens // 4, images, tokens * stage.seq_length)
-    whole = not stage.freeze_lm and not stage.lora_rank
-    trained = Trained(not stage.freeze_vision, not stage.freeze_projector, whole)
+    trained = Trained.by(stage)
     parts = flops(geometry, trained, work, "supervised")
     layers = parts.layers + parts.attention
     if stage.recompute == "full":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llava_steps.core.costs import Sum, Trained, kv_width, parameters, q_width
 from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import last_stage_layers
+from llava_steps.core.layout import even_split, pipeline_split
 
 if TYPE_CHECKING:
     from llava_steps.core.config import Stage
@@ -25,18 +25,24 @@ class Layout:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    vp: int = 1
+    """Chunks of the model on each pipeline rank."""
+    split: tuple[int, ...] = ()
+    """Decoder layers of each of the pp x vp chunks; unless given they are shared evenly."""
     sequence_parallel: bool = False
     recompute: Literal["none", "core_attn", "full"] = "none"
     precision: Literal["fp32", "bf16"] = "bf16"
     cuda: bool = True
 
     @classmethod
-    def by(cls, stage: Stage, cuda: bool = True) -> Layout:
-        """The layout of a stage."""
+    def by(cls, geometry: Geometry, stage: Stage, cuda: bool = True) -> Layout:
+        """The layout of a stage; ConfigError when the model cannot be cut so."""
         return cls(
             stage.tensor_model_parallel,
             stage.pipeline_model_parallel,
             stage.data_parallel,
+            stage.virtual_pipeline,
+            pipeline_split(geometry, stage),
             stage.sequence_parallel,
             stage.recompute,
             stage.precision,
@@ -82,18 +88,22 @@ def of_stage(
 ) -> Memory:
     """Of a process of pipeline stage `number`, in one step of `microbatches` rows like `row`.
 
-    One forward one backward: stage k of p holds up to p - k microbatches (Narayanan et al. 2021,
-    arXiv:2104.04473, section 2.2).
+    One forward one backward: stage k of p holds up to p - k microbatches; interleaved, with v
+    chunks each, 2 (p - k - 1) + (v - 1) p + 1 chunks of one (Narayanan et al. 2021,
+    arXiv:2104.04473, section 2.2, and Megatron's schedule).
     """
     first, last = number == 0, number == layout.pp - 1
-    weights, learned = _weights(g, trained, layout, first, last)
+    weights, learned = _weights(g, trained, layout, number)
     size = _bytes(layout)
-    flying = min(layout.pp - number, microbatches)
-    activations, once = _layers(g, trained, layout, row, last)
-    kept = flying * activations + once
+    chunks = layout.pp - number
+    if layout.vp > 1:
+        chunks = 2 * (chunks - 1) + (layout.vp - 1) * layout.pp + 1
+    flying = min(chunks, microbatches * layout.vp)
+    activations, once = _layers(g, trained, layout, row, number)
+    kept = -(-flying * activations // layout.vp) + once
     logits = 0
     if first:
-        kept += flying * _front(g, trained, layout, row)
+        kept += -(-flying // layout.vp) * _front(g, trained, layout, row)
     if last:
         norm, logits = _head(g, trained, layout, row)
         kept += norm
@@ -112,19 +122,19 @@ def _bytes(layout: Layout) -> int:
     return 2 if layout.precision == "bf16" else 4
 
 
-def stage_layers(g: Geometry, layout: Layout, last: bool) -> int:
-    """Decoder layers of the last or of any other pipeline stage."""
-    return last_stage_layers(g.layers, layout.pp) if last else -(-g.layers // layout.pp)
+def stage_layers(g: Geometry, layout: Layout, number: int) -> int:
+    """Decoder layers of pipeline stage `number`, in all of its chunks."""
+    split = layout.split or even_split(g.layers, layout.pp * layout.vp)
+    return sum(split[number :: layout.pp])
 
 
-def _weights(
-    g: Geometry, trained: Trained, layout: Layout, first: bool, last: bool
-) -> tuple[int, int]:
-    """Parameters of a process, and those that it trains."""
+def _weights(g: Geometry, trained: Trained, layout: Layout, number: int) -> tuple[int, int]:
+    """Parameters of a process of stage `number`, and those that it trains."""
+    first, last = number == 0, number == layout.pp - 1
     p, tp, lm = parameters(g), layout.tp, trained.language_model
     whole = 2 * g.hidden + (g.output_bias + g.mlp_bias) * g.hidden + g.qk_norm * 2 * g.head_dim
     layer = p.layers // g.layers
-    language = stage_layers(g, layout, last) * (whole + (layer - whole) // tp)
+    language = stage_layers(g, layout, number) * (whole + (layer - whole) // tp)
     if first:
         language += p.embedding // tp
     if last:
@@ -138,7 +148,9 @@ def _weights(
     return weights, learned
 
 
-def _layers(g: Geometry, trained: Trained, layout: Layout, row: Row, last: bool) -> tuple[int, int]:
+def _layers(
+    g: Geometry, trained: Trained, layout: Layout, row: Row, number: int
+) -> tuple[int, int]:
     """Bytes that a stage's layers keep for one microbatch, and those of one layer at a time."""
     b, tp = _bytes(layout), layout.tp
     q, kv = q_width(g) // tp, kv_width(g) // tp
@@ -158,10 +170,10 @@ def _layers(g: Geometry, trained: Trained, layout: Layout, row: Row, last: bool)
         attention = dense * ((3 * q + 3 * kv) * b + heads * 4)
     # The fused gate and up, the activated gate, up, and their product.
     mlp = row.tokens * ffn * b * (4 + lm)
-    if not lm and not (trained.projector or trained.vision):
+    if not (lm or trained.adapters or trained.projector or trained.vision):
         return 0, 0
     whole = 2 * norm + attention + mlp
-    layers = stage_layers(g, layout, last)
+    layers = stage_layers(g, layout, number)
     tables = row.tokens * 2 * g.head_dim * b
     if not layout.cuda and row.samples > 1:
         tables += 8 * (dense + row.tokens)

@@ -21,7 +21,6 @@ from llava_steps.core.costs import (
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.hardware import GIB, SET_ASIDE, Gpu
-from llava_steps.core.layout import check_layout
 from llava_steps.core.memory import Layout, Memory, Row, memory
 
 
@@ -90,9 +89,9 @@ class StagePlan:
 
 
 def bubble(stage: Stage) -> float:
-    """Idle over busy time of a pipeline: (p - 1) / m (Narayanan et al. 2021, section 2.2)."""
-    pp = stage.pipeline_model_parallel
-    return (pp - 1) / max(rows_of(stage), 1)
+    """Idle over busy time of a pipeline: (p - 1) / (v m) (Narayanan et al. 2021, section 2.2)."""
+    pp, vp = stage.pipeline_model_parallel, stage.virtual_pipeline
+    return (pp - 1) / max(rows_of(stage) * vp, 1)
 
 
 def rows_of(stage: Stage) -> int:
@@ -120,7 +119,7 @@ def largest_row(stage: Stage, data: Data) -> Row:
 
 def stage_plan(geometry: Geometry, stage: Stage, data: Data, cuda: bool = True) -> StagePlan:
     """The figures of a stage; ConfigError when the model cannot be cut as the stage says."""
-    check_layout(geometry, stage.tensor_model_parallel, stage.pipeline_model_parallel)
+    layout = Layout.by(geometry, stage, cuda)
     trained, batch = Trained.by(stage), stage.global_batch_size
     work = Work(
         tokens=round(batch * data.tokens),
@@ -143,7 +142,7 @@ def stage_plan(geometry: Geometry, stage: Stage, data: Data, cuda: bool = True) 
         parameters=parameters(geometry).total,
         trained_parameters=trained_parameters(geometry, trained).total,
         row=row,
-        memory=memory(geometry, trained, Layout.by(stage, cuda), row, rows_of(stage)),
+        memory=memory(geometry, trained, layout, row, rows_of(stage)),
         operations=operations,
         recomputed=again[stage.recompute],
     )
