@@ -104,6 +104,11 @@ screenshots: ## look at the report of results/demo in Chromium: pictures, checks
 	@.ci/environment test
 	@$(BIN)/python -m tests.browser.screenshots --to $(SCREENSHOTS)
 
+ROUNDS ?= 1
+test-cluster: ## as root on Debian 12: the chain on a real Slurm, in a real container, disturbed
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.drive --rounds $(ROUNDS)
+
 format: ## put code into the style that `make check` wants
 	@.ci/environment test
 	$(BIN)/ruff check --fix .

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 
 def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
-    """Start the workers, wait for them, keep the final checkpoint and summarise the metrics."""
-    from llava_steps.training import preflight
-    from llava_steps.training.job import Job
+    """Start the workers, wait for them, keep the final checkpoint and summarise the metrics.
+
+    With several nodes the launchers meet first; all but the lead's only wait for the end.
+    """
+    from llava_steps.training import nodes, preflight
+    from llava_steps.training.job import Failure, Job
     from llava_steps.training.launch import launch
 
     hf_dir = ctx.inputs["tokenizer_load_dir"].path.resolve()
@@ -50,7 +53,16 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         dataset=ctx.inputs["data_path"].path.absolute(),
         fingerprint=ctx.fingerprint,
     )
-    launch(job)
+    place = nodes.place_of(cfg)
+    if place.leads:
+        Failure.forget(ctx.work)
+    party = nodes.meet(cfg, place, ctx.work)
+    if party is None:
+        return {}
+    launch(job, ctx.until_sealed.enter_context(party))
+    party.done()
+    if not party.place.leads:
+        return {}
     keep_beside(ctx, cfg)
     lines = [json.loads(line) for line in (ctx.entry / "metrics.jsonl").read_text().splitlines()]
     rows = [line for line in lines if "skipped" not in line]
@@ -78,6 +90,13 @@ def keep_beside(ctx: Context, cfg: Stage) -> None:
     commit.prune(ctx.entry, 1)
 
 
+def follows(cfg: Stage) -> bool:
+    """Whether this is the launcher of another node than the first."""
+    from llava_steps.training.nodes import place_of
+
+    return not place_of(cfg).leads
+
+
 STEP = Step(
     name=lambda cfg: f"stage{cfg.stage}_checkpoint",
     config=Stage,
@@ -85,6 +104,7 @@ STEP = Step(
     doc=__doc__,
     optional=frozenset({"megatron_load_dir"}),
     volatile=("metrics.jsonl", "answers.jsonl", "samples/*"),
+    follows=follows,
     members={"data_path": lambda path: read_blend(path, "train").files},
 )
 

@@ -15,7 +15,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic import NonNegativeInt as Count
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -383,10 +391,12 @@ class Stage(StepConfig):
     gpu_ids: str = quiet("", "GPUs to use, as 0,1,2; all visible ones unless given")
     interface: str = quiet("", "network interface of NCCL and Gloo, such as eth0")
     backend: Literal["auto", "nccl", "gloo"] = quiet("auto", "collectives; auto: nccl with GPUs")
-    master_addr: str = quiet("127.0.0.1", "address of the first node")
-    master_port: Count = quiet(0, "port on the first node; 0: a file on a single node")
-    rdzv_port: Count = quiet(0, "port at which the processes meet, instead of master_port")
-    rank: Count = quiet(0, "number of this node", flag="--rank")
+    master_addr: str = quiet(
+        "", "address of the first node; that of its interface, or its name, unless given"
+    )
+    master_port: Count = quiet(0, "port on the first node where all processes meet; 0: a free one")
+    rdzv_port: Count = quiet(0, "port on the first node where launchers meet; 0: a free one")
+    rank: Count = quiet(0, "number of this node; not needed under srun and torchrun", flag="--rank")
 
     @property
     def world_size(self) -> int:
@@ -441,8 +451,6 @@ class Stage(StepConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
-        if self.nodes > 1:
-            raise ValueError(f"nodes {self.nodes}: training over several nodes is not there yet")
         model = self.tensor_model_parallel * self.pipeline_model_parallel
         if self.world_size % model:
             raise ValueError(
@@ -616,6 +624,47 @@ class Report(StepConfig):
     evaluation: str = source("", "result of evaluate")
 
 
+RULES = (
+    "demo_assets", "tar_shards", "energon_dataset", "hf_model", "megatron_checkpoint",
+    "stage1_audit", "stage1_checkpoint", "stage1_export", "stage2_audit", "stage2_checkpoint",
+    "hf_export", "evaluation",
+)  # fmt: skip
+"""Rules of the workflow, which are also what the keys of `cluster` may name."""
+
+PerRule = dict[str, PositiveInt]
+
+
+class Cluster(BaseModel):
+    """What jobs ask Slurm for, as RULE: NUMBER. Rules that are not named get what the profile says;
+    nodes and GPUs are those of the stages. Nothing here recomputes anything."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    gres: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_.:-]*$",
+        description="Slurm's name of a node's GPUs without their number, as gpu or gpu:h100; "
+        "empty: jobs ask for none",
+    )
+    runtime: PerRule = Field(
+        {"stage1_checkpoint": 1440, "stage2_checkpoint": 1440},
+        description="minutes; a training that needs more is submitted again and goes on",
+    )
+    mem_mb: PerRule = Field(
+        {"stage1_checkpoint": 200_000, "stage2_checkpoint": 200_000},
+        description="memory of a node, MB",
+    )
+    cpus: PerRule = Field({}, description="CPUs of a task; unless given what its processes need")
+
+    @field_validator("runtime", "mem_mb", "cpus")
+    @classmethod
+    def _rules(cls, asked: PerRule, info: ValidationInfo) -> PerRule:
+        for name in asked:
+            if name not in RULES:
+                raise ValueError(f"{name} is no rule; they are {', '.join(RULES)}")
+        return {**cls.model_fields[str(info.field_name)].default, **asked}
+
+
 class Config(BaseModel):
     """A whole run: config/config.yaml with its overlays."""
 
@@ -635,6 +684,7 @@ class Config(BaseModel):
         "store", min_length=1, description="directory of the artefacts, shared by runs"
     )
     image: str = Field("", description="container image for the steps; empty: this environment")
+    cluster: Cluster = Cluster()
     demo_assets: DemoAssets | None = Field(None, description="makes the demo's data and models")
     tar_shards: TarShards
     energon_dataset: EnergonDataset = EnergonDataset()

@@ -77,7 +77,7 @@ def _type(annotation: Any) -> str:
     if origin is list:
         return f"list of {_type(get_args(annotation)[0])}"
     if origin is dict:
-        return "name: text"
+        return f"name: {_type(get_args(annotation)[1])}"
     return {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}[annotation]
 
 

@@ -60,6 +60,20 @@ class StoppedError(StepError):
     exit_code = 75
 
 
+BY_CODE: dict[int, type[StepError]] = {
+    kind.exit_code: kind
+    for kind in (
+        StepError,
+        ConfigError,
+        InputError,
+        IntegrityError,
+        LockedError,
+        DivergedError,
+        StoppedError,
+    )
+}
+"""The error that an exit code stands for."""
+
 _SURROUNDINGS = {
     errno.ENOSPC: "free some space there and run again",
     errno.EDQUOT: "free some of your quota there and run again",

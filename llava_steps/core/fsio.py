@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,11 +30,12 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` atomically and durably."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Replace `path` by `data` atomically and durably; `mode` is cut by the umask as usual."""
+    # A process id alone is not enough: machines and containers that share the directory repeat it.
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

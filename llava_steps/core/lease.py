@@ -1,5 +1,7 @@
 """One writer per directory: `lease.json` names the process that works in it.
 
+Who took it, gave it back or lost it, and when, stands in `lease.log`, a line of JSON each.
+
 A lease is alive while its process is. On the same machine (boot id and pid namespace) that is
 asked of the kernel, by pid and process start time. For another machine, or another container, the
 heartbeat decides, an mtime renewed every few seconds: whoever meets such a lease watches it, is
@@ -97,6 +99,7 @@ class Lease:
         if self._thread is not None:
             self._thread.join()
         if self._is_ours():
+            self._note("given back")
             self.path.unlink()
 
     def _taken(self, watched: tuple[bytes, int] | None, seconds: float) -> bool:
@@ -118,7 +121,13 @@ class Lease:
                 ):
                     return False
             fsio.write_json(self.path, self._identity)
+            self._note("taken" if seen is None else "taken over")
         return True
+
+    def _note(self, event: str) -> None:
+        row = {"event": event, "time": round(time.time(), 3), **self._identity}
+        with open(self.path.with_suffix(".log"), "a") as log:
+            log.write(json.dumps(row, sort_keys=True) + "\n")
 
     def _refuse(self, holder: dict[str, Any]) -> NoReturn:
         raise LockedError(

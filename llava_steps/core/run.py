@@ -56,6 +56,8 @@ class Context:
     work: Path
     """Bookkeeping directory of the attempts; not part of the payload."""
     fingerprint: str = ""
+    until_sealed: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Entered here: left once the value is sealed, or with the error that prevented it."""
 
     def progress(self, what: str, total: int, done: int = 0) -> Progress:
         """A progress bar or, without a terminal, progress lines."""
@@ -83,6 +85,9 @@ class Step(Generic[C]):
     """For a source field outside the store: (root, files) that its content consists of."""
     members: Mapping[str, Callable[[Path], Sequence[Path]]] = field(default_factory=dict)
     """For a source field that may be a file: what the file names, whose content counts as well."""
+    follows: Callable[[C], bool] = lambda config: False
+    """Whether this process only takes part in a computation that another one leads: it calls `run`
+    without a lease and leaves sealing and publishing to the lead."""
 
 
 def main(step: Step[C], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -170,6 +175,11 @@ def _evaluate(
     name, slice_, inputs, code, print_ = identify(step, module, config, known, image)
     entry = root / name / print_
     work = entry / store.WORK
+    if step.follows(config):
+        _follow(
+            step, module, config, entry, inputs, given["force"] or (out / FORCE_REQUEST).exists()
+        )
+        return
     _take_aside(entry, out, given["force"])
     (work / "logs").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -188,7 +198,8 @@ def _evaluate(
         log.info("%s %s attempt %d in %s", name, print_, attempt, entry)
         store.show_work(entry, out)
         start = time.monotonic()
-        context = Context(entry.resolve(), inputs, log, work.resolve(), print_)
+        until_sealed = stack.enter_context(contextlib.ExitStack())
+        context = Context(entry.resolve(), inputs, log, work.resolve(), print_, until_sealed)
         try:
             metrics = dict(step.run(context, config))
         except StepError as error:
@@ -257,6 +268,27 @@ def identify(step: Step[C], module: str, config: C, digests: Digests, image: str
     return Identity(
         name, slice_, inputs, code, store.fingerprint(name, slice_, contents, code, image)
     )
+
+
+def _follow(
+    step: Step[C],
+    module: str,
+    config: C,
+    entry: Path,
+    inputs: Mapping[str, Input],
+    force: bool,
+) -> None:
+    """Take part in the computation of a value that another process leads."""
+    # Asked in this order: the lead sets a value aside before it takes back the request to.
+    if not force and (entry / store.MANIFEST).exists():
+        return
+    work = entry / store.WORK
+    (work / "logs").mkdir(parents=True, exist_ok=True)
+    log = logger(module.rpartition(".")[2])
+    with contextlib.ExitStack() as until_sealed:
+        step.run(
+            Context(entry.resolve(), inputs, log, work.resolve(), entry.name, until_sealed), config
+        )
 
 
 def _take_aside(entry: Path, out: Path, force: bool) -> None:

@@ -30,10 +30,10 @@ class Job:
     """Energon dataset."""
     fingerprint: str
 
-    def write(self) -> Path:
-        """Write the job for the workers; returns the file."""
+    def write(self, launcher: int = 0) -> Path:
+        """Write the job for the workers of one launcher; returns the file."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
-        path = self.work / FILE
+        path = self.work / (f"node-{launcher:04d}.json" if launcher else FILE)
         fsio.write_json(path, values | {"stage": self.stage.model_dump()})
         return path
 
@@ -66,6 +66,11 @@ class Failure:
         if not path.exists():
             with contextlib.suppress(OSError):
                 fsio.write_json(path, asdict(self))
+
+    @classmethod
+    def forget(cls, work: Path) -> None:
+        """Remove the report of an earlier attempt."""
+        (work / cls.FILE).unlink(missing_ok=True)
 
     @classmethod
     def read(cls, work: Path) -> Failure | None:

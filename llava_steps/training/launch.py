@@ -1,4 +1,4 @@
-"""Start the worker processes of this node, and end them together.
+"""Start the worker processes of this node, and end them together, with those of other nodes.
 
 A worker is `python -m llava_steps.training.worker JOB` with RANK, LOCAL_RANK and WORLD_SIZE in its
 environment. Signals that ask us to stop are passed on, so that the workers save first; when one
@@ -20,56 +20,54 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from llava_steps.core import errors
 from llava_steps.core.config import Stage
-from llava_steps.core.errors import StepError, StoppedError
+from llava_steps.core.errors import BY_CODE, StepError, StoppedError
 from llava_steps.training.job import Failure, Job
+from llava_steps.training.nodes import LISTENING, RENDEZVOUS, LostError, Party, Place
 from llava_steps.training.stop import SIGNALS
 from llava_steps.training.watch import BEATS, Watch
 
 GRACE = 10.0
 """Seconds that workers get to end by themselves after one of them failed."""
+HEAR = 3.0
+"""Seconds in which the loss of another node shows, when it is why workers failed here."""
 POLL = 0.05
 SCRATCH = "llava-steps-"
-_BY_CODE = {
-    kind.exit_code: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, StepError)
-}
 
 
-def launch(job: Job) -> None:
-    """Run the job's workers to their end; raises the StepError of the first failure."""
+def launch(job: Job, party: Party | None = None) -> None:
+    """Run this launcher's workers to their end; raises the StepError of the job's first failure."""
     stage = job.stage
-    (job.work / Failure.FILE).unlink(missing_ok=True)
-    path = job.write()
-    with _scratch(job.work) as scratch, _Forward() as forward:
+    party = party or Party(Place(0, 1, 0, stage.gpus))
+    place = party.place
+    if place.count == 1:
+        Failure.forget(job.work)
+    path = job.write(place.index)
+    with _scratch(job.work, place.index) as scratch, _Forward() as forward:
         workers = [
             forward.add(
                 subprocess.Popen(
                     [sys.executable, "-m", "llava_steps.training.worker", str(path)],
-                    env=_environment(stage, rank, scratch),
+                    env=_environment(stage, party, number, scratch),
+                    pass_fds=[] if party.socket is None or number else [party.socket.fileno()],
                 )
             )
-            for rank in range(stage.gpus)
+            for number in range(place.workers)
         ]
-        codes = _wait(
-            workers,
-            Watch(scratch, workers, (stage.stall_timeout, stage.io_timeout)),
-            job.work / "logs",
-        )
-    if any(codes):
-        raise _error(job.work, codes, forward.asked)
+        watch = Watch(scratch, workers, (stage.stall_timeout, stage.io_timeout), place.first)
+        codes = _wait(workers, watch, job.work / "logs", party)
+    if any(codes) or party.others_failed():
+        raise _error(job.work, codes, forward.asked, party)
 
 
 @contextlib.contextmanager
-def _scratch(work: Path) -> Iterator[Path]:
+def _scratch(work: Path, launcher: int) -> Iterator[Path]:
     """Temporary directory of the launcher and its workers, gone afterwards.
 
     A killed launcher leaves it behind; the next attempt, which finds its name in `work`, removes
     it. It is not below `work` because sockets in it need a short path.
     """
-    note = work / "scratch"
+    note = work / (f"scratch-{launcher:04d}" if launcher else "scratch")
     if note.exists():
         left = Path(note.read_text())
         if left.name.startswith(SCRATCH) and left.parent == Path(tempfile.gettempdir()):
@@ -80,14 +78,16 @@ def _scratch(work: Path) -> Iterator[Path]:
     note.unlink()
 
 
-def _environment(stage: Stage, rank: int, scratch: Path) -> Mapping[str, str]:
+def _environment(stage: Stage, party: Party, number: int, scratch: Path) -> Mapping[str, str]:
+    place = party.place
     threads = max(1, len(os.sched_getaffinity(0)) // stage.gpus)
     own = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(stage.gpus),
+        "RANK": str(place.first + number),
+        "LOCAL_RANK": str(_local_rank(place, number)),
+        "WORLD_SIZE": str(stage.world_size),
         "LOCAL_WORLD_SIZE": str(stage.gpus),
-        "LLAVA_STEPS_RENDEZVOUS": _rendezvous(stage, scratch),
+        RENDEZVOUS: _rendezvous(stage, party, scratch),
+        LISTENING: str(party.socket.fileno()) if party.socket is not None and not number else "",
         "LLAVA_STEPS_LAUNCHER": str(os.getpid()),
         # Workers leave without tidying up (see worker.py); what they leave lies here.
         "TMPDIR": str(scratch),
@@ -115,18 +115,38 @@ def _environment(stage: Stage, rank: int, scratch: Path) -> Mapping[str, str]:
     return chosen | dict(os.environ) | own
 
 
-def _rendezvous(stage: Stage, scratch: Path) -> str:
-    """Where the processes meet: a port that was asked for, or a file that nobody else can find."""
+def _local_rank(place: Place, number: int) -> int:
+    """Number of the worker on its node; 0 where a task was given one GPU and sees no other."""
+    alone = place.workers == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0
+    if alone and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return 0
+    return place.local + number
+
+
+def _rendezvous(stage: Stage, party: Party, scratch: Path) -> str:
+    """Where the processes meet: at the first node, at a port that was asked for, or in a file."""
+    if party.port:
+        return f"tcp://{party.address}:{party.port}"
     port = stage.rdzv_port or stage.master_port
-    return f"tcp://{stage.master_addr}:{port}" if port else f"file://{scratch / 'store'}"
+    if port:
+        return f"tcp://{stage.master_addr or '127.0.0.1'}:{port}"
+    return f"file://{scratch / 'store'}"
 
 
-def _wait(workers: list[subprocess.Popen[bytes]], watch: Watch, logs: Path) -> list[int]:
-    """Exit codes of all workers; once one has failed or stands still the others are ended."""
+def _wait(
+    workers: list[subprocess.Popen[bytes]], watch: Watch, logs: Path, party: Party
+) -> list[int]:
+    """Exit codes of all workers; once one has failed or stands still the others are ended.
+
+    So they are when a launcher of another node reports a failure, or is lost.
+    """
     deadline: float | None = None
     # Polled in a list: a generator would stop at the first that lives and never see the dead.
     while None in [worker.poll() for worker in workers]:
-        if deadline is None and any(worker.returncode for worker in workers):
+        other = party.others_failed()
+        if other is not None:
+            party.tell(other)
+        if deadline is None and (other or any(worker.returncode for worker in workers)):
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() > deadline:
             _kill(workers)
@@ -149,16 +169,25 @@ def _kill(workers: list[subprocess.Popen[bytes]]) -> None:
             worker.wait()
 
 
-def _error(work: Path, codes: list[int], asked: bool) -> StepError:
+def _error(work: Path, codes: list[int], asked: bool, party: Party) -> StepError:
+    """Why the job failed: a lost node, else the first report, else what is known of the ends."""
+    unclear = party.place.count > 1 and any(code == 1 or code < 0 for code in codes)
+    until = time.monotonic() + (HEAR if unclear else 0.0)
+    while not isinstance(other := party.others_failed(), LostError) and time.monotonic() < until:
+        time.sleep(POLL)
+    if isinstance(other, LostError):
+        return other
     failure = Failure.read(work)
     if failure is not None:
-        kind = _BY_CODE.get(failure.exit_code, StepError)
+        kind = BY_CODE.get(failure.exit_code, StepError)
         return kind(f"rank {failure.rank}: {failure.message}")
-    rank, code = next((r, c) for r, c in enumerate(codes) if c)
+    if other is not None:
+        return other
+    rank, code = next((r, c) for r, c in enumerate(codes, party.place.first) if c)
     if asked and code == -signal.SIGTERM:
         return StoppedError("stopped by a signal while the workers started; run me again")
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    kind = _BY_CODE.get(code, StepError)
+    kind = BY_CODE.get(code, StepError)
     return kind(
         f"rank {rank} {how} without a report; see {work / 'logs'}, and run again to go on from "
         "the last checkpoint"

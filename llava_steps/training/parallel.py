@@ -7,14 +7,18 @@ import os
 import random
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError
 from llava_steps.model import cpu_shim
+from llava_steps.training.nodes import LISTENING, RENDEZVOUS
 
 cpu_shim.install()
 
@@ -29,16 +33,15 @@ TIMEOUT = timedelta(minutes=60)
 def processes(stage: Stage) -> Iterator[None]:
     """Join the process group of the job and set up its parallel layout, seeds and determinism.
 
-    Reads RANK, LOCAL_RANK, WORLD_SIZE and LLAVA_STEPS_RENDEZVOUS from the environment.
+    Reads RANK, LOCAL_RANK, WORLD_SIZE and what `launch` says of the meeting point from the
+    environment.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = choose_backend(stage.backend)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    where = os.environ["LLAVA_STEPS_RENDEZVOUS"]
-    dist.init_process_group(
-        backend, init_method=where, rank=rank, world_size=world, timeout=TIMEOUT
-    )
+    where = _meeting_point(os.environ[RENDEZVOUS], rank, world)
+    dist.init_process_group(backend, **where, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         lay_out(stage)
         yield
@@ -62,6 +65,26 @@ def lay_out(stage: Stage) -> None:
         forbid_tf32()
     if stage.deterministic:
         make_deterministic()
+
+
+def _meeting_point(url: str, rank: int, world: int) -> dict[str, Any]:
+    """The arguments of init_process_group that say where the processes meet."""
+    if not url.startswith("tcp:"):
+        return {"init_method": url}
+    # Not as an init_method: under torchrun that would ask for the store of its agent. The port
+    # listens since before the launchers met, so nobody can have taken it.
+    where = urlsplit(url)
+    listening = os.environ[LISTENING]
+    store = TCPStore(
+        str(where.hostname),
+        where.port or 0,
+        world,
+        is_master=rank == 0,
+        timeout=TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=int(listening) if listening else None,
+    )
+    return {"store": store}
 
 
 def _failing() -> bool:

@@ -63,16 +63,21 @@ class Watch:
     """The launcher's eye on `workers`, which leave their beats in `beats`."""
 
     def __init__(
-        self, beats: Path, workers: Sequence[subprocess.Popen[bytes]], limits: tuple[float, float]
+        self,
+        beats: Path,
+        workers: Sequence[subprocess.Popen[bytes]],
+        limits: tuple[float, float],
+        first: int = 0,
     ) -> None:
         self._beats, self._workers, self._limits = beats, workers, limits
+        self._first = first  # rank of the first of them
         self.limit = 0.0
         """Seconds that are granted at present: of `limits` the second while any rank is busy."""
         self._newest, self._since = 0, time.monotonic()
 
     def stalled(self) -> int | None:
         """The rank to look at when no rank has made progress for too long; else None."""
-        ranks = range(len(self._workers))
+        ranks = range(self._first, self._first + len(self._workers))
         times = {rank: _touched(self._beats / f"beat-{rank:04d}") for rank in ranks}
         now = time.monotonic()
         if max(times.values()) != self._newest:
@@ -91,7 +96,7 @@ class Watch:
             if worker.poll() is None:
                 worker.send_signal(DUMP)
         time.sleep(0.5)
-        for rank, worker in enumerate(self._workers):
+        for rank, worker in enumerate(self._workers, self._first):
             state = _state(worker.pid)
             stack = logs / f"stack-{rank:04d}.txt"
             top = _innermost(stack.read_text() if stack.exists() else "")

@@ -26,6 +26,7 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.former import OPTIONS, field_of
 from llava_steps.training import launch, parallel, preflight, state
 from llava_steps.training.guard import Counters, Guard
+from llava_steps.training.nodes import Party, Place, place_of
 from llava_steps.training.trackers import Trackers
 from tests.chain import Chain, metrics, run_step, sample_ids
 
@@ -45,7 +46,9 @@ def parsed(*line: str) -> Stage:
 
 
 def worker_environment(*line: str, rank: int = 0) -> dict[str, str]:
-    return dict(launch._environment(parsed(*line), rank, Path("scratch")))
+    stage = parsed(*line)
+    alone = Party(Place(0, 1, 0, stage.gpus))
+    return dict(launch._environment(stage, alone, rank, Path("scratch")))
 
 
 def test_each_option_has_one_row_and_one_test() -> None:
@@ -440,12 +443,13 @@ def test_fp8() -> None:
 
 
 def test_node() -> None:
-    with pytest.raises(ConfigError, match="several nodes"):
-        parsed("--node=2", "--global-batch-size=2")
+    two = parsed("--node=2", "--gpus=2", "--global-batch-size=4")
+    assert two.world_size == 4, "trained in tests/e2e/test_nodes.py"
 
 
 def test_rank() -> None:
-    assert parsed("-r", "0").rank == 0
+    second = place_of(parsed("--node=2", "--gpus=2", "--global-batch-size=4", "-r", "1"), {})
+    assert (second.first, second.workers) == (2, 2)
 
 
 def test_settings_are_named_after_the_option() -> None:

@@ -82,7 +82,6 @@ def test_lines_forget_steps_that_are_done_again(tmp_path: Path) -> None:
         ({"skip_train_iteration_range": ["0-3"]}, "pattern"),
         ({"freeze_projector": True, "freeze_lm": True}, "nothing to train"),
         ({"freeze_projector": True}, "nothing to train"),
-        ({"nodes": 2, "global_batch_size": 2}, "several nodes"),
         ({"virtual_pipeline": 2}, "set pipeline_model_parallel above 1"),
         (
             {"gpus": 2, "pipeline_model_parallel": 2, "virtual_pipeline": 2},
@@ -102,6 +101,7 @@ def test_lines_forget_steps_that_are_done_again(tmp_path: Path) -> None:
         ({"stage": 2, "lora_rank": 4, "lora_targets": []}, "one at least"),
         ({"stage": 2, "lora_rank": 4, "lora_targets": ["linear_qkv"] * 2}, "each linear once"),
         ({"stage": 2, "lora_targets": ["q_proj"]}, "linear_qkv"),
+        ({"nodes": 2, "global_batch_size": 1}, "not a multiple"),
         ({"lr": "2e-5"}, "number"),
         ({"lrr": 1.0}, "Extra inputs"),
     ],

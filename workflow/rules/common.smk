@@ -1,12 +1,19 @@
 # The configuration, the chain made from it, and what every rule needs.
 import atexit
+import json
 import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 from llava_steps.core import digest, lease, load, pipeline, run
+from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, LockedError
 
 
@@ -80,6 +87,88 @@ def call(name):
     }
 
 
+# Containers get these of the environment and, with --cleanenv in the profile, nothing else.
+PASSED = re.compile(
+    r"(NCCL|GLOO|TORCH_NCCL|TORCH_GLOO|UCX|FI|OMP|WANDB|HF)_\w+|CUDA_VISIBLE_DEVICES|SLURM_JOB_ID"
+    r"|(https?|no|all)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE",
+    flags=re.IGNORECASE,
+)
+for variable in [*os.environ]:
+    if PASSED.fullmatch(variable):
+        os.environ.setdefault(f"APPTAINERENV_{variable}", os.environ[variable])
+
+# What srun tells each task about its place. Slurm knows it inside the task only, so a fixed line
+# of shell hands it on; everything that comes from the configuration is an argument behind it.
+TASK = [
+    f"SLURM_{name}" for name in ("STEP_ID", "STEP_NUM_TASKS", "PROCID", "LOCALID")
+] + ["SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES"]
+HAND_ON = (
+    "for name in "
+    + " ".join(TASK)
+    + '; do value=$(printenv "$name") && export "APPTAINERENV_$name=$value"; done; exec "$@"'
+)
+
+
+def start(name):
+    """Beginning of a training's command: with several nodes a launcher on each of them."""
+    stage = steps[name].settings
+    python = ["python", "-m", steps[name].module]
+    if stage.nodes == 1:
+        return python
+    srun = [
+        "srun",
+        f"--nodes={stage.nodes}",
+        f"--ntasks={stage.nodes}",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+    ]
+    if cfg.cluster.gres:
+        srun.append(f"--gres={cfg.cluster.gres}:{stage.gpus}")
+    if not cfg.image:
+        return [*srun, *python]
+    # `container:` would wrap srun itself, so these rules have none and each task enters it.
+    arguments = shlex.split(workflow.deployment_settings.apptainer_args)
+    inside = ["apptainer", "exec", f"--home={Path.cwd()}", *arguments, image_file()]
+    return [*srun, "sh", "-c", HAND_ON, "sh", *inside, *python]
+
+
+def image_file():
+    """The image as a file, which each node opens for itself."""
+    if not Path(cfg.image).is_file():
+        raise WorkflowError(
+            f"image: several nodes need {cfg.image!r} as a file: "
+            f"apptainer pull image.sif {cfg.image}, then image: image.sif"
+        )
+    return str(Path(cfg.image).absolute())
+
+
+def container_of(name):
+    """The image that Snakemake runs a training in; None where its tasks enter it themselves."""
+    return None if steps[name].settings.nodes > 1 else cfg.image or None
+
+
+def asks(name):
+    """Resources of a rule's job, as far as the configuration decides them."""
+    wanted = {
+        resource: asked[name]
+        for resource, asked in (
+            ("runtime", cfg.cluster.runtime),
+            ("mem_mb", cfg.cluster.mem_mb),
+            ("cpus_per_task", cfg.cluster.cpus),
+        )
+        if name in asked
+    }
+    stage = steps[name].settings
+    if isinstance(stage, Stage):
+        wanted.setdefault("cpus_per_task", stage.gpus * (1 + stage.num_workers))
+        wanted["nodes"] = stage.nodes
+        if cfg.cluster.gres:
+            wanted |= {"gres": f"{cfg.cluster.gres}:{stage.gpus}", "tasks_per_gpu": 0}
+        if stage.nodes > 1:
+            wanted |= {"mpi": "srun", "tasks": stage.nodes}
+    return wanted
+
+
 def request_forced():
     """Ask the steps of forced rules to compute again, although the store knows their value."""
     dag = workflow.dag
@@ -107,6 +196,16 @@ def refuse_host_for_image():
         )
 
 
+def refuse_nodes_without_slurm():
+    """Only srun starts launchers on other nodes."""
+    several = [name for name in steps if getattr(steps[name].settings, "nodes", 1) > 1]
+    if several and not shutil.which("srun"):
+        raise WorkflowError(
+            f"{several[0]}: several nodes need Slurm's srun, which is not here; use --profile "
+            "slurm on a cluster, set nodes to 1, or start a launcher on each node by hand"
+        )
+
+
 def hold_run():
     """One run of a name at a time: what a run shows must not change under its own steps."""
     place = Path(cfg.results, cfg.run, ".work")
@@ -119,8 +218,62 @@ def hold_run():
     atexit.register(held.__exit__, None, None, None)
 
 
+def wait_for_jobs():
+    """A controller that was killed leaves its jobs running: wait for those that write this run."""
+    for name, rule in steps.items():
+        held = rule.out / "work/.work/lease.json"
+        try:
+            job = json.loads(held.read_bytes())["slurm_job_id"]
+        except FileNotFoundError:
+            continue
+        while job and shutil.which("squeue") and is_queued(job):
+            print(
+                f"waiting for Slurm job {job}, which computes {name}", file=sys.stderr
+            )
+            time.sleep(10)
+
+
+def is_queued(job):
+    """Whether Slurm still has the job, running or waiting to be run again."""
+    asked = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],
+        capture_output=True,
+        text=True,
+    )
+    return bool(asked.stdout.strip())
+
+
+def show_jobs():
+    """What each rule asks the cluster for; shown by runs and dry runs whose profile has one."""
+    on_cluster = workflow.get_rule("all").resources.get("runtime") is not None
+    if not (workflow.is_main_process and on_cluster):
+        return
+    columns = ("nodes", "gres", "cpus_per_task", "mem_mb", "runtime", "slurm_partition")
+    rows = [("rule", "nodes", "GPUs a node", "cpus", "MB", "min", "partition", "image")]
+    for name in steps:
+        found = workflow.get_rule(name).resources
+        asked = {key: plain(found.get(key), name) for key in columns}
+        asked["cpus_per_task"] = asked["cpus_per_task"] or plain(
+            found.get("_cores"), name
+        )
+        asked["nodes"] = asked["nodes"] or 1
+        rows.append((name, *(asked[key] or "-" for key in columns), cfg.image or "-"))
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (str(cell).ljust(width) for cell, width in zip(row, widths))
+        print("  ".join(cells).rstrip(), file=sys.stderr)
+
+
+def plain(resource, name):
+    """A resource as profile or rule gave it; computed ones are known once there is a job."""
+    raw = getattr(resource, "raw", resource)
+    return "computed" if callable(raw) else raw
+
+
 onstart:
     if workflow.is_main_process:
         refuse_host_for_image()
+        refuse_nodes_without_slurm()
         hold_run()
+        wait_for_jobs()
         request_forced()

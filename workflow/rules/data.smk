@@ -7,6 +7,8 @@ if "demo_assets" in steps:
         output:
             steps["demo_assets"].manifest,
         threads: 2
+        resources:
+            **asks("demo_assets"),
         params:
             **call("demo_assets"),
         shell:
@@ -20,6 +22,8 @@ rule tar_shards:
     output:
         steps["tar_shards"].manifest,
     threads: cfg.tar_shards.workers
+    resources:
+        **asks("tar_shards"),
     params:
         **call("tar_shards"),
     shell:
@@ -33,6 +37,8 @@ rule energon_dataset:
     output:
         steps["energon_dataset"].manifest,
     threads: cfg.energon_dataset.workers
+    resources:
+        **asks("energon_dataset"),
     params:
         **call("energon_dataset"),
     shell:

@@ -7,6 +7,8 @@ rule stage1_export:
         needs("stage1_export"),
     output:
         steps["stage1_export"].manifest,
+    resources:
+        **asks("stage1_export"),
     params:
         **call("stage1_export"),
     shell:
@@ -19,6 +21,8 @@ rule hf_export:
         needs("hf_export"),
     output:
         steps["hf_export"].manifest,
+    resources:
+        **asks("hf_export"),
     params:
         **call("hf_export"),
     shell:

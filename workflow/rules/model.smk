@@ -7,6 +7,8 @@ rule hf_model:
         needs("hf_model"),
     output:
         steps["hf_model"].manifest,
+    resources:
+        **asks("hf_model"),
     params:
         **call("hf_model"),
     shell:
@@ -19,6 +21,8 @@ rule megatron_checkpoint:
         needs("megatron_checkpoint"),
     output:
         steps["megatron_checkpoint"].manifest,
+    resources:
+        **asks("megatron_checkpoint"),
     params:
         **call("megatron_checkpoint"),
     shell:

@@ -8,6 +8,8 @@ rule evaluation:
     output:
         steps["evaluation"].manifest,
     threads: 2
+    resources:
+        **asks("evaluation"),
     params:
         **call("evaluation"),
     shell:

@@ -8,6 +8,8 @@ rule stage1_audit:
     output:
         steps["stage1_audit"].manifest,
     priority: 1
+    resources:
+        **asks("stage1_audit"),
     params:
         **call("stage1_audit"),
     shell:
@@ -21,13 +23,18 @@ rule stage2_audit:
     output:
         steps["stage2_audit"].manifest,
     priority: 1
+    resources:
+        **asks("stage2_audit"),
     params:
         **call("stage2_audit"),
     shell:
         "python -m llava_steps.audit {params.flags:q} {quiet[stage2_audit]:q}"
 
 
-# The two training stages. A killed stage resumes from its last checkpoint in the store.
+starts = {name: start(name) for name in ("stage1_checkpoint", "stage2_checkpoint")}
+
+# The two training stages; with several nodes each task of srun is a launcher. A killed stage
+# resumes from its last checkpoint in the store.
 
 
 rule stage1_checkpoint:
@@ -37,11 +44,15 @@ rule stage1_checkpoint:
         passed("stage1_checkpoint"),
     output:
         steps["stage1_checkpoint"].manifest,
+    container:
+        container_of("stage1_checkpoint")
     threads: cfg.stage1.gpus
+    resources:
+        **asks("stage1_checkpoint"),
     params:
         **call("stage1_checkpoint"),
     shell:
-        "python -m llava_steps.train {params.flags:q} {quiet[stage1_checkpoint]:q}"
+        "{starts[stage1_checkpoint]:q} {params.flags:q} {quiet[stage1_checkpoint]:q}"
 
 
 rule stage2_checkpoint:
@@ -51,8 +62,12 @@ rule stage2_checkpoint:
         passed("stage2_checkpoint"),
     output:
         steps["stage2_checkpoint"].manifest,
+    container:
+        container_of("stage2_checkpoint")
     threads: cfg.stage2.gpus
+    resources:
+        **asks("stage2_checkpoint"),
     params:
         **call("stage2_checkpoint"),
     shell:
-        "python -m llava_steps.train {params.flags:q} {quiet[stage2_checkpoint]:q}"
+        "{starts[stage2_checkpoint]:q} {params.flags:q} {quiet[stage2_checkpoint]:q}"
