@@ -131,7 +131,7 @@ down() {
         name=$(basename "${file%.pid}"); name=${name%-n*}
         # A number that another program has by now is left alone; a zombie has ended.
         left=150
-        while grep -qs "^$name" "/proc/$pid/comm" && ! grep -q '^State:.*Z' "/proc/$pid/status"; do
+        while grep -qs "^$name" "/proc/$pid/comm" && ! grep -qs '^State:.*Z' "/proc/$pid/status"; do
             [ $left = 150 ] && kill "$pid"
             [ $left = 0 ] && kill -KILL "$pid" && break
             left=$((left - 1)); sleep 0.1
