@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots test-cluster format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
