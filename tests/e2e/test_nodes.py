@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ FLAGS = (
 )  # fmt: skip
 NODES = ("--gpus=1", "--node=2", "--master-addr=127.0.0.1")
 LONG = ("--train-steps=5000", "--warmup-steps=2")
+STARTED: list[subprocess.Popen[str]] = []
 
 
 def start(
@@ -28,10 +30,31 @@ def start(
     """One launcher of the training; with `rank` the number of its node."""
     line = [sys.executable, "-m", "llava_steps.train", *chain.train_flags(name), *FLAGS, *NODES]
     own = [] if rank is None else [f"--rank={rank}"]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*line, *flags, *own], cwd=chain.root, env=environment() | (env or {}),
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """Launchers of a test that failed train no more; their workers die with them."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def steps(work: Path) -> int:
+    """Steps that are done; the link to the entry may be made anew at this moment."""
+    try:
+        return len(metrics(work))
+    except FileNotFoundError:
+        return 0
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -46,12 +69,7 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def begun(work: Path, processes: list[subprocess.Popen[str]]) -> None:
     """Wait until some steps are done."""
-    wait_for(
-        lambda: (
-            any(p.poll() is not None for p in processes)
-            or ((work / "metrics.jsonl").exists() and len(metrics(work)) > 2)
-        )
-    )
+    wait_for(lambda: any(p.poll() is not None for p in processes) or steps(work) > 2)
     assert not [p for p in processes if p.poll() is not None], [end(p) for p in processes]
 
 
@@ -117,9 +135,9 @@ def test_a_killed_launcher_ends_the_other_and_the_next_attempt_goes_on(
     end(pair[victim])
     wait_for(lambda: not [pid for pid in workers if Path(f"/proc/{pid}").exists()])
     # The same command again resumes; a stop to the second node alone stops both, in order.
-    done = len(metrics(work))
+    done = steps(work)
     pair = [start(chain, name, rank, *flags) for rank in (0, 1)]
-    wait_for(lambda: len(metrics(work)) > done + 2, pair[0])
+    wait_for(lambda: steps(work) > done + 2, pair[0])
     pair[1].send_signal(signal.SIGTERM)
     codes = [end(process) for process in pair]
     assert [code for code, _ in codes] == [75, 75], codes
