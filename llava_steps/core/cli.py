@@ -75,6 +75,23 @@ def _pair(text: str) -> tuple[str, str]:
     return name, where
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """`--name` and `--no-name`, also for a name that itself begins with "no"."""
+
+    def __init__(self, option_strings: Sequence[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(option_strings, *args, **kwargs)
+        self._on = frozenset(option_strings)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, option_string in self._on)
+
+
 TYPES = {"gpus": _gpus}
 """Fields whose flag takes more than their type."""
 SHORT = {"gpus": "-g", "rank": "-r", "master_addr": "-m", "master_port": "-p"}
@@ -95,7 +112,7 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         shown = "" if default is None else f" (default: {default})"
         spec["help"] = ((field.description or "") + shown).replace("%", "%%")
         if plain is bool:
-            spec["action"] = argparse.BooleanOptionalAction
+            spec["action"] = _Switch
         elif get_origin(plain) is Literal:
             choices = get_args(plain)
             spec |= {"choices": choices, "type": type(choices[0])}

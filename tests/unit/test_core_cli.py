@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,3 +104,15 @@ def test_names_of_the_old_scripts() -> None:
     assert (found.pipeline_model_parallel, found.stage, found.freeze_lm) == (2, 2, True)
     assert found.skip_train_iteration_range == ["100-110", "300-400"]
     assert cli.parse(config.Stage, cli.flags(found)) == found
+
+
+def test_every_switch_goes_both_ways() -> None:
+    """Also --no-add-class-token, which argparse takes for the opposite of something."""
+    parser = argparse.ArgumentParser()
+    cli.add_flags(parser, config.Stage)
+    switches = [n for n, field in config.Stage.model_fields.items() if field.annotation is bool]
+    assert "no_add_class_token" in switches
+    for name in switches:
+        flag = cli.flag_name(name, config.Stage.model_fields[name])
+        assert vars(parser.parse_args([flag])) == {name: True}
+        assert vars(parser.parse_args(["--no-" + flag.removeprefix("--")])) == {name: False}
