@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 import transformers.models.clip.modeling_clip
 import transformers.models.llava.modeling_llava  # noqa: F401
+from torch.distributed import distributed_c10d
 
 from llava_steps.core.config import Stage
 from llava_steps.training import loop, parallel
@@ -70,12 +71,20 @@ def train(rank: int, room: Room, trainings: Sequence[Training]) -> list[list[flo
         try:
             loop.train(job, log, stop, beat)
         finally:
-            parallel_state.destroy_model_parallel()
+            leave_layout()
         rows = (entry / "metrics.jsonl").read_text().splitlines()
         found.append([json.loads(row)["loss"] for row in rows])
         if rank == 0:
             print(training.name, f"{time.monotonic() - began:.1f} s", flush=True)
     return found
+
+
+def leave_layout() -> None:
+    """Forget the parallel groups, and end their threads too: Megatron only forgets them."""
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def deep_model(made: chain.Chain, root: Path, layers: int = 4) -> tuple[Path, Path]:
