@@ -627,7 +627,7 @@ class Report(StepConfig):
 RULES = (
     "demo_assets", "tar_shards", "energon_dataset", "hf_model", "megatron_checkpoint",
     "stage1_audit", "stage1_checkpoint", "stage1_export", "stage2_audit", "stage2_checkpoint",
-    "hf_export", "evaluation",
+    "hf_export", "evaluation", "report",
 )  # fmt: skip
 """Rules of the workflow, which are also what the keys of `cluster` may name."""
 

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from llava_steps.core import describe
-from llava_steps.core.config import Config
+from llava_steps.core.config import RULES, Config
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.load import load
+from llava_steps.core.pipeline import UPSTREAM
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "config/config.yaml"
@@ -182,3 +183,7 @@ def test_every_key_is_explained() -> None:
     for section in shipped.values():
         for key in section if isinstance(section, dict) else ():
             assert f"| `{key}` |" in table
+
+
+def test_jobs_can_be_told_of_every_rule() -> None:
+    assert sorted(RULES) == sorted(UPSTREAM)

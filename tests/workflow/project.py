@@ -59,7 +59,7 @@ from llava_steps.core.run import Context, Step, main
 def run(ctx: Context, cfg: {config}):
     return stub.work(ctx, cfg)
 
-OPTIONAL = frozenset({{"chat_template"}})
+OPTIONAL = frozenset({{"chat_template", "demo_assets"}})
 STEP = Step(name={name}, config={config}, run=run, doc=__doc__, optional=OPTIONAL)
 if __name__ == "__main__":
     main(STEP)
