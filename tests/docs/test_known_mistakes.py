@@ -11,6 +11,7 @@ import pytest
 from llava_steps.core.config import Stage
 from llava_steps.model.build import padded
 from llava_steps.training import launch
+from llava_steps.training.nodes import Party, Place
 from tests import reference
 from tests.chain import Chain, metrics, sample_ids
 
@@ -59,7 +60,8 @@ def test_workers_keep_the_users_environment(monkeypatch: pytest.MonkeyPatch) -> 
     mine = {"PATH": "/my/bin", "HF_HOME": "/my/hub", "WANDB_API_KEY": "k", "HF_HUB_OFFLINE": "0"}
     for name, value in mine.items():
         monkeypatch.setenv(name, value)
-    environment = launch._environment(Stage(gpus=2, global_batch_size=2), 1, Path("scratch"))
+    alone = Party(Place(0, 1, 0, 2))
+    environment = launch._environment(Stage(gpus=2, global_batch_size=2), alone, 1, Path("scratch"))
     assert {name: environment[name] for name in mine} == mine
     assert environment["RANK"] == "1" and environment["WORLD_SIZE"] == "2"
 
