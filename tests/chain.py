@@ -6,12 +6,13 @@ share one store: whoever comes first computes, the others wait and find.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +60,15 @@ def environment() -> dict[str, str]:
 def run_step(
     module: str, *flags: str, cwd: Path, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m llava_steps.MODULE FLAGS...`; its log is the failure message of the test."""
+    """`python -m llava_steps.MODULE FLAGS...`; its log is the failure message of the test.
+
+    What another test worker makes at this moment is waited for, and then found.
+    """
     line = [sys.executable, "-m", f"llava_steps.{module}", *flags]
     if module in WARM:
-        result = warm(f"llava_steps.{module}", flags, cwd, environment())
+        out = next((f for f in flags if f.startswith("--save-dir=")), module)
+        with alone(cwd, out.rpartition("/")[2]):
+            result = warm(f"llava_steps.{module}", flags, cwd, environment())
     else:
         result = subprocess.run(
             line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=PATIENCE
@@ -70,6 +76,14 @@ def run_step(
     if check:
         assert result.returncode == 0, f"{' '.join(line)}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+@contextlib.contextmanager
+def alone(root: Path, what: str) -> Iterator[None]:
+    """One test worker at a time makes `what` in `root`."""
+    with open(root / f"{what}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 WARM = ("train", "hf_to_megatron", "megatron_to_hf")
@@ -118,8 +132,7 @@ class Chain:
 def make(root: Path) -> Chain:
     """Run the steps up to the Megatron checkpoint, or find them done."""
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(root, "chain"):
         done = root / "done"
         if not done.exists():
             for module, *flags in STEPS:
@@ -131,6 +144,12 @@ def make(root: Path) -> Chain:
 def metrics(directory: Path) -> list[dict]:
     """The steps that a training reported."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged(directory: Path) -> str:
+    """What the first attempt of a training logged: its launcher, then its rank 0."""
+    logs = (directory / "metrics.jsonl").resolve().parent / ".work/logs"
+    return "".join((logs / name).read_text() for name in ("attempt-0001.log", "rank-0000.log"))
 
 
 def sample_ids(directory: Path) -> list[list[str]]:

@@ -28,7 +28,7 @@ from llava_steps.training import launch, parallel, preflight, state
 from llava_steps.training.guard import Counters, Guard
 from llava_steps.training.nodes import Party, Place, place_of
 from llava_steps.training.trackers import Trackers
-from tests.chain import Chain, metrics, run_step, sample_ids
+from tests.chain import Chain, logged, metrics, run_step, sample_ids
 
 ROOT = Path(__file__).parents[2]
 NAMED = (
@@ -91,16 +91,17 @@ def trial(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
         import os
 
         patch.setenv("PATH", f"{runtime.parent}{os.pathsep}{os.environ['PATH']}")
-        result = run_step(
+        run_step(
             "train", *flags, "--stage=2", "-g", "2", "--tp=2", "--init", "--no-save", "--seed=61",
             f"--sif-path={sif}", "--train-steps=4", "--global-batch-size=6",
             "--micro-batch-size=2", "--log-interval=2", "--num-workers=1", "--save-interval=1",
             "--skip-train-iteration-range", "2-2", "--slurm-job-id=77",
             "--slurm-output-name=out-77.txt", "--interface=lo", "--backend=gloo", cwd=chain.root,
         )  # fmt: skip
+    out = chain.root / "results/trial"
     return SimpleNamespace(
-        out=chain.root / "results/trial",
-        log=result.stderr,
+        out=out,
+        log=logged(out),
         sif=sif,
         line=json.loads(note.read_text()),
     )
@@ -116,10 +117,10 @@ COMMON = (
 def whole(chain: Chain) -> SimpleNamespace:
     """Three steps in a pipeline, a checkpoint after the second one kept."""
     line = ("train", *chain.train_flags("options"), *COMMON, "-g2", "--pp=2")
-    log = run_step(*line, "--save-interval=2", "--keep-every=2", cwd=chain.root).stderr
+    run_step(*line, "--save-interval=2", "--keep-every=2", cwd=chain.root)
     out = chain.root / "results/options"
     (entry,) = {path.resolve().parent for path in out.glob("iter_*")}
-    return SimpleNamespace(out=out, entry=entry, log=log)
+    return SimpleNamespace(out=out, entry=entry, log=logged(out))
 
 
 @pytest.fixture(scope="module")
