@@ -17,7 +17,7 @@ from torch import Tensor
 from llava_steps.data.batch import MicroBatch, pad, round_up
 from llava_steps.data.conversation import IGNORE
 from llava_steps.data.heldout import HeldOut
-from llava_steps.training import parallel
+from llava_steps.training import parallel, rows
 from llava_steps.training.job import Job
 from llava_steps.training.validate import look
 
@@ -28,7 +28,7 @@ class Answers:
     def __init__(self, job: Job) -> None:
         stage = job.stage
         self._limit = stage.eval_new_tokens
-        self._multiple = stage.tensor_model_parallel if stage.sequence_parallel else 1
+        self._multiple = rows.row_multiple(stage)
         self._rows = stage.pipeline_model_parallel
         self._data = None
         if ps.get_data_parallel_rank() == 0:
@@ -107,20 +107,8 @@ class Answers:
 
 def next_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
     """One row through this stage; at its end float64 []: the id that comes next."""
-    batch = next(batches)
-    place = parallel.device()
-    output = wrapped(
-        batch.tokens.to(place),
-        batch.position_ids.to(place),
-        batch.cu_seqlens.to(place),
-        batch.max_seqlen,
-        None if batch.pixel_values is None else batch.pixel_values.to(place),
-        batch.labels.to(place),
-        "next",
-    )
 
     def id_(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count = torch.tensor(1, dtype=torch.int, device=best.device)
-        return best.sum(), count, best.double().sum()
+        return best.sum(), rows.count(best, 1), best.double().sum()
 
-    return output, id_
+    return rows.through(next(batches), wrapped, "next", lambda row: row.pixel_values), id_

@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, StepError, StoppedError
 from llava_steps.data.batch import MicroBatch
-from llava_steps.training import parallel, state
-from llava_steps.training.exchange import whole_images
+from llava_steps.training import parallel, rows, state
 from llava_steps.training.guard import Guard
 from llava_steps.training.job import Job
 from llava_steps.training.metrics import peak_memory
@@ -145,20 +142,12 @@ def forward_backward(
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    config, several = wrapped[0].config, len(wrapped) > 1
+    config = wrapped[0].config
     config.finalize_model_grads_func = finalize_model_grads
     waits = [chunk.no_sync for chunk in wrapped]
-    config.no_sync_func = waits if several else waits[0]
-    streams = [beating(batch, beat) for _ in wrapped]
-    losses = get_forward_backward_func()(
-        forward_step_func=functools.partial(forward_step, datasets=datasets),
-        data_iterator=streams if several else streams[0],
-        model=wrapped,
-        num_microbatches=len(batch),
-        seq_length=batch[0].tokens.shape[1],
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    config.no_sync_func = waits if len(waits) > 1 else waits[0]
+    step = functools.partial(forward_step, datasets=datasets)
+    losses = rows.run(step, wrapped, batch, functools.partial(beating, beat=beat))
     # Giving back their memory takes a while, in which the GPU has still work to do.
     batch[:] = [replace(m, pixel_values=None) for m in batch]
     place = parallel.device()
@@ -169,7 +158,7 @@ def forward_backward(
     return Sums(parallel.total(own), micro, datasets)
 
 
-def beating(batch: list[MicroBatch], beat: Callable[[], None]) -> Iterator[MicroBatch]:
+def beating(batch: Sequence[MicroBatch], beat: Callable[[], None]) -> Iterator[MicroBatch]:
     """The microbatches, with a beat before each."""
     for item in batch:
         beat()
@@ -181,23 +170,12 @@ def forward_step(
 ) -> tuple[Tensor, Any]:
     """One microbatch through this chunk, in the form that Megatron's schedules ask for."""
     batch = next(batches)
-    images = whole_images(batch) if unwrap_model(wrapped).pre_process else None
-    output = wrapped(
-        batch.tokens,
-        batch.position_ids,
-        batch.cu_seqlens,
-        batch.max_seqlen,
-        images,
-        batch.labels,
-    )
 
     def loss_sum(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = losses.sum()
-        # Filled on the device: a number from the host would wait for all work before it.
-        count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
         parts = [total.detach().double()[None]]
         if datasets:
             parts.append(by_dataset(losses, batch, datasets))
-        return total, count, torch.cat(parts)
+        return total, rows.count(losses, losses.numel()), torch.cat(parts)
 
-    return output, loss_sum
+    return rows.through(batch, wrapped), loss_sum

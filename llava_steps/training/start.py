@@ -26,9 +26,7 @@ from llava_steps.training import parallel, state
 from llava_steps.training.guard import Counters
 from llava_steps.training.job import Job
 from llava_steps.training.optimizer import Optimizer
-
-ROW = 128
-"""Rows of compiled layers are multiples of this, as the tiles of matrix products are."""
+from llava_steps.training.rows import compiles, row_multiple
 
 
 def build(job: Job, log: logging.Logger) -> list[Llava]:
@@ -73,20 +71,6 @@ def adapters(stage: Stage) -> Lora | None:
     if not stage.lora_rank:
         return None
     return Lora(stage.lora_rank, stage.lora_alpha, tuple(stage.lora_targets), stage.seed)
-
-
-def compiles(stage: Stage) -> bool:
-    """Whether this training compiles its layers."""
-    if stage.compile != "auto":
-        return stage.compile == "layers"
-    return torch.cuda.is_available() and stage.precision == "bf16" and not stage.not_compiled()
-
-
-def row_multiple(stage: Stage) -> int:
-    """What the length of every row is a multiple of."""
-    if compiles(stage):
-        return ROW
-    return stage.tensor_model_parallel if stage.sequence_parallel else 1
 
 
 def restore_or_start(

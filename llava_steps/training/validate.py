@@ -7,18 +7,16 @@ over tokens and therefore the same in every layout, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as ps
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llava_steps.data.batch import MicroBatch
 from llava_steps.data.heldout import HeldOut
-from llava_steps.training import parallel
-from llava_steps.training.exchange import whole_images
+from llava_steps.training import parallel, rows
 from llava_steps.training.job import Job
 
 
@@ -31,7 +29,7 @@ class Validation:
     def __init__(self, job: Job) -> None:
         stage = job.stage
         self._group = stage.pipeline_model_parallel
-        self._multiple = stage.tensor_model_parallel if stage.sequence_parallel else 1
+        self._multiple = rows.row_multiple(stage)
         self._data = HeldOut(
             job.dataset,
             "val",
@@ -49,7 +47,7 @@ class Validation:
         )
         self.samples = self._data.samples
 
-    def __call__(self, wrapped: Any, beat: Callable[[], None]) -> dict[str, float]:
+    def __call__(self, wrapped: Sequence[Any], beat: Callable[[], None]) -> dict[str, float]:
         """{"val_loss", "val_accuracy"} per supervised token, the same on every rank."""
         sums = torch.zeros(3, dtype=torch.float64, device=parallel.device())
         for group in self._data.groups(self._group, self._multiple, full=True):
@@ -60,45 +58,25 @@ class Validation:
 
 
 @torch.no_grad()
-def look(wrapped: Any, batch: list[MicroBatch], step: Callable[..., Any]) -> Tensor:
+def look(wrapped: Sequence[Any], batch: Sequence[MicroBatch], step: rows.Step) -> Tensor:
     """Rows of one length through the pipeline, forward only; the sum of what `step` makes of them.
 
     Zero before the last stage. A collective call of the ranks of one replica.
     """
-    chunks = wrapped if isinstance(wrapped, list) else [wrapped]
-    for chunk in chunks:
+    for chunk in wrapped:
         chunk.eval()
-    found: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
-        model=chunks,
-        num_microbatches=len(batch),
-        seq_length=batch[0].tokens.shape[1],
-        micro_batch_size=1,
-        forward_only=True,
-    )
-    for chunk in chunks:
+    found = rows.run(step, wrapped, batch, forward_only=True)
+    for chunk in wrapped:
         chunk.train()
     return torch.stack(found).sum(dim=0) if found else torch.zeros((), device=parallel.device())
 
 
 def score_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
     """One row through this stage; at its end float64 [3]: loss, right answers, targets."""
-    batch = next(batches)
-    place = parallel.device()
-    output = wrapped(
-        batch.tokens.to(place),
-        batch.position_ids.to(place),
-        batch.cu_seqlens.to(place),
-        batch.max_seqlen,
-        whole_images(batch),
-        batch.labels.to(place),
-        "score",
-    )
 
     def sums(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         losses, right = scores.double()
-        count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+        count = rows.count(losses, losses.numel())
         return losses.sum(), count, torch.stack([losses.sum(), right.sum(), count.double()])
 
-    return output, sums
+    return rows.through(next(batches), wrapped, "score"), sums
