@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import load, pipeline
+from llava_steps.core import container, load, pipeline
 from llava_steps.core.config import Config, Stage
 from llava_steps.core.errors import ConfigError, StepError
 from llava_steps.core.hardware import GPUS, Gpu
@@ -67,18 +67,19 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def lines(config: Config, given: argparse.Namespace, image: str = "") -> Iterator[str]:
+def lines(config: Config, given: argparse.Namespace) -> Iterator[str]:
     """The plan of a run, line by line; see `main` for the arguments.
 
     Raises:
         InputError: a model's configuration is not at hand.
-        ConfigError: a layout does not fit the model, or an argument is out of range.
+        ConfigError: a layout does not fit the model, an argument is out of range, or the image is
+            neither a file nor pinned.
     """
     if not 0 < given.efficiency <= 1:
         raise ConfigError(f"--efficiency {given.efficiency}: a share above 0, at most 1")
-    found = {
-        s.rule: s for s in cached.states(pipeline.chain(config, image), Path(config.store), image)
-    }
+    store = Path(config.store)
+    image = container.image_digest(config.image, store)
+    found = {s.rule: s for s in cached.states(pipeline.chain(config, image), store, image)}
     gpu = GPUS.get(given.gpu)
     model = model_of(config)
     plans = [_stage(model, stage, found, given) for stage in (config.stage1, config.stage2)]

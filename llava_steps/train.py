@@ -56,7 +56,7 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
     place = nodes.place_of(cfg)
     if place.leads:
         Failure.forget(ctx.work)
-    party = nodes.meet(cfg, place, ctx.work)
+    party = nodes.meet(cfg, place, ctx.work, ctx.again)
     if party is None:
         return {}
     launch(job, ctx.until_sealed.enter_context(party))

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llava_steps.core.digest import Digests
 from llava_steps.core.errors import ConfigError, InputError
 
 RUNTIMES = ("apptainer", "singularity")
@@ -20,6 +21,27 @@ INSIDE = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
 """Variables that name the image to whoever runs in one."""
 ROOT = Path(__file__).resolve().parents[2]
 NVIDIA = Path("/proc/driver/nvidia")
+
+
+def image_digest(image: str, store: Path) -> str:
+    """What identifies the image that a configuration names, never its path; empty without one.
+
+    Raises:
+        ConfigError: neither a file nor pinned.
+    """
+    if not image:
+        return ""
+    if "@sha256:" in image:
+        return image.rpartition("@")[2]
+    if not Path(image).is_file():
+        raise ConfigError(
+            f"image: {image!r} is neither a file nor pinned with @sha256:...; build it or pin it"
+        )
+    store.mkdir(parents=True, exist_ok=True)
+    digests = Digests(store)
+    found = "sha256:" + digests.file(Path(image))
+    digests.save()
+    return found
 
 
 def enter(sif: Path, module: str, arguments: Sequence[str], named: Iterable[Path]) -> None:

@@ -24,6 +24,11 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SELECT_STRATEGIES = ("default", "full")
 
 
+def padded(rows: int, multiple: int) -> int:
+    """`rows` of an embedding, or the next multiple of `multiple` if that is not 0."""
+    return -(-rows // multiple) * multiple if multiple else rows
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary embedding: `parameters` is transformers' rope_parameters, theta and type included."""

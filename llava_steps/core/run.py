@@ -58,6 +58,8 @@ class Context:
     fingerprint: str = ""
     until_sealed: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Entered here: left once the value is sealed, or with the error that prevented it."""
+    again: bool = False
+    """Whether a value that is sealed already is to be computed again."""
 
     def progress(self, what: str, total: int, done: int = 0) -> Progress:
         """A progress bar or, without a terminal, progress lines."""
@@ -88,6 +90,10 @@ class Step(Generic[C]):
     follows: Callable[[C], bool] = lambda config: False
     """Whether this process only takes part in a computation that another one leads: it calls `run`
     without a lease and leaves sealing and publishing to the lead."""
+
+    def named(self, config: C) -> str:
+        """The name of the step with these settings: its directory in the store."""
+        return self.name if isinstance(self.name, str) else self.name(config)
 
 
 def main(step: Step[C], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -260,7 +266,7 @@ def identify(step: Step[C], module: str, config: C, digests: Digests, image: str
         IntegrityError: an input disagrees with its manifest.
     """
     inputs = _inputs(step, config, digests)
-    name = step.name if isinstance(step.name, str) else step.name(config)
+    name = step.named(config)
     fields = step.config.model_fields
     slice_ = {k: getattr(config, k) for k in fields if cli.role(fields[k]) == "value"}
     code = code_version(module)
@@ -286,9 +292,10 @@ def _follow(
     (work / "logs").mkdir(parents=True, exist_ok=True)
     log = logger(module.rpartition(".")[2])
     with contextlib.ExitStack() as until_sealed:
-        step.run(
-            Context(entry.resolve(), inputs, log, work.resolve(), entry.name, until_sealed), config
+        context = Context(
+            entry.resolve(), inputs, log, work.resolve(), entry.name, until_sealed, force
         )
+        step.run(context, config)
 
 
 def _take_aside(entry: Path, out: Path, force: bool) -> None:

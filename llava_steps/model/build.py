@@ -19,7 +19,7 @@ from torch import Tensor
 from llava_steps.core.config import HfModel
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.core.families import TEXT_FAMILIES
-from llava_steps.core.geometry import Geometry
+from llava_steps.core.geometry import Geometry, padded
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -112,11 +112,6 @@ def build(
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(value.numel() for value in weights.values()),
     )
-
-
-def padded(rows: int, multiple: int) -> int:
-    """`rows`, or the next multiple of `multiple` if that is not 0."""
-    return -(-rows // multiple) * multiple if multiple else rows
 
 
 def load_tower(path: Path) -> tuple[Any, int]:

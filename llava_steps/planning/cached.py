@@ -40,14 +40,15 @@ def states(rules: Mapping[str, Rule], root: Path, image: str = "") -> Iterator[S
     for rule in rules.values():
         waits = [name for name in rule.upstream if name not in entries]
         shown = store.read_manifest(rule.out)
-        if not any((root / _step_name(rule)).glob(f"*/{store.MANIFEST}")):
-            yield State(rule.name, "run", _begun(root / _step_name(rule)))
+        step = importlib.import_module(rule.module).STEP
+        place = root / step.named(rule.settings)
+        if not any(place.glob(f"*/{store.MANIFEST}")):
+            yield State(rule.name, "run", _begun(place))
             continue
         if waits:
             yield State(rule.name, "after", "reads the result of " + ", ".join(waits))
             continue
         settings = rule.settings.model_copy(update=_pinned(rule, entries, rules))
-        step = importlib.import_module(rule.module).STEP
         try:
             found = run.identify(step, rule.module, settings, digests, image)
         except (InputError, ConfigError) as error:
@@ -65,11 +66,6 @@ def states(rules: Mapping[str, Rule], root: Path, image: str = "") -> Iterator[S
         yield State(rule.name, "done", note + "s" * (manifest["attempts"] > 1), manifest)
     if root.is_dir():
         digests.save()
-
-
-def _step_name(rule: Rule) -> str:
-    step = importlib.import_module(rule.module).STEP
-    return str(step.name if isinstance(step.name, str) else step.name(rule.settings))
 
 
 def _begun(place: Path) -> str:

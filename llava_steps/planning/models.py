@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_steps.core.config import Config, DemoAssets
 from llava_steps.core.errors import InputError
-from llava_steps.core.geometry import Geometry
+from llava_steps.core.geometry import Geometry, padded
 from llava_steps.core.load import DEMO
 
 SHAPES = Path("config/recipes/models")
@@ -46,8 +46,7 @@ def model_of(config: Config, shapes: Path = SHAPES) -> Model:
     vocab = text.get("vocab_size", 32000)
     # Building adds <image>; whether it needs a row of its own only the tokenizer knows.
     rows = max(vocab, tokens or vocab + 1)
-    multiple = hf.vocab_size_padding
-    rows = -(-rows // multiple) * multiple if multiple else rows
+    rows = padded(rows, hf.vocab_size_padding * hf.tp)
     llava = {
         "model_type": "llava",
         "text_config": {**text, "vocab_size": rows},

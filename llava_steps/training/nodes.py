@@ -261,15 +261,17 @@ class Party:
                 peer.say(sealed=True)
 
 
-def meet(stage: Stage, place: Place, work: Path) -> Party | None:
+def meet(stage: Stage, place: Place, work: Path, again: bool = False) -> Party | None:
     """Wait until all launchers of the training have come; None if meanwhile its value is sealed.
+
+    `again`: a value that is sealed already is to be replaced, the lead will set it aside.
 
     Raises StepError after `MEET` seconds without all of them, LockedError when the lead has this
     launcher's part done by another one.
     """
     if place.count == 1:
         return Party(place)
-    return _Lead(stage, place, work) if place.leads else _join(stage, place, work)
+    return _Lead(stage, place, work) if place.leads else _join(stage, place, work, again)
 
 
 class _Lead(Party):
@@ -352,10 +354,10 @@ class _Lead(Party):
             connection.close()  # not one of ours
 
 
-def _join(stage: Stage, place: Place, work: Path) -> Party | None:
+def _join(stage: Stage, place: Place, work: Path, again: bool) -> Party | None:
     until = time.monotonic() + MEET
     sealed = work.parent / MANIFEST
-    to_be_replaced = sealed.exists()  # the lead was asked to compute it again
+    to_be_replaced = again and sealed.exists()
     while time.monotonic() < until:
         connection = _call(place, work)
         if connection is not None:

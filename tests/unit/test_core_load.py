@@ -187,3 +187,8 @@ def test_every_key_is_explained() -> None:
 
 def test_jobs_can_be_told_of_every_rule() -> None:
     assert sorted(RULES) == sorted(UPSTREAM)
+
+
+def test_every_rule_takes_what_jobs_are_told_to_ask_for() -> None:
+    rules = "".join(p.read_text() for p in (ROOT / "workflow/rules").glob("*.smk"))
+    assert not [rule for rule in RULES if f'**asks("{rule}")' not in rules]

@@ -226,3 +226,22 @@ def test_a_value_that_is_sealed_meanwhile_needs_nobody(tmp_path: Path) -> None:
     waiting = aside(lambda: nodes.meet(STAGE, place(1), work))
     (tmp_path / "manifest.json").write_text("{}")
     assert waiting() is None
+
+
+def test_a_value_that_was_sealed_already_needs_nobody(tmp_path: Path) -> None:
+    work = tmp_path / ".work"
+    work.mkdir()
+    (tmp_path / "manifest.json").write_text("{}")
+    assert nodes.meet(STAGE, place(1), work) is None
+
+
+def test_a_value_that_is_to_be_replaced_is_waited_for(tmp_path: Path) -> None:
+    work = tmp_path / ".work"
+    work.mkdir()
+    sealed = tmp_path / "manifest.json"
+    sealed.write_text("{}")
+    second = aside(lambda: nodes.meet(STAGE, place(1), work, again=True))
+    time.sleep(0.2)
+    sealed.unlink()  # what the lead does first
+    lead = aside(lambda: nodes.meet(STAGE, place(0), work))
+    assert lead() is not None and second() is not None

@@ -77,6 +77,24 @@ def test_language_models_have_the_sizes_of_their_model_cards() -> None:
         assert (p.embedding + p.head) * 99_584 == embeddings * geometry.vocab
 
 
+def test_the_vocabulary_is_padded_for_the_tensor_parallel_size_that_building_is_told() -> None:
+    config = load([PLACE / "llm-jp-3-1.8b.yaml"])
+    hf = config.hf_model.model_copy(update={"vocab_size_padding": 128, "tp": 3})
+    padded = config.model_copy(update={"hf_model": hf})
+    assert model_of(padded, PLACE / "models").geometry.vocab == 99_840
+
+
+def test_the_image_counts_in_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load([PLACE / RECIPES[0]])
+    seen: list[str] = []
+    monkeypatch.setattr(plan.cached, "states", lambda rules, root, image: seen.append(image) or ())
+    pinned = config.model_copy(update={"image": "docker://somewhere/llava@sha256:abc"})
+    planned(pinned, monkeypatch)
+    assert seen == ["sha256:abc"]
+    with pytest.raises(ConfigError, match="neither a file nor pinned"):
+        planned(config.model_copy(update={"image": "no.sif"}), monkeypatch)
+
+
 @pytest.mark.parametrize("template", ["en", "jp"])
 def test_templates_render_turns_and_end_answers(template: str) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment

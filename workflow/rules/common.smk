@@ -12,8 +12,9 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from llava_steps.core import digest, lease, load, pipeline, run
+from llava_steps.core import lease, load, pipeline, run
 from llava_steps.core.config import Stage
+from llava_steps.core.container import image_digest
 from llava_steps.core.errors import ConfigError, LockedError
 
 
@@ -29,27 +30,9 @@ def configuration():
     return load.load([*shipped, *overlays], workflow.config_settings.config)
 
 
-def image_digest(cfg):
-    """What identifies the container image: never its path."""
-    if not cfg.image:
-        return ""
-    if "@sha256:" in cfg.image:
-        return cfg.image.rpartition("@")[2]
-    if not Path(cfg.image).is_file():
-        raise ConfigError(
-            f"image: {cfg.image!r} is neither a file nor pinned with @sha256:...; "
-            "build it or pin it"
-        )
-    Path(cfg.store).mkdir(parents=True, exist_ok=True)
-    digests = digest.Digests(Path(cfg.store))
-    found = "sha256:" + digests.file(Path(cfg.image))
-    digests.save()
-    return found
-
-
 try:
     cfg = configuration()
-    steps = pipeline.chain(cfg, image_digest(cfg))
+    steps = pipeline.chain(cfg, image_digest(cfg.image, Path(cfg.store)))
     flags = {rule.name: rule.flags for rule in steps.values()}
     quiet = {rule.name: rule.quiet for rule in steps.values()}
 except ConfigError as error:

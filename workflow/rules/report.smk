@@ -28,6 +28,8 @@ rule report:
             category="Run",
             labels={"run": cfg.run},
         ),
+    resources:
+        **asks("report"),
     params:
         **call("report"),
         made=str(steps["report"].out / "report.html"),
