@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots test-cluster format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots bench-cli test-cluster format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -103,6 +103,11 @@ SCREENSHOTS ?= screenshots
 screenshots: ## look at the report of results/demo in Chromium: pictures, checks, size, seconds
 	@.ci/environment test
 	@$(BIN)/python -m tests.browser.screenshots --to $(SCREENSHOTS)
+
+REPEATS ?= 5
+bench-cli: ## time of every --help and of a dry run, against doing nothing
+	@.ci/environment test
+	@$(BIN)/python -m tests.benchmarks.cli --rounds $(REPEATS)
 
 ROUNDS ?= 1
 test-cluster: ## as root on Debian 12: the chain on a real Slurm, in a real container, disturbed

@@ -62,9 +62,14 @@ def _extra(role: str, flag: str | None) -> dict[str, Any]:
 
 
 class StepConfig(BaseModel):
-    """Base of all step settings: frozen, strict, no unknown keys."""
+    """Base of all step settings: frozen, strict, no unknown keys.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    Validators are built when the first settings are checked: `--help` needs none of them.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     seed: Count = value(1234, "seed of everything random in this step")
 
@@ -638,7 +643,7 @@ class Cluster(BaseModel):
     """What jobs ask Slurm for, as RULE: NUMBER. Rules that are not named get what the profile says;
     nodes and GPUs are those of the stages. Nothing here recomputes anything."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     gres: str = Field(
         "",
@@ -668,7 +673,7 @@ class Cluster(BaseModel):
 class Config(BaseModel):
     """A whole run: config/config.yaml with its overlays."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     run: str = Field(
         "demo",
@@ -684,18 +689,18 @@ class Config(BaseModel):
         "store", min_length=1, description="directory of the artefacts, shared by runs"
     )
     image: str = Field("", description="container image for the steps; empty: this environment")
-    cluster: Cluster = Cluster()
+    cluster: Cluster = Field(default_factory=Cluster)
     demo_assets: DemoAssets | None = Field(None, description="makes the demo's data and models")
     tar_shards: TarShards
-    energon_dataset: EnergonDataset = EnergonDataset()
+    energon_dataset: EnergonDataset = Field(default_factory=EnergonDataset)
     hf_model: HfModel
-    megatron_checkpoint: MegatronCheckpoint = MegatronCheckpoint()
-    audit: Audit = Audit()
+    megatron_checkpoint: MegatronCheckpoint = Field(default_factory=MegatronCheckpoint)
+    audit: Audit = Field(default_factory=Audit)
     stage1: Stage
     stage2: Stage
-    hf_export: HfExport = HfExport()
+    hf_export: HfExport = Field(default_factory=HfExport)
     evaluation: Evaluation
-    report: Report = Report()
+    report: Report = Field(default_factory=Report)
 
     @field_validator("audit")
     @classmethod

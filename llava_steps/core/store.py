@@ -13,10 +13,8 @@ value made twice keeps them cached, another value from the same computation does
 from __future__ import annotations
 
 import fnmatch
-import importlib.metadata
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -169,6 +167,10 @@ def seal(
 
 def package_versions() -> dict[str, str]:
     """Versions of python and of the installed packages that can decide a value."""
+    # Late: `--help` and whoever only reads the store have no need of them.
+    import importlib.metadata
+    import platform
+
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

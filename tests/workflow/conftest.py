@@ -21,7 +21,9 @@ def _fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = root / "llava_steps"
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "llava_steps/core", package / "core", ignore=skip)
-    shutil.copy(ROOT / "llava_steps/__init__.py", package)
+    shutil.copytree(ROOT / "llava_steps/planning", package / "planning", ignore=skip)
+    for name in ("__init__.py", "plan.py"):
+        shutil.copy(ROOT / "llava_steps" / name, package)
     (package / "stub.py").write_text(STUB)
     for module, (config, name) in MODULES.items():
         (package / f"{module}.py").write_text(STEP.format(config=config, name=name))

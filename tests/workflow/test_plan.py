@@ -153,3 +153,20 @@ def test_profiles_plan_in_a_plain_clone(tmp_path: Path, profile: str) -> None:
     text = Project(clone).snakemake("--profile", profile, "-n", "all")
     for rule in RULES:
         assert f"rule {rule}:" in text
+
+
+def test_a_dry_run_ends_with_the_plan_of_what_it_takes(finished: Project) -> None:
+    text = finished.snakemake("-n", "--cores", "1")
+    plan = text[text.index("Plan of run demo") :]
+    assert len(re.findall(r"^  done +\w+", plan, flags=re.M)) == len(RULES)
+    assert "451,072 parameters" in plan and re.search(r"memory of a process: [\d.]+ MiB", plan)
+    overlay = finished.overlay("stage2: {lr: 5.0e-4}\n")
+    text = finished.snakemake("-n", "--cores", "1", "--configfile", overlay)
+    assert re.search(r"run +stage2_checkpoint +changed: lr 0.001 -> 0.0005\n", text)
+    assert re.search(r"later +hf_export +reads the result of stage2_checkpoint\n", text)
+    assert re.search(r"done +stage1_checkpoint", text)
+    finished.overlay("run: other\nstage1: {train_steps: 151}\n")
+    text = finished.snakemake("-n", "--cores", "1", "--configfile", "overlay.yaml")
+    assert re.search(r"done +stage1_audit", text), "another run's values are found in the store"
+    assert re.search(r"run +stage1_checkpoint +not computed with these settings", text)
+    assert "Plan of run" not in finished.snakemake("-n", "--quiet", "--cores", "1")

@@ -6,6 +6,7 @@ process: nothing of the project is imported here, and nothing of one call is see
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ def call(request: dict[str, Any]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
+        atexit._run_exitfuncs()  # as the end of a process of its own would
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -15,7 +15,7 @@ from snakemake.exceptions import WorkflowError
 from llava_steps.core import lease, load, pipeline, run
 from llava_steps.core.config import Stage
 from llava_steps.core.container import image_digest
-from llava_steps.core.errors import ConfigError, LockedError
+from llava_steps.core.errors import ConfigError, LockedError, StepError
 
 
 def configuration():
@@ -32,7 +32,8 @@ def configuration():
 
 try:
     cfg = configuration()
-    steps = pipeline.chain(cfg, image_digest(cfg.image, Path(cfg.store)))
+    image = image_digest(cfg.image, Path(cfg.store))
+    steps = pipeline.chain(cfg, image)
     flags = {rule.name: rule.flags for rule in steps.values()}
     quiet = {rule.name: rule.quiet for rule in steps.values()}
 except ConfigError as error:
@@ -251,6 +252,27 @@ def plain(resource, name):
     """A resource as profile or rule gave it; computed ones are known once there is a job."""
     raw = getattr(resource, "raw", resource)
     return "computed" if callable(raw) else raw
+
+
+def tell_plan():
+    """After a dry run: what the run would take. It is never in the way of the dry run itself."""
+    planned = (
+        workflow.scheduler is not None
+    )  # not where Snakemake ended with a mistake before
+    if not (planned and workflow.dryrun and workflow.is_main_process):
+        return
+    if workflow.output_settings.quiet:
+        return
+    from llava_steps import plan
+
+    try:
+        for line in plan.lines(cfg, plan.parser().parse_args([])):
+            print(line, file=sys.stderr)
+    except StepError as error:
+        print(f"plan: {error}", file=sys.stderr)
+
+
+atexit.register(tell_plan)
 
 
 onstart:
