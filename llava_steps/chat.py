@@ -2,17 +2,24 @@
 
     python -m llava_steps.chat results/demo/hf_export image.jpg "What digit is this?"
 
-Several images are numbered as they are given; with none the question is about text alone.
+Several images are numbered as they are given; with none the question is about text alone. The
+answer appears while it is generated. --page opens a page in the browser instead, on this machine
+only; it needs gradio (pip install gradio).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llava_steps.core.errors import InputError, StepError
+from llava_steps.core.errors import ConfigError, InputError, StepError
 from llava_steps.core.log import ignore_known_warnings
+
+if TYPE_CHECKING:
+    from llava_steps.evaluation.ask import Model, Question
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,33 +28,62 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m llava_steps.chat",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] MODEL [IMAGE ...] QUESTION\n       %(prog)s --page MODEL",
     )
-    parser.add_argument("model", type=Path, help="Hugging Face LLaVA directory")
-    parser.add_argument("images", type=Path, nargs="*", help="image files")
-    parser.add_argument("question", help="the question")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face LLaVA directory")
+    # One list: argparse would give all words to the images and none to the question.
+    parser.add_argument("words", nargs="*", metavar="IMAGE|QUESTION", help="files; the question")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="at most (default: 256)")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--page", action="store_true", help="a page to ask in, with gradio")
+    parser.add_argument("--port", type=int, default=7860, help="of the page (default: 7860)")
+    given = parser.parse_intermixed_args(arguments)
     ignore_known_warnings()
     try:
-        print(answer(given.model, given.images, given.question, given.max_new_tokens))
+        if given.page:
+            if given.words:
+                raise ConfigError("--page takes questions and images on the page itself")
+            page(given.model, given.max_new_tokens, given.port)
+        elif not given.words:
+            parser.error("a question is needed, or --page")
+        else:
+            images = [Path(word) for word in given.words[:-1]]
+            for piece in answer(given.model, images, given.words[-1], given.max_new_tokens):
+                print(piece, end="", flush=True)
+            print()
     except StepError as error:
         print(f"chat: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def answer(model: Path, images: list[Path], question: str, max_new_tokens: int) -> str:
-    """The model's greedy answer.
+def answer(
+    model: Path, images: Sequence[Path], question: str, max_new_tokens: int
+) -> Iterator[str]:
+    """The model's greedy answer in pieces, without white space at its ends.
 
     Raises:
         InputError: a file that is not there or no image, or a question that says `<image>`.
     """
-    for path in (model / "config.json", *images):
+    if not (model / "config.json").is_file():
+        raise InputError(f"{model / 'config.json'} is not there")
+    asked = as_question(images, question)
+    from llava_steps.evaluation import ask
+
+    return _stripped(_pieces(ask.Model(model), asked, max_new_tokens))
+
+
+def as_question(images: Sequence[Path], question: str) -> Question:
+    """A question about image files, checked.
+
+    Raises:
+        InputError: a file that is not there or no image, or a question that says `<image>`.
+    """
+    for path in images:
         if not path.is_file():
             raise InputError(f"{path} is not there")
     from llava_steps.data.decode import check_image
     from llava_steps.data.samples import PLACEHOLDER, SampleError
-    from llava_steps.evaluation import ask
+    from llava_steps.evaluation.ask import Question
 
     if PLACEHOLDER in question:
         raise InputError(
@@ -59,15 +95,88 @@ def answer(model: Path, images: list[Path], question: str, max_new_tokens: int) 
             check_image(path.read_bytes())
         except SampleError as error:
             raise InputError(f"{path}: {error}") from error
-    content = "<image>\n" * len(images) + question
-    asked = ask.Question(
+    content = f"{PLACEHOLDER}\n" * len(images) + question
+    return Question(
         id="",
         group="",
         turns=({"role": "user", "content": content},),
         images=tuple(path.read_bytes() for path in images),
         reference="",
     )
-    return ask.Model(model).answers([asked], 1, max_new_tokens)[0].strip()
+
+
+def _pieces(model: Model, asked: Question, max_new_tokens: int) -> Iterator[str]:
+    """Pieces of the answer as they come, from a thread that generates."""
+    import queue
+    import threading
+
+    found: queue.Queue[str | BaseException | None] = queue.Queue()
+
+    def work() -> None:
+        end: BaseException | None = None
+        try:
+            model.stream(asked, max_new_tokens, found.put)
+        except BaseException as error:  # handed over, and raised where the answer is read
+            end = error
+        found.put(end)
+
+    threading.Thread(target=work, daemon=True).start()
+    while isinstance(piece := found.get(), str):
+        yield piece
+    if piece is not None:
+        raise piece
+
+
+def _stripped(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces without white space at the beginning and the end of them all."""
+    begun, held = False, ""
+    for piece in pieces:
+        text = held + piece if begun else (held + piece).lstrip()
+        begun = begun or bool(text)
+        shown = text.rstrip()
+        held = text[len(shown) :]
+        if shown:
+            yield shown
+
+
+def page(model: Path, max_new_tokens: int, port: int) -> None:
+    """Serve a page on this machine until it is interrupted.
+
+    Raises:
+        ConfigError: gradio is not installed.
+        InputError: the directory is no LLaVA model.
+    """
+    try:
+        import gradio
+    except ImportError:
+        raise ConfigError("--page needs gradio: pip install gradio") from None
+    if not (model / "config.json").is_file():
+        raise InputError(f"{model / 'config.json'} is not there")
+    from llava_steps.evaluation import ask
+
+    reply = replier(ask.Model(model), max_new_tokens)
+    chat: Any = gradio.ChatInterface(
+        reply, multimodal=True, title=model.name, analytics_enabled=False
+    )
+    chat.launch(server_name="127.0.0.1", server_port=port, share=False)
+
+
+def replier(model: Model, max_new_tokens: int) -> Callable[[dict[str, Any], Any], Iterator[str]]:
+    """What gradio calls with {"text": ..., "files": [...]}; gives the answer as far as it is."""
+
+    def reply(message: dict[str, Any], history: Any) -> Iterator[str]:
+        text = ""
+        try:
+            files = [Path(str(file)) for file in message.get("files") or []]
+            asked = as_question(files, str(message.get("text") or ""))
+        except StepError as error:
+            yield str(error)
+            return
+        for piece in _stripped(_pieces(model, asked, max_new_tokens)):
+            text += piece
+            yield text
+
+    return reply
 
 
 if __name__ == "__main__":

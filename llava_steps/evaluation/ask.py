@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers.generation.streamers import BaseStreamer
 
 from llava_steps.core.errors import ConfigError, InputError
 
@@ -131,6 +132,16 @@ class Model:
             advance(len(chosen))
         return found
 
+    @torch.inference_mode()
+    def stream(self, question: Question, max_new_tokens: int, write: Callable[[str], None]) -> None:
+        """One greedy answer, handed to `write` piece by piece while it grows."""
+        inputs = self.inputs([question]).to(self.device, self.network.dtype)
+        with self.threads():
+            self.network.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                streamer=Stream(self._processor.tokenizer, write),
+            )  # fmt: skip
+
     @contextlib.contextmanager
     def threads(self) -> Iterator[None]:
         """While it lasts, torch uses as many CPU threads as help a model of this size."""
@@ -140,6 +151,41 @@ class Model:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+class Stream(BaseStreamer):  # type: ignore[misc]
+    """Hands over the text of generated tokens as soon as it cannot change any more.
+
+    A character of several tokens comes whole, and texts without spaces do not wait for one.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        self._tokenizer, self._write = tokenizer, write
+        self._ids: list[int] | None = None
+        self._written = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Token ids, int64; the first call brings the prompt, which is not written."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.flatten().tolist()
+        text = self._text()
+        if not text.endswith("\ufffd"):
+            self._hand_over(text)
+
+    def end(self) -> None:
+        """The answer is complete."""
+        self._hand_over(self._text())
+
+    def _text(self) -> str:
+        text: str = self._tokenizer.decode(self._ids or [], skip_special_tokens=True)
+        return text
+
+    def _hand_over(self, text: str) -> None:
+        if len(text) > self._written:
+            self._write(text[self._written :])
+            self._written = len(text)
 
 
 def takes_parts(processor: Any, directory: Path) -> bool:

@@ -14,6 +14,7 @@ import yaml
 
 from llava_steps.core import errors
 from llava_steps.core.config import Config
+from llava_steps.core.load import load
 from llava_steps.core.pipeline import MODULES, UPSTREAM
 from tests.chain import run_step
 
@@ -73,6 +74,16 @@ def test_the_raw_sample_of_the_readme_can_be_sharded(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(text)
     result = run_step("shard_tars", "--source=train.json", "--save-dir=out", cwd=tmp_path)
     assert (tmp_path / "out/000000.tar").is_file() and "1 samples: 1 written" in result.stderr
+
+
+def test_the_image_that_the_readme_asks_about_is_one_that_training_never_sees() -> None:
+    from llava_steps.demo.scans import load_scans, split
+
+    demo = load([ROOT / "config/config.yaml"]).demo_assets
+    assert demo is not None
+    _, held_out = split(load_scans().digits, demo.heldout_scans, demo.seed)
+    (number,) = re.findall(r"raw/images/(\d+)\.jpg \"What digit is this\?\"", README)
+    assert int(number) in held_out
 
 
 def test_exit_codes_are_those_of_the_errors() -> None:

@@ -119,7 +119,8 @@ def test_answers_are_what_transformers_generates(models: Callable[[str], Path], 
     questions = evaluate.read_questions(data)
     assert ask.Model(directory).answers(questions, 8, 5)[0] == expected
     image = str(data.parent / "0.jpg")
-    assert chat.answer(directory, [Path(image)], "What digit is this?", 5) == expected.strip()
+    pieces = list(chat.answer(directory, [Path(image)], "What digit is this?", 5))
+    assert "".join(pieces) == expected.strip() and all(pieces)
 
 
 def test_questions_of_a_file(data: Path) -> None:
