@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers.models.auto.modeling_auto
 import transformers.models.clip.modeling_clip  # noqa: F401 - before the fork
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from llava_steps.core.config import Stage
 from llava_steps.core.costs import Trained
 from llava_steps.core.geometry import Geometry
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
 from tests.dist_helpers import model_parallel
 from tests.model_fixtures import Batch
+from tests.model_workers import run_schedule
 
 
 @dataclass(frozen=True)
@@ -71,3 +77,122 @@ def _operations(model: Llava, rows: tuple[Batch, ...]) -> int:
                 row.labels,
             ).sum().backward()
     return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model's config and stage, and the microbatches of each data-parallel rank."""
+
+    hf: Path
+    stage: Stage
+    rows: tuple[tuple[Batch, ...], ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of a rank that lasts, by part, and the most that autograd kept at a time."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    saved: int
+
+
+class Saved:
+    """Bytes of the storages that autograd holds, parameters left out: now and at most."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        self._ignored, self._held, self._now, self.most = parameters, Counter[int](), 0, 0
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self._ignored:
+            return tensor
+        if not self._held[storage.data_ptr()]:
+            self._now += storage.nbytes()
+            self.most = max(self.most, self._now)
+        self._held[storage.data_ptr()] += 1
+        return Holder(tensor, self)
+
+    def release(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._held[storage.data_ptr()] -= 1
+        if not self._held[storage.data_ptr()]:
+            self._now -= storage.nbytes()
+
+
+class Holder:
+    """A saved tensor; autograd drops it with the graph."""
+
+    def __init__(self, tensor: torch.Tensor, saved: Saved) -> None:
+        self.tensor, self._saved = tensor, saved
+
+    def __del__(self) -> None:
+        self._saved.release(self.tensor)
+
+
+def unpack(held: Any) -> torch.Tensor:
+    tensor: torch.Tensor = held.tensor if isinstance(held, Holder) else held
+    return tensor
+
+
+def keep(rank: int, trainings: list[Training]) -> list[Kept]:
+    """What each training keeps on this rank over one optimizer step."""
+    found = []
+    for training in trainings:
+        tp, pp = training.stage.tensor_model_parallel, training.stage.pipeline_model_parallel
+        with model_parallel(tp, pp):
+            found.append(_keep(training))
+    return found
+
+
+def _keep(training: Training) -> Kept:
+    from llava_steps.training.optimizer import Optimizer, wrap
+
+    stage = training.stage
+    model = build_llava(
+        Geometry.load(training.hf),
+        ModelOptions(
+            precision=stage.precision,
+            tp=stage.tensor_model_parallel,
+            pp=stage.pipeline_model_parallel,
+            sequence_parallel=stage.sequence_parallel,
+            recompute=stage.recompute,
+            freeze_vision=stage.freeze_vision,
+            freeze_projector=stage.freeze_projector,
+            freeze_lm=bool(stage.freeze_lm),
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+        ),
+    ).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    (wrapped,) = wrap(stage, [model])
+    optimizer = Optimizer(stage, [wrapped])
+    optimizer.reload_weights()
+    wrapped.zero_grad_buffer()
+    saved = Saved({p.untyped_storage().data_ptr() for p in model.parameters()})
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, unpack):
+        run_schedule(wrapped, training.rows[parallel_state.get_data_parallel_rank()], True)
+    finalize_model_grads([wrapped], torch.tensor(1, dtype=torch.int))
+    optimizer.step(1e-3, optimizer.gradient_norm())
+    states: list[torch.Tensor] = []
+    if not optimizer.empty:
+        inner = optimizer._inner
+        states = [t for s in inner.optimizer.state.values() for t in s.values() if t.dim()]
+        states += [p for group in inner.optimizer.param_groups for p in group["params"]]
+    lasting = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+    return Kept(
+        weights=storages(list(model.parameters()), set()),
+        gradients=storages([b.grad_data for b in buffers], set()),
+        optimizer=storages(states, lasting),
+        saved=saved.most,
+    )
+
+
+def storages(tensors: list[torch.Tensor], without: set[int]) -> int:
+    """Bytes of the distinct storages."""
+    each = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for place, size in each.items() if place not in without)

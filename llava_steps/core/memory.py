@@ -100,13 +100,12 @@ def of_stage(
         chunks = 2 * (chunks - 1) + (layout.vp - 1) * layout.pp + 1
     flying = min(chunks, microbatches * layout.vp)
     activations, once = _layers(g, trained, layout, row, number)
-    kept = -(-flying * activations // layout.vp) + once
-    logits = 0
+    kept = -(-flying * activations // layout.vp)
+    norm, logits = _head(g, trained, layout, row) if last else (0, 0)
     if first:
         kept += -(-flying // layout.vp) * _front(g, trained, layout, row)
-    if last:
-        norm, logits = _head(g, trained, layout, row)
-        kept += norm
+    # A layer is computed again once what the head kept is gone: the two are never there together.
+    kept += norm + max(0, once - norm - logits)
     # The distributed optimizer: fp32 masters (in fp32 the weights themselves) and two moments.
     states = 12 if layout.precision == "bf16" else 8
     return Memory(
@@ -158,9 +157,8 @@ def _layers(
     wide = row.tokens // (tp if layout.sequence_parallel else 1)
     dense = row.tokens if layout.cuda else row.samples * row.longest
     lm = trained.language_model
-    # A norm keeps its input and one number a position; for the gradient of its weight the quotient
-    # too, unless the kernel is fused; its output is kept by the product behind it.
-    norm = wide * (g.hidden * b * (1 + lm * (1 if layout.cuda else 2)) + 4)
+    # The output of a norm is kept by the product behind it.
+    norm = _norm(g, trained, layout, row) + lm * wide * g.hidden * b
     if layout.cuda or row.samples > 1:
         attention = dense * ((2 * q + 2 * kv) * b + heads * 4)
         if not layout.cuda:
@@ -178,7 +176,8 @@ def _layers(
     if not layout.cuda and row.samples > 1:
         tables += 8 * (dense + row.tokens)
     if layout.recompute == "full":
-        return layers * wide * g.hidden * b + tables, whole
+        given = wide * g.hidden * b
+        return layers * given + tables, whole - given
     if layout.recompute == "core_attn":
         lean = row.tokens * (2 * q + 2 * kv) * b
         return layers * (2 * norm + lean + mlp) + tables, attention
@@ -207,10 +206,19 @@ def _front(g: Geometry, trained: Trained, layout: Layout, row: Row) -> int:
 def _head(g: Geometry, trained: Trained, layout: Layout, row: Row) -> tuple[int, int]:
     """Bytes kept by the final norm, and by the head and the loss, for one microbatch."""
     b, lm = _bytes(layout), trained.language_model
-    wide = row.tokens // (layout.tp if layout.sequence_parallel else 1)
-    norm = wide * (g.hidden * b * (1 + (not layout.cuda) * lm) + 4)
     rows = row.supervised
     selected = lm * g.hidden * b + 8 + 1 + 8
     # Softmax in fp32; on a GPU in bf16 the logits themselves are there beside it for a moment.
     passing = 2 if layout.cuda and layout.precision == "bf16" else 0
-    return norm, rows * (g.vocab // layout.tp * (4 + passing) + selected)
+    head = rows * (g.vocab // layout.tp * (4 + passing) + selected)
+    return _norm(g, trained, layout, row), head
+
+
+def _norm(g: Geometry, trained: Trained, layout: Layout, row: Row) -> int:
+    """Bytes that a norm keeps: its input and one number a position; on a CPU, which computes it
+    step by step in fp32, for the gradient of its weight the quotient too.
+    """
+    wide = row.tokens // (layout.tp if layout.sequence_parallel else 1)
+    if layout.cuda:
+        return wide * (g.hidden * _bytes(layout) + 4)
+    return wide * (g.hidden * 4 * (1 + trained.language_model) + 4)
