@@ -171,7 +171,11 @@ class HfModel(StepConfig):
     tp: PositiveInt = value(
         1, "tensor parallel size that the rows are padded for; any that divides them can train"
     )
-    dtype: Literal["fp32", "bf16", "source"] = value("source", "dtype of the saved weights")
+    dtype: Literal["fp32", "bf16", "source"] = value(
+        "source",
+        "dtype of the saved weights; 'source' keeps the tower's and the language model's own, "
+        "the projector gets the language model's",
+    )
 
 
 class MegatronCheckpoint(StepConfig):

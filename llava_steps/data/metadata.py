@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,8 @@ def split_shards(meta: DatasetMeta, split: str) -> list[str]:
 
     Raises:
         ConfigError: there is no such split.
-        InputError: the split is empty, names unknown tars, or excludes single samples.
+        InputError: the split is empty, names unknown tars or one of them twice, or excludes single
+            samples.
     """
     path = meta.root / META / "split.yaml"
     table = _load(path)
@@ -158,6 +160,11 @@ def split_shards(meta: DatasetMeta, split: str) -> list[str]:
     names = [name for name in named if name not in excluded]
     if unknown := [name for name in names if name not in meta.shard_counts]:
         raise InputError(f"{path}: split {split!r} names unknown tars: {unknown[:5]}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(
+            f"{path}: split {split!r} names a tar more than once: {twice[:5]}; to see samples more "
+            "often give the dataset more epochs or a greater weight in a blend"
+        )
     if not names:
         raise InputError(f"{path}: split {split!r} is empty; change the split ratio")
     return names

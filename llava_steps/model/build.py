@@ -45,6 +45,8 @@ class Built:
     added_tokens: tuple[str, ...]
     new_rows: int
     dtype: str
+    """Of the language model, the projector and config.json."""
+    tower_dtype: str
     parameters: int
 
 
@@ -73,7 +75,8 @@ def build(
     fresh = [int(i) for i in tokenizer.convert_tokens_to_ids(list(added))]
     fresh += range(text.config.vocab_size, rows)
     weights = language_weights(text, rows, sorted(set(fresh)), known)
-    dtype = text.dtype if cfg.dtype == "source" else DTYPES[cfg.dtype]
+    asked = DTYPES.get(cfg.dtype)
+    dtype = asked or text.dtype
 
     text_config = text.config
     text_config.vocab_size = rows
@@ -94,12 +97,15 @@ def build(
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     weights |= {f"model.vision_tower.{k}": v for k, v in tower.state_dict().items()}
-    weights |= projector_weights(config, cfg.seed)
-    assign(model, {name: value.to(dtype) for name, value in weights.items()})
+    weights |= projector_weights(config, cfg.seed, dtype)
+    assign(model, {name: value.to(asked or value.dtype) for name, value in weights.items()})
     if text.can_generate():
         model.generation_config = text.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out)
+    # It puts down the dtype of the first parameter, which is the tower's.
+    model.config.dtype = dtype
+    model.config.save_pretrained(out)
     save_processor(tower_dir, tokenizer, config, class_tokens, out)
     geometry = check(out)
     return Built(
@@ -110,6 +116,7 @@ def build(
         added_tokens=added,
         new_rows=len(set(fresh)),
         dtype=str(dtype).removeprefix("torch."),
+        tower_dtype=str(asked or tower.dtype).removeprefix("torch."),
         parameters=sum(value.numel() for value in weights.values()),
     )
 
@@ -217,14 +224,15 @@ def grown(matrix: Tensor, rows: int, fresh: list[int], known: int) -> Tensor:
     return out
 
 
-def projector_weights(config: Any, seed: int) -> dict[str, Tensor]:
-    """The new projector, float32, from `seed` alone."""
+def projector_weights(config: Any, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The new projector, from `seed` alone: drawn in float32, then rounded to `dtype`."""
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = LlavaMultiModalProjector(config)
-    return {f"model.multi_modal_projector.{k}": v for k, v in projector.state_dict().items()}
+    drawn = projector.state_dict()
+    return {f"model.multi_modal_projector.{k}": v.to(dtype) for k, v in drawn.items()}
 
 
 def assign(model: Any, weights: dict[str, Tensor]) -> None:

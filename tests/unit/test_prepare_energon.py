@@ -397,6 +397,7 @@ MANY = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]\n" for n in range
         (".info.json", '{"shard_counts": []}', "shard_counts"),
         (".info.json", "{", "cannot be read"),
         ("split.yaml", "split_parts: {train: [7.tar]}\n", "unknown tars"),
+        ("split.yaml", "split_parts: {train: [000000.tar, '00000{0,0}.tar']}\n", "more than once"),
         ("split.yaml", "split_parts: {train: []}\n", "empty"),
         ("split.yaml", "split_parts: {val: [000000.tar]}\n", "no split 'train'"),
         ("split.yaml", "split_parts: {train: [000000.tar]}\nexclude: [000000.tar/1]\n", "single"),
