@@ -2,8 +2,8 @@
 
 python -m llava_steps.hf_to_megatron --hf-dir results/demo/hf_model --save-dir results/demo/...
 
-Streams tensor by tensor; needs no GPU. The checkpoint can be loaded at any tensor, pipeline and
-data parallel size, so --tp and --pp are only recorded.
+Streams tensor by tensor; needs no GPU. The checkpoint loads at any tensor, pipeline and data
+parallel size; --tp and --pp say for which its files are cut.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
         TensorDirectory(source) as tensors,
         ctx.progress("converting", total=count_entries(geometry)) as bar,
     ):
-        certificate = hf_to_dcp(geometry, tensors, temporary / "weights", bar.advance)
+        certificate = hf_to_dcp(
+            geometry, tensors, temporary / "weights", bar.advance, cfg.tp, cfg.pp
+        )
         text = json.loads((source / "config.json").read_bytes())["text_config"]
         forward = compare_layers(geometry, text, tensors, Reader(temporary / "weights"))
     commit_dir(temporary, final, {"iteration": 0, "tp": cfg.tp, "pp": cfg.pp})

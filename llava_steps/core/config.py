@@ -182,8 +182,12 @@ class MegatronCheckpoint(StepConfig):
     """HF safetensors to a Megatron checkpoint (torch_dist), layout-free."""
 
     hf_dir: str = source("", "HF LLaVA directory", flag="--hf-dir")
-    tp: PositiveInt = value(1, "recorded for readers of old scripts; the format reshards at load")
-    pp: PositiveInt = value(1, "recorded for readers of old scripts; the format reshards at load")
+    tp: PositiveInt = value(
+        1, "the files are cut for this tensor parallel size; they load in any layout"
+    )
+    pp: PositiveInt = value(
+        1, "the files are cut for this pipeline parallel size; they load in any layout"
+    )
 
 
 class Stage(StepConfig):

@@ -2,7 +2,7 @@
 
 Both directions follow the one table of mapping.py, and each certifies itself: every HF tensor is
 consumed or written exactly once, every Megatron tensor exactly once, shapes as config.json implies.
-Neither needs a GPU, a process group, a model instance or a layout.
+Neither needs a GPU, a process group or a model instance.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from llava_steps.core.errors import IntegrityError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model import dcp
+from llava_steps.model.cuts import Cuts, Part
 from llava_steps.model.hf_names import by_canonical_name
 from llava_steps.model.lora import open_weights
 from llava_steps.model.mapping import Entry, check_hf, check_shapes, entries, stored_shapes
@@ -50,27 +51,42 @@ def _plan(geometry: Geometry, hf: TensorDirectory) -> tuple[list[Entry], dict[st
 
 
 def hf_to_dcp(
-    geometry: Geometry, hf: TensorDirectory, weights: Path, tick: Tick = _no_tick
+    geometry: Geometry,
+    hf: TensorDirectory,
+    weights: Path,
+    tick: Tick = _no_tick,
+    tp: int = 1,
+    pp: int = 1,
 ) -> dict[str, int]:
     """Write the weights of `hf` as a torch_dist checkpoint; returns the certificate.
 
-    Every tensor keeps its dtype. IntegrityError names the tensor and file that do not fit.
+    Every tensor keeps its dtype. The files are those that a training with tensor parallel size
+    `tp` and pipeline parallel size `pp` writes. IntegrityError names the tensor and file that do
+    not fit; ConfigError when the model cannot be cut so.
     """
     items, spelled = _plan(geometry, hf)
     dtypes = _stored_dtypes(items, spelled, hf)
     consumed: Counter[str] = Counter()
     written: Counter[str] = Counter()
-    by_place: dict[tuple[str, int], Entry] = {}
-    chunks = []
+    cuts = Cuts(geometry, tp, pp)
+    planned: dict[dcp.Chunk, tuple[Entry, Part]] = {}
     for entry in items:
-        chunk = dcp.layer_chunk(
-            entry.megatron, entry.layer, entry.shape, geometry.layers, dtypes[entry.megatron]
-        )
-        by_place[(entry.megatron, entry.layer or 0)] = entry
-        chunks.append(chunk)
+        for part in cuts.parts(entry):
+            planned[_chunk(entry, part, geometry.layers, dtypes[entry.megatron])] = entry, part
+    chunks = list(planned)
+    current: list[tuple[Entry, Tensor]] = []  # the chunks of a tensor come one after the other
 
     def resolve(chunk: dcp.Chunk) -> Tensor:
-        entry = by_place[(chunk.name, chunk.offsets[0] if chunk.offsets else 0)]
+        entry, part = planned[chunk]
+        if not current or current[0][0] is not entry:
+            current.clear()
+            current.append((entry, fuse(entry)))
+        value = current[0][1]
+        for axis, (offset, length) in enumerate(zip(part.offsets, part.shape, strict=True)):
+            value = value.narrow(axis, offset, length)
+        return value
+
+    def fuse(entry: Entry) -> Tensor:
         parts = [hf.read(spelled[name]) for name in entry.hf]
         consumed.update(entry.hf)
         written[entry.megatron] += 1
@@ -97,6 +113,14 @@ def hf_to_dcp(
         "chunks": len(chunks),
         "bytes": dcp.total(chunks),
     }
+
+
+def _chunk(entry: Entry, part: Part, layers: int, dtype: torch.dtype) -> dcp.Chunk:
+    """A part of an entry as a block of the stored tensor, which is stacked if it has layers."""
+    whole, offsets, shape = entry.shape, part.offsets, part.shape
+    if entry.layer is not None:
+        whole, offsets, shape = (layers, *whole), (entry.layer, *offsets), (1, *shape)
+    return dcp.Chunk(entry.megatron, whole, offsets, shape, dtype, part.rank)
 
 
 def _stored_dtypes(

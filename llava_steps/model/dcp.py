@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -48,22 +50,17 @@ from llava_steps.model.dcp_read import Reader as Reader
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a stored tensor: `shape` values at `offsets` of a tensor of size `whole`."""
+    """A block of a stored tensor: `shape` values at `offsets` of a tensor of size `whole`.
+
+    It goes to the file of rank `rank`, counted from the rank that writes.
+    """
 
     name: str
     whole: Shape
     offsets: Shape
     shape: Shape
     dtype: torch.dtype
-
-
-def layer_chunk(
-    name: str, layer: int | None, shape: Shape, layers: int, dtype: torch.dtype
-) -> Chunk:
-    """The chunk of one layer of a stacked tensor, or (layer None) of a whole tensor."""
-    if layer is None:
-        return Chunk(name, shape, (0,) * len(shape), shape, dtype)
-    return Chunk(name, (layers, *shape), (layer, *(0,) * len(shape)), (1, *shape), dtype)
+    rank: int = 0
 
 
 class _StreamPlanner(DefaultSavePlanner):
@@ -87,10 +84,13 @@ class _StreamPlanner(DefaultSavePlanner):
                 raise ValueError(f"{found} of {stored.size.numel()} values of {name!r} are planned")
         return plans, metadata
 
+    def chunk(self, item: WriteItem) -> Chunk:
+        """What an item of the plan stands for."""
+        assert item.index.offset is not None
+        return self._chunks[(item.index.fqn, tuple(item.index.offset))]
+
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        index = write_item.index
-        assert index.offset is not None
-        chunk = self._chunks[(index.fqn, tuple(index.offset))]
+        chunk = self.chunk(write_item)
         value = self._resolve(chunk)
         if value.dtype != chunk.dtype or value.numel() != torch.Size(chunk.shape).numel():
             raise IntegrityError(
@@ -114,7 +114,7 @@ def _write_item(chunk: Chunk) -> WriteItem:
 
 
 class _PlainWriter(FileSystemWriter):
-    """Writes one file per rank that has chunks, and lets each tensor go once it is written.
+    """Writes one file for each rank that has chunks, and lets a tensor go once it is written.
 
     The metadata depends on the content alone, not on the path or a random id.
     """
@@ -123,18 +123,23 @@ class _PlainWriter(FileSystemWriter):
         return StorageMeta()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        assert isinstance(planner, _StreamPlanner)
         results = []
-        if plan.items:
-            name = f"{plan.storage_data.prefix}0.distcp"
-            with (Path(self.path) / name).open("wb") as stream:
-                for item in plan.items:
-                    start = stream.tell()
-                    value = planner.resolve_data(item)
-                    assert isinstance(value, Tensor)
-                    torch.save(_alone(value), stream)
-                    del value
-                    size = stream.tell() - start
-                    results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
+        own = dist.get_rank() if dist.is_initialized() else 0
+        with ExitStack() as stack:
+            streams: dict[str, BinaryIO] = {}
+            for item in plan.items:
+                name = f"__{own + planner.chunk(item).rank}_0.distcp"
+                if name not in streams:
+                    streams[name] = stack.enter_context((Path(self.path) / name).open("wb"))
+                stream = streams[name]
+                start = stream.tell()
+                value = planner.resolve_data(item)
+                torch.save(_alone(value), stream)
+                del value
+                size = stream.tell() - start
+                results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
+            for stream in streams.values():
                 stream.flush()
                 os.fsync(stream.fileno())
         future: Future[list[WriteResult]] = Future()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from llava_steps.core.errors import IntegrityError
 from llava_steps.core.geometry import Geometry
@@ -22,13 +23,20 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron tensor; absent unless the Geometry flag named by `when` (or "untied") holds."""
+    """One Megatron tensor; absent unless the Geometry flag named by `when` (or "untied") holds.
+
+    `cut` says along which dimension tensor parallel ranks have parts of it, and `last` that it is
+    on the last pipeline rank rather than on the first one; both only decide which file of a
+    converted checkpoint holds what.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     shapes: tuple[str, ...]
     transform: str = "identity"
     when: str = ""
+    cut: Literal["", "rows", "columns"] = ""
+    last: bool = False
 
 
 _L = "language_model.model.layers.{i}."
@@ -41,6 +49,7 @@ ROWS: tuple[Row, ...] = (
         "language_model.embedding.word_embeddings.weight",
         ("language_model.model.embed_tokens.weight",),
         ("vocab hidden",),
+        cut="rows",
     ),
     Row(_M + "input_layernorm.weight", (_L + "input_layernorm.weight",), ("hidden",)),
     Row(
@@ -48,6 +57,7 @@ ROWS: tuple[Row, ...] = (
         tuple(f"{_L}self_attn.{part}.weight" for part in _QKV),
         ("q hidden", "kv hidden", "kv hidden"),
         "qkv",
+        cut="rows",
     ),
     Row(
         _M + "self_attention.linear_qkv.bias",
@@ -55,6 +65,7 @@ ROWS: tuple[Row, ...] = (
         ("q", "kv", "kv"),
         "qkv",
         when="qkv_bias",
+        cut="rows",
     ),
     Row(
         _M + "self_attention.q_layernorm.weight",
@@ -72,6 +83,7 @@ ROWS: tuple[Row, ...] = (
         _M + "self_attention.linear_proj.weight",
         (_L + "self_attn.o_proj.weight",),
         ("hidden q",),
+        cut="columns",
     ),
     Row(
         _M + "self_attention.linear_proj.bias",
@@ -85,6 +97,7 @@ ROWS: tuple[Row, ...] = (
         tuple(f"{_L}mlp.{part}.weight" for part in _GATE_UP),
         ("ffn hidden", "ffn hidden"),
         "gate_up",
+        cut="rows",
     ),
     Row(
         _M + "mlp.linear_fc1.bias",
@@ -92,19 +105,28 @@ ROWS: tuple[Row, ...] = (
         ("ffn", "ffn"),
         "gate_up",
         when="mlp_bias",
+        cut="rows",
     ),
-    Row(_M + "mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",), ("hidden ffn",)),
+    Row(
+        _M + "mlp.linear_fc2.weight",
+        (_L + "mlp.down_proj.weight",),
+        ("hidden ffn",),
+        cut="columns",
+    ),
     Row(_M + "mlp.linear_fc2.bias", (_L + "mlp.down_proj.bias",), ("hidden",), when="mlp_bias"),
     Row(
         "language_model.decoder.final_layernorm.weight",
         ("language_model.model.norm.weight",),
         ("hidden",),
+        last=True,
     ),
     Row(
         "language_model.output_layer.weight",
         ("language_model.lm_head.weight",),
         ("vocab hidden",),
         when="untied",
+        cut="rows",
+        last=True,
     ),
     Row(
         "mm_projector.linear_1.weight",
@@ -136,6 +158,7 @@ ROWS: tuple[Row, ...] = (
 class Entry:
     """One tensor to move: a row at one layer. `shape` is the Megatron one, without the layers."""
 
+    row: Row
     megatron: str
     layer: int | None
     hf: tuple[str, ...]
@@ -169,7 +192,15 @@ def entries(
             prefix, hf_prefix = row.megatron[:-1], row.hf[0][:-1]
             for name, shape in tower.items():
                 found.append(
-                    Entry(prefix + name, None, (hf_prefix + name,), (shape,), shape, row.transform)
+                    Entry(
+                        row,
+                        prefix + name,
+                        None,
+                        (hf_prefix + name,),
+                        (shape,),
+                        shape,
+                        row.transform,
+                    )
                 )
             continue
         shapes = tuple(tuple(sizes[symbol] for symbol in text.split()) for text in row.shapes)
@@ -178,7 +209,7 @@ def entries(
         layers = range(geometry.layers) if LAYER in row.hf[0] else [None]
         for layer in layers:
             names = tuple(name.replace(LAYER, str(layer)) for name in row.hf)
-            found.append(Entry(row.megatron, layer, names, shapes, fused, row.transform))
+            found.append(Entry(row, row.megatron, layer, names, shapes, fused, row.transform))
     return found
 
 

@@ -184,7 +184,10 @@ def test_equal_settings_give_equal_bytes_and_the_seed_is_the_projectors(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("asked", "stored"), [("source", torch.bfloat16), ("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("asked", "stored"),
+    [("source", torch.bfloat16), ("fp32", torch.float32), ("bf16", torch.bfloat16)],
+)
 def test_dtype_and_tying(
     tmp_path: Path, tower: Path, tokenizer: Any, tied: bool, asked: str, stored: torch.dtype
 ) -> None:

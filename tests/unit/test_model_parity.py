@@ -17,6 +17,7 @@ import torch
 from llava_steps.core.geometry import Geometry
 from llava_steps.model import dcp
 from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
+from llava_steps.model.dcp_read import read_metadata
 from llava_steps.model.hf_names import canonical
 from llava_steps.model.mapping import entries
 from llava_steps.model.tensors import TensorDirectory
@@ -206,6 +207,34 @@ def test_weights_saved_in_this_layout_export_byte_for_byte(run: Run, tmp_path: P
     with TensorDirectory(run.job.hf) as template:
         dcp_to_hf(geometry, run.job.out / "weights", template, tmp_path)
     assert sha256(tmp_path / "model.safetensors") == sha256(run.job.hf / "model.safetensors")
+
+
+def test_what_is_converted_for_this_layout_lies_as_it_saves(run: Run, tmp_path: Path) -> None:
+    """The same blocks of the same tensors in the files of the same ranks."""
+    geometry, layout = Geometry.load(run.job.hf), run.job.layout
+    with TensorDirectory(run.job.hf) as tensors:
+        hf_to_dcp(geometry, tensors, tmp_path / "weights", tp=layout.tp, pp=layout.pp)
+        (tmp_path / "hf").mkdir()
+        dcp_to_hf(geometry, tmp_path / "weights", tensors, tmp_path / "hf")
+    converted = blocks(tmp_path / "weights")
+    # Four processes: between the pipeline ranks are data parallel ones, which save nothing.
+    between = 4 // layout.pp
+    moved = {
+        block: rank // layout.tp * between + rank % layout.tp for block, rank in converted.items()
+    }
+    assert moved == blocks(run.job.out / "weights")
+    assert sha256(tmp_path / "hf/model.safetensors") == sha256(run.job.hf / "model.safetensors")
+
+
+def blocks(weights: Path) -> dict[tuple[Any, ...], int]:
+    """(tensor, offsets, sizes) of each block of a checkpoint -> rank whose file holds it."""
+    metadata = read_metadata(weights / ".metadata")
+    return {
+        (index.fqn, chunk.offsets, chunk.sizes): int(stored.relative_path.split("_")[2])
+        for index, stored in metadata.storage_data.items()
+        for chunk in metadata.state_dict_metadata[index.fqn].chunks
+        if chunk.offsets == index.offset
+    }
 
 
 def test_equal_weights_are_saved_as_equal_bytes(
