@@ -43,7 +43,7 @@ class Cuts:
         else:
             stage = self.pp - 1 if entry.row.last else 0
         first = stage * self.tp
-        if self.tp == 1 or not entry.row.cut:
+        if not entry.row.cut:
             yield Part(first, (0,) * len(entry.shape), entry.shape)
             return
         axis = 0 if entry.row.cut == "rows" else 1
