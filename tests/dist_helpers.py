@@ -67,6 +67,7 @@ def _launch(work: Path) -> int:
     function, ranks, arguments = pickle.loads((work / "job.pkl").read_bytes())  # noqa: S301
     from llava_steps.model import cpu_shim
 
+    cpu_shim.import_megatron()
     cpu_shim.install()
     module, name = function.split(":")
     worker = getattr(importlib.import_module(module), name)

@@ -97,6 +97,9 @@ def call(request: dict[str, Any]) -> NoReturn:
 
 def serve() -> None:
     """Answer each request with the process id of its call, and then its exit code."""
+    from llava_steps.model import cpu_shim
+
+    cpu_shim.import_megatron()
     for name in PRELOAD:
         importlib.import_module(name)
     gc.freeze()

@@ -11,6 +11,7 @@ uninitialised memory without a word. A `TorchFunctionMode` sits below such conte
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -92,6 +93,23 @@ def rng_state() -> None:
 def synchronize() -> None:
     """Checkpoint saving and the timers wait for the device."""
     torch.cuda.synchronize = lambda device=None: None
+
+
+def import_megatron() -> None:
+    """Import megatron-core without torch's compiler, if there is no CUDA; to be called first.
+
+    megatron-core wraps its fused functions in torch.compile as it is imported, and the wrapping
+    alone loads the compiler: a third of the time in which a process starts. They stay plain
+    functions here; with the options that this project sets none of them is called anyway.
+    """
+    if torch.cuda.is_available():
+        return
+    wrap = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda other: other)  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core.distributed")
+    finally:
+        torch.compile = wrap
 
 
 PATCHES: tuple[Callable[[], None], ...] = (device_mode, current_device, rng_state, synchronize)

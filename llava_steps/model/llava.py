@@ -22,10 +22,10 @@ from torch import Tensor
 from llava_steps.core.errors import InputError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model import compiled
+from llava_steps.model.adapters import Adapters
 from llava_steps.model.attention import pack, upload
 from llava_steps.model.head import best, hits
 from llava_steps.model.kernels import Words
-from llava_steps.model.lora import Adapters
 from llava_steps.model.options import ModelOptions, transformer_config
 from llava_steps.model.rope import RotaryTable
 from llava_steps.model.specs import local_block_spec, mark_tensor_parallel

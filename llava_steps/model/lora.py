@@ -1,34 +1,21 @@
-"""Low-rank adapters on the language model's linears (LoRA, Hu et al. 2021, arXiv:2106.09685).
+"""Low-rank adapters in a checkpoint (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
-A linear x W' becomes x W' + scale (x A') B' with A [rank, in], B [out, rank], scale = alpha / rank;
-W is frozen. The adapters belong to megatron-core's fused linears: one A serves q, k and v, one gate
-and up. Their parts follow those of W: a column-parallel linear cuts B by rows, a row-parallel one A
-by columns, so only [T, rank] is ever exchanged.
+Nothing here needs megatron-core; adapters.py trains them.
 
-In a checkpoint they lie beside the weights as `lora.TARGET.a` and `.b`, layers stacked, with
-`lora.json`; a reader that does not know of them refuses such a checkpoint. `open_weights` reads it
-as if W were W + scale B A: that is how an export merges them.
+A linear x W' becomes x W' + scale (x A') B' with A [rank, in], B [out, rank], scale = alpha / rank.
+The adapters belong to megatron-core's fused linears: one A serves q, k and v, one gate and up.
+
+They lie beside the weights as `lora.TARGET.a` and `.b`, layers stacked, with `lora.json`; a reader
+that does not know of them refuses such a checkpoint. `open_weights` reads it as if W were
+W + scale B A: that is how an export merges them.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.utils import make_sharded_tensor_for_checkpoint as replicated
-from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint as cut
 from torch import Tensor
 
 from llava_steps.core import fsio
@@ -97,104 +84,6 @@ def stored_shapes(geometry: Geometry, lora: Lora) -> dict[str, tuple[int, ...]]:
         found[f"{PREFIX}{target}.a"] = (geometry.layers, lora.rank, width)
         found[f"{PREFIX}{target}.b"] = (geometry.layers, out, lora.rank)
     return found
-
-
-class Adapter(torch.nn.Module):
-    """The low-rank part of one linear, as much of it as belongs to this tensor-parallel rank.
-
-    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), the same in every layout; B is 0.
-    """
-
-    def __init__(self, linear: torch.nn.Module, lora: Lora, target: str, layer: int) -> None:
-        super().__init__()
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
-        self.column = isinstance(linear, ColumnParallelLinear)
-        self.sequence_parallel = bool(linear.sequence_parallel)
-        self.scale = lora.scale
-        tp = parallel_state.get_tensor_model_parallel_world_size()
-        out, width = weight.shape
-        place = list(PLACES).index(target)
-        generator = torch.Generator().manual_seed((lora.seed * 100003 + layer) * 8 + place)
-        whole = width if self.column else width * tp
-        first = torch.empty(lora.rank, whole).uniform_(-1, 1, generator=generator)
-        first /= math.sqrt(whole)
-        if not self.column:
-            first = first.chunk(tp, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
-        self.a = torch.nn.Parameter(first.to(weight.device, weight.dtype, copy=True).contiguous())
-        self.b = torch.nn.Parameter(weight.new_zeros(out, lora.rank))
-        own, shared = (self.b, self.a) if self.column else (self.a, self.b)
-        set_tensor_model_parallel_attributes(own, True, 0 if self.column else 1, 1)
-        # Each rank sees its own part of the sequence: megatron-core sums such gradients.
-        shared.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What comes to the linear's output: x [T (/tp), 1, in (/tp)] -> [T (/tp), 1, out (/tp)].
-
-        x and the result are cut as those of the linear are.
-        """
-        z = F.linear(x, self.a)
-        if self.column and self.sequence_parallel:
-            z = tensor_parallel.gather_from_sequence_parallel_region(
-                z, tensor_parallel_output_grad=True
-            )
-        elif self.column:
-            z = tensor_parallel.copy_to_tensor_model_parallel_region(z)
-        elif self.sequence_parallel:
-            z = tensor_parallel.reduce_scatter_to_sequence_parallel_region(z)
-        else:
-            z = tensor_parallel.reduce_from_tensor_model_parallel_region(z)
-        return F.linear(z, self.b) * self.scale
-
-
-class Adapters(torch.nn.Module):
-    """The adapters of the decoder layers of one pipeline chunk, hooked to their linears.
-
-    They are no children of the linears, so names and checkpoint of the frozen weights stay as they
-    are.
-    """
-
-    def __init__(self, lora: Lora, layers: Sequence[Any], geometry: Geometry) -> None:
-        super().__init__()
-        self.lora, self._layers = lora, geometry.layers
-        self.layers = torch.nn.ModuleList()
-        self._numbers = [int(layer.layer_number) - 1 for layer in layers]
-        for number, layer in zip(self._numbers, layers, strict=True):
-            own = torch.nn.ModuleDict()
-            for target in lora.targets:
-                linear = getattr(getattr(layer, PLACES[target]), target)
-                own[target] = adapter = Adapter(linear, lora, target, number)
-                linear.register_forward_hook(_added(adapter))
-            self.layers.append(own)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
-        """The adapters as parts of stacked tensors, in megatron-core's terms."""
-        state: dict[str, Any] = {}
-        for index, (number, own) in enumerate(zip(self._numbers, self.layers, strict=True)):
-            assert isinstance(own, torch.nn.ModuleDict)
-            layer = [(0, number, self._layers)]
-            for target, adapter in own.items():
-                assert isinstance(adapter, Adapter)
-                for name, value in (("a", adapter.a), ("b", adapter.b)):
-                    key = f"{PREFIX}{target}.{name}"
-                    if (name == "b") != adapter.column:
-                        part = replicated(value, key, prepend_offsets=layer)
-                    else:
-                        axis = 0 if adapter.column else 1
-                        part = cut(value, key, axis, prepend_offsets=layer)
-                        if target == "linear_fc1":  # a rank has its rows of gate, then of up
-                            part = apply_swiglu_sharded_factory(part, layer)
-                    state[f"{prefix}layers.{index}.{target}.{name}"] = part
-        return state
-
-
-def _added(adapter: Adapter) -> Any:
-    def hook(_: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> Any:
-        return outputs[0] + adapter(inputs[0]), outputs[1]
-
-    return hook
 
 
 def check_same(wanted: Lora | None, weights: Path) -> bool:

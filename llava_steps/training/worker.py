@@ -46,6 +46,9 @@ def main() -> int:
     if rank:
         log.setLevel(logging.WARNING)
     try:
+        from llava_steps.model import cpu_shim
+
+        cpu_shim.import_megatron()
         from llava_steps.training import loop, parallel
 
         with parallel.processes(job.stage):
