@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.patience import PATIENCE
 from tests.zygote import warm
 
@@ -129,16 +131,22 @@ class Chain:
         )
 
 
-def make(root: Path) -> Chain:
+def make(root: Path, steps: Sequence[Sequence[str]] = STEPS) -> Chain:
     """Run the steps up to the Megatron checkpoint, or find them done."""
     root.mkdir(parents=True, exist_ok=True)
     with alone(root, "chain"):
         done = root / "done"
         if not done.exists():
-            for module, *flags in STEPS:
+            for module, *flags in steps:
                 run_step(module, *flags, cwd=root)
             done.touch()
     return Chain(root)
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """The temporary directory that all parallel test workers of this session have in common."""
+    base = factory.getbasetemp()
+    return base.parent if base.name.startswith("popen-") else base
 
 
 def metrics(directory: Path) -> list[dict]:

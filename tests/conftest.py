@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests import chain as chain_module
+from tests.chain import shared
 
 # Tests start hundreds of processes. Where Python is told, as in many containers, not to keep what
 # it compiles, each of them compiles torch and megatron anew: 15 s of a processor.
@@ -21,6 +21,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> chain_module.Chain:
     """The tiny chain; one for all parallel test workers of this session."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base
-    return chain_module.make(Path(shared) / "chain")
+    return chain_module.make(shared(tmp_path_factory) / "chain")

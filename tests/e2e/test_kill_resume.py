@@ -1,7 +1,8 @@
 """SIGKILL of everything at a random moment of stage 2, then the same command again.
 
 The resumed training must be the uninterrupted one, bit for bit: losses (as hex floats), sample ids
-and final weights. LLAVA_STEPS_KILLS sets how often; the moments come from LLAVA_STEPS_KILL_SEED.
+and final weights. A training is killed up to four times before it is left alone. LLAVA_STEPS_KILLS
+sets how many kills there are; the moments come from LLAVA_STEPS_KILL_SEED.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from tests.patience import PATIENCE
 
 KILLS = int(os.environ.get("LLAVA_STEPS_KILLS", "10"))
 SEED = int(os.environ.get("LLAVA_STEPS_KILL_SEED", "20240607"))
-STEPS = 40
+STEPS, TOGETHER = 28, 4
 OVERLAY = {
     "demo_assets": {
         "pretrain_vision_steps": 0, "pretrain_text_steps": 0, "text_layers": 2, "vision_layers": 2,
     },
     "stage1": {"train_steps": 2, "warmup_steps": 0, "save_interval": 1000},
     "stage2": {
-        "train_steps": STEPS, "warmup_steps": 4, "save_interval": 7,
+        "train_steps": STEPS, "warmup_steps": 4, "save_interval": 5,
         "global_batch_size": 16, "micro_batch_size": 8,
     },
 }  # fmt: skip
@@ -43,34 +44,42 @@ class Run:
 
     root: Path
 
-    def command(self) -> list[str]:
-        line = "-m snakemake stage2_checkpoint --cores 2 --configfile overlay.yaml --quiet rules"
+    def command(self, target: str) -> list[str]:
+        line = f"-m snakemake {target} --cores 2 --configfile overlay.yaml --quiet rules"
         return [sys.executable, *line.split()]
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, target: str = "stage2_checkpoint") -> subprocess.Popen[bytes]:
         """Start snakemake as the leader of a process group of its own."""
         log = (self.root / "log.txt").open("ab")
         return subprocess.Popen(
-            self.command(), cwd=self.root, env=environment(), stdout=log, stderr=log,
+            self.command(target), cwd=self.root, env=environment(), stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
 
-    def finish(self) -> None:
-        process = self.start()
+    def finish(self, target: str = "stage2_checkpoint") -> None:
+        process = self.start(target)
         assert process.wait(timeout=PATIENCE) == 0, (self.root / "log.txt").read_text()[-5000:]
 
     @property
     def out(self) -> Path:
         return self.root / "results/demo/stage2_checkpoint"
 
+    def done(self) -> bool:
+        """Whether the training is sealed."""
+        return (self.out / "manifest.json").exists()
+
+    def steps(self) -> int:
+        """Steps that the training has reported; the link to it may be made anew at this moment."""
+        try:
+            return (self.out / "work/metrics.jsonl").read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+
     def wait_for_steps(self, count: int) -> None:
         """Until the running training has reported more than `count` steps."""
-        path = self.out / "work/metrics.jsonl"
         end = time.monotonic() + PATIENCE
-        while not path.exists() or path.read_bytes().count(b"\n") <= count:
+        while self.steps() <= count and not self.done():
             assert time.monotonic() < end, (self.root / "log.txt").read_text()[-5000:]
-            if (self.out / "manifest.json").exists():
-                return
             time.sleep(0.01)
 
     def forget_stage2(self) -> None:
@@ -126,32 +135,32 @@ def wait_for_orphans(root: Path) -> None:
 
 
 def test_killed_training_is_the_uninterrupted_one(run: Run) -> None:
-    began = time.monotonic()
-    run.finish()
-    expected = run.value()
-    assert len(expected[0]) == STEPS
-    # Every other moment is spread over what stage 2 takes alone, start-up and sealing included;
-    # the others follow a number of steps, so that however slow the machine is some hit a save.
-    run.forget_stage2()
+    run.finish("stage1_checkpoint")
     began = time.monotonic()
     run.finish()
     alone = time.monotonic() - began
-    assert run.value() == expected, "two uninterrupted runs already differ"
+    expected = run.value()
+    assert len(expected[0]) == STEPS
     chooser = random.Random(SEED)
-    resumed = 0
-    for number in range(KILLS):
+    kills = resumed = 0
+    while kills < KILLS:
         run.forget_stage2()
-        process = run.start()
-        if number % 2:
-            time.sleep(chooser.uniform(0.15, 1.0) * alone)
-        else:
-            run.wait_for_steps(chooser.randrange(STEPS))
-            time.sleep(chooser.uniform(0.0, 0.3))
-        kill_everything(process)
-        wait_for_orphans(run.root)
-        had = bool(list(run.out.glob("work/iter_*/commit.json")))
-        resumed += had
+        first = kills
+        while kills < min(first + TOGETHER, KILLS) and not run.done():
+            process = run.start()
+            # Every other moment is spread over what stage 2 takes alone, start-up and sealing
+            # included; the others follow a number of steps, so that however slow the machine is
+            # some hit a save.
+            if kills % 2:
+                time.sleep(chooser.uniform(0.15, 1.0) * alone)
+            else:
+                run.wait_for_steps(run.steps() + chooser.randrange(STEPS // TOGETHER))
+                time.sleep(chooser.uniform(0.0, 0.3))
+            kill_everything(process)
+            wait_for_orphans(run.root)
+            resumed += bool(list(run.out.glob("work/iter_*/commit.json")))
+            kills += 1
         run.finish()
-        assert run.value() == expected, f"kill {number} changed the result"
-        print(f"kill {number}: {'resumed from a checkpoint' if had else 'no checkpoint yet'}")
+        assert run.value() == expected, f"one of kills {first} to {kills - 1} changed the result"
+        print(f"kills {first} to {kills - 1}: the result is that of the training left alone")
     assert KILLS < 8 or resumed > 1, "no kill hit a training that had saved something"

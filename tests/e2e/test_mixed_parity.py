@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests import reference
-from tests.chain import Chain, metrics, run_step, sample_ids
+from tests.chain import Chain, alone, make, metrics, sample_ids, shared
 from tests.unit.hf_fixtures import make_siglip, make_text, make_tokenizer
 
 STEPS, BATCH = 20, 8
@@ -33,7 +33,17 @@ LAYOUTS = {
 FAMILIES = ("llama", "qwen3")
 
 
-def write_data(raw: Path) -> Path:
+MIXED = (
+    ("shard_tars", "--source=raw/train.json", "--save-dir=results/tar_shards"),
+    ("prepare_energon", "--tar-dir=results/tar_shards", "--split=1,0,0",
+     "--save-dir=results/energon_dataset"),
+    ("build_hf", "--vision-tower=tower", "--text-model=text", "--save-dir=results/hf_model",
+     "--vision-feature-select-strategy=full"),
+    ("hf_to_megatron", "--hf-dir=results/hf_model", "--save-dir=results/megatron_checkpoint"),
+)  # fmt: skip
+
+
+def write_data(raw: Path) -> None:
     """Forty samples, ragged in every respect, as a LLaVA JSON."""
     rng = random.Random(5)
     words = [
@@ -69,26 +79,19 @@ def write_data(raw: Path) -> Path:
             sample["image"] = images
         samples.append(sample)
     (raw / "train.json").write_text(json.dumps(samples))
-    return raw / "train.json"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    root = tmp_path_factory.mktemp(request.param)
-    source = write_data(root / "raw")
-    make_siglip(root / "tower")
-    make_text(root / "text", make_tokenizer(), family=request.param, tie_word_embeddings=True)
-    for module, *flags in (
-        ("shard_tars", f"--source={source}", "--save-dir=results/tar_shards"),
-        ("prepare_energon", "--tar-dir=results/tar_shards", "--split=1,0,0",
-         "--save-dir=results/energon_dataset"),
-        ("build_hf", "--vision-tower=tower", "--text-model=text", "--save-dir=results/hf_model",
-         "--vision-feature-select-strategy=full"),
-        ("hf_to_megatron", "--hf-dir=results/hf_model",
-         "--save-dir=results/megatron_checkpoint"),
-    ):  # fmt: skip
-        run_step(module, *flags, cwd=root)
-    return Chain(root)
+    root = shared(tmp_path_factory) / request.param
+    root.mkdir(exist_ok=True)
+    with alone(root, "sources"):
+        if not (root / "text").exists():
+            write_data(root / "raw")
+            make_siglip(root / "tower")
+            family = {"family": request.param, "tie_word_embeddings": True}
+            make_text(root / "new", make_tokenizer(), **family).rename(root / "text")
+    return make(root, MIXED)
 
 
 @pytest.fixture(scope="module")

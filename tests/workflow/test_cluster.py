@@ -56,7 +56,8 @@ def submitted(project: Project, tmp_path: Path, *arguments: str) -> list[str]:
     """The words of the one sbatch call that a run makes."""
     site = ("slurm_account=a", "slurm_partition=p", "runtime=9", "mem_mb=500",
             "slurm_extra='--signal=TERM@300'")  # fmt: skip
-    options = ("--retries", "0", "--default-resources", *site, "--", "stage2_checkpoint")
+    at_once = ("--slurm-init-seconds-before-status-checks", "1")
+    options = (*at_once, "--retries", "0", "--default-resources", *site, "--", "stage2_checkpoint")
     output = project.snakemake("--profile", "slurm", *arguments, *options, code=1)
     assert (tmp_path / "sbatch").exists(), output
     words = (tmp_path / "sbatch").read_text().split("\0")[:-1]
