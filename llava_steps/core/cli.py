@@ -167,6 +167,9 @@ def flags(config: BaseModel, roles: Collection[str] = ROLES) -> list[str]:
     """The shortest command line that `parse` reads back to `config`: defaults are left out.
 
     With `roles`, only the flags of fields in these roles.
+
+    Raises:
+        ConfigError: a text that no command line can carry.
     """
     line: list[str] = []
     for name, field in type(config).model_fields.items():
@@ -177,6 +180,8 @@ def flags(config: BaseModel, roles: Collection[str] = ROLES) -> list[str]:
         if not field.is_required() and current == default and type(current) is type(default):
             continue
         flag = flag_name(name, field)
+        if current == "--" or (isinstance(current, list) and "--" in current):
+            raise ConfigError(f"{name}: '--' alone is dropped by argparse, also behind '='")
         if isinstance(current, bool):
             line.append(flag if current else "--no-" + flag.removeprefix("--"))
         elif isinstance(current, dict):

@@ -696,7 +696,13 @@ class Config(BaseModel):
     store: str = Field(
         "store", min_length=1, description="directory of the artefacts, shared by runs"
     )
-    image: str = Field("", description="container image for the steps; empty: this environment")
+    image: str = Field(
+        "",
+        # Snakemake puts it into its command lines as it is.
+        pattern=r"^([A-Za-z0-9_./][A-Za-z0-9_./:@+=,~-]*)?$",
+        description="container image for the steps: a file, without spaces in its path, or "
+        "docker://...@sha256:...; empty: this environment",
+    )
     cluster: Cluster = Field(default_factory=Cluster)
     demo_assets: DemoAssets | None = Field(None, description="makes the demo's data and models")
     tar_shards: TarShards
@@ -709,6 +715,13 @@ class Config(BaseModel):
     hf_export: HfExport = Field(default_factory=HfExport)
     evaluation: Evaluation
     report: Report = Field(default_factory=Report)
+
+    @field_validator("run", "results", "store")
+    @classmethod
+    def _can_be_made(cls, path: str) -> str:
+        if any(len(name.encode()) > 255 for name in path.split("/")):
+            raise ValueError("no file system takes a name of more than 255 bytes")
+        return path
 
     @field_validator("audit")
     @classmethod

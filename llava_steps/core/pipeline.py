@@ -7,6 +7,7 @@ a stage can train on a dataset of its own or start from another checkpoint.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -186,7 +187,7 @@ def _rule(name: str, config: Config, run: Path, image: str, feeds: Mapping[str, 
             filled[key] = str(run / "demo_assets" / text.removeprefix(DEMO))
         elif text:
             files += _on_disk(text, key in DATA_FILES)
-            if key == "data_path" and Path(text).is_file():
+            if key == "data_path" and os.path.isfile(text):
                 for path in read_blend(Path(text), "train").files:
                     files += _on_disk(str(path), True)
         elif key in feeds:
@@ -211,7 +212,8 @@ def _rule(name: str, config: Config, run: Path, image: str, feeds: Mapping[str, 
 
 def _on_disk(text: str, is_data: bool) -> list[str]:
     """What to watch for a path that the configuration names; nothing for a hub id."""
-    path = Path(text)
-    if (path / MANIFEST).is_file():
-        return [str(path / MANIFEST)]
-    return [text] if is_data or path.exists() else []
+    # os.path: no error for what cannot be a path, such as a name that is too long.
+    manifest = os.path.join(text, MANIFEST)
+    if os.path.isfile(manifest):
+        return [str(Path(manifest))]
+    return [text] if is_data or os.path.exists(text) else []

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.workflow.project import Project
-from tests.workflow.test_hostile import VALUES
+from tests.workflow.values import VALUES
 
 SBATCH = """#!/bin/sh
 # Notes its arguments and refuses: what is asked for is all that the tests look at.
@@ -80,11 +80,14 @@ def test_one_node(cluster: Project, tmp_path: Path) -> None:
 
 def test_several_nodes(cluster: Project, tmp_path: Path) -> None:
     overlay = cluster.overlay(
-        "stage2: {nodes: 2, tensor_model_parallel: 2}\ncluster: {gres: gpu}\n"
+        "stage2: {nodes: 2, tensor_model_parallel: 2, name: '$(touch canary)'}\n"
+        "cluster: {gres: gpu}\nreport: {title: '`touch canary`'}\n"
     )
     words = submitted(cluster, tmp_path, "--configfile", overlay)
     assert {"--gres=gpu:2", "--nodes=2", "--ntasks=2", "--cpus-per-task=2"} <= {*words}
     assert words[words.index("-t") + 1] == "1440"
+    assert words[words.index("--comment") + 1] == "rule_stage2_checkpoint_wildcards_"
+    assert "canary" not in " ".join(words) and not list(cluster.root.rglob("canary*"))
 
 
 def test_the_plan_shows_what_each_job_asks_for(cluster: Project) -> None:

@@ -7,42 +7,7 @@ import json
 import yaml
 
 from tests.workflow.project import Project
-
-VALUES = [
-    "two words",
-    "it's",
-    'say "yes"',
-    "; touch canary",
-    "$(touch canary)",
-    "`touch canary`",
-    "| touch canary",
-    "&& touch canary",
-    "> canary",
-    "a\ntouch canary\nb",
-    "'; touch canary; '",
-    '"; touch canary; "',
-    "\\",
-    "\\'$(touch canary)",
-    "{output}",
-    "{{x}}",
-    "{config[run]}",
-    "{wildcards.x!r:>9}",
-    "*",
-    "[a-z]*?",
-    "~",
-    "#",
-    "!!",
-    "%s%n",
-    "${HOME}",
-    "日本語",
-    "\u00e9\u0301\u202e",
-    "-x",
-    "--force",
-    "=",
-    "\t",
-    " ",
-]
-"""No empty one: an empty text means "not given" in the settings that take a path."""
+from tests.workflow.values import VALUES
 
 
 def test_values_reach_the_step_as_they_are(fresh: Project) -> None:

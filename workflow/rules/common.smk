@@ -12,8 +12,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from llava_steps.core import lease, load, pipeline, run
-from llava_steps.core.config import Stage
+from llava_steps.core import lease, load, pipeline, run, slurm
 from llava_steps.core.container import image_digest
 from llava_steps.core.errors import ConfigError, LockedError, StepError
 
@@ -81,39 +80,22 @@ for variable in [*os.environ]:
     if PASSED.fullmatch(variable):
         os.environ.setdefault(f"APPTAINERENV_{variable}", os.environ[variable])
 
-# What srun tells each task about its place. Slurm knows it inside the task only, so a fixed line
-# of shell hands it on; everything that comes from the configuration is an argument behind it.
-TASK = [
-    f"SLURM_{name}" for name in ("STEP_ID", "STEP_NUM_TASKS", "PROCID", "LOCALID")
-] + ["SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES"]
-HAND_ON = (
-    "for name in "
-    + " ".join(TASK)
-    + '; do value=$(printenv "$name") && export "APPTAINERENV_$name=$value"; done; exec "$@"'
-)
-
 
 def start(name):
     """Beginning of a training's command: with several nodes a launcher on each of them."""
     stage = steps[name].settings
-    python = ["python", "-m", steps[name].module]
-    if stage.nodes == 1:
-        return python
-    srun = [
-        "srun",
-        f"--nodes={stage.nodes}",
-        f"--ntasks={stage.nodes}",
-        "--ntasks-per-node=1",
-        "--kill-on-bad-exit=1",
-    ]
-    if cfg.cluster.gres:
-        srun.append(f"--gres={cfg.cluster.gres}:{stage.gpus}")
-    if not cfg.image:
-        return [*srun, *python]
-    # `container:` would wrap srun itself, so these rules have none and each task enters it.
-    arguments = shlex.split(workflow.deployment_settings.apptainer_args)
-    inside = ["apptainer", "exec", f"--home={Path.cwd()}", *arguments, image_file()]
-    return [*srun, "sh", "-c", HAND_ON, "sh", *inside, *python]
+    inside = []
+    if stage.nodes > 1 and cfg.image:
+        # `container:` would wrap srun itself, so these rules have none and each task enters it.
+        arguments = shlex.split(workflow.deployment_settings.apptainer_args)
+        inside = [
+            "apptainer",
+            "exec",
+            f"--home={Path.cwd()}",
+            *arguments,
+            image_file(),
+        ]
+    return slurm.launchers(stage, steps[name].module, cfg.cluster.gres, inside)
 
 
 def image_file():
@@ -133,24 +115,7 @@ def container_of(name):
 
 def asks(name):
     """Resources of a rule's job, as far as the configuration decides them."""
-    wanted = {
-        resource: asked[name]
-        for resource, asked in (
-            ("runtime", cfg.cluster.runtime),
-            ("mem_mb", cfg.cluster.mem_mb),
-            ("cpus_per_task", cfg.cluster.cpus),
-        )
-        if name in asked
-    }
-    stage = steps[name].settings
-    if isinstance(stage, Stage):
-        wanted.setdefault("cpus_per_task", stage.gpus * (1 + stage.num_workers))
-        wanted["nodes"] = stage.nodes
-        if cfg.cluster.gres:
-            wanted |= {"gres": f"{cfg.cluster.gres}:{stage.gpus}", "tasks_per_gpu": 0}
-        if stage.nodes > 1:
-            wanted |= {"mpi": "srun", "tasks": stage.nodes}
-    return wanted
+    return slurm.asks(name, steps[name].settings, cfg.cluster)
 
 
 def request_forced():

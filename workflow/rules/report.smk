@@ -35,4 +35,4 @@ rule report:
         made=str(steps["report"].out / "report.html"),
     shell:
         "python -m llava_steps.report {params.flags:q} {quiet[report]:q}"
-        " && cp {params.made:q} {output.page:q}"
+        " && cp -- {params.made:q} {output.page:q}"

@@ -1,0 +1,70 @@
+"""What a rule asks Slurm for, and the command that starts a training on several nodes.
+
+Words, never a line: whoever runs them in a shell quotes each one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llava_steps.core.config import Cluster, Stage, StepConfig
+
+TASK = (
+    "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURMD_NODENAME",
+    "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""What srun tells each task about its place."""
+HAND_ON = (
+    f'for name in {" ".join(TASK)}; do value=$(printenv "$name") && '
+    'export "APPTAINERENV_$name=$value"; done; exec "$@"'
+)
+"""Slurm knows TASK inside the task only, so this fixed line of shell hands it to the container;
+everything that comes from the configuration is an argument behind it."""
+
+
+def launchers(stage: Stage, module: str, gres: str, container: Sequence[str] = ()) -> list[str]:
+    """Words of the command, which the stage's flags follow.
+
+    `gres` is Slurm's name of a node's GPUs, empty to ask for none. `container` are the words that
+    enter an image; with several nodes each task does so itself, with one the workflow does.
+    """
+    python = ["python", "-m", module]
+    return (
+        python if stage.nodes == 1 else [*tasks(stage.nodes, stage.gpus, gres, container), *python]
+    )
+
+
+def tasks(nodes: int, gpus: int, gres: str, container: Sequence[str] = ()) -> list[str]:
+    """Words before a command that runs once on each node, inside a container if there is one."""
+    words = [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+    ]
+    if gres:
+        words.append(f"--gres={gres}:{gpus}")
+    return [*words, "sh", "-c", HAND_ON, "sh", *container] if container else words
+
+
+def asks(name: str, settings: StepConfig, cluster: Cluster) -> dict[str, Any]:
+    """Snakemake's resources of a rule's job, as far as the configuration decides them."""
+    wanted: dict[str, Any] = {
+        resource: asked[name]
+        for resource, asked in (
+            ("runtime", cluster.runtime),
+            ("mem_mb", cluster.mem_mb),
+            ("cpus_per_task", cluster.cpus),
+        )
+        if name in asked
+    }
+    if isinstance(settings, Stage):
+        wanted.setdefault("cpus_per_task", settings.gpus * (1 + settings.num_workers))
+        wanted["nodes"] = settings.nodes
+        if cluster.gres:
+            wanted |= {"gres": f"{cluster.gres}:{settings.gpus}", "tasks_per_gpu": 0}
+        if settings.nodes > 1:
+            wanted |= {"mpi": "srun", "tasks": settings.nodes}
+    return wanted
