@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "evaluation": {"core", "data", "evaluation"},
     "reporting": {"core", "reporting"},
     "planning": {"core", "planning"},
+    "checks": {"core", "checks"},
 }
 STEPS = set(MAY_IMPORT)
 """What a module directly in llava_steps/ may import: everything but another such module."""

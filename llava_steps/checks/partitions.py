@@ -1,0 +1,141 @@
+"""What jobs ask Slurm for against what its partitions have: `sinfo` is asked, nothing submitted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_steps.checks.finding import Finding
+from llava_steps.core import slurm
+from llava_steps.core.config import Cluster
+from llava_steps.core.errors import ConfigError
+from llava_steps.core.pipeline import Rule
+
+FORMAT = "%P|%a|%l|%D|%c|%m|%G"
+"""Of sinfo: partition, state, time limit, nodes, CPUs, MB, GPUs; a row for nodes of one kind."""
+FOREVER = 10**9
+
+
+@dataclass(frozen=True)
+class Row:
+    """Nodes of one kind in a partition; minutes and memory in MB."""
+
+    partition: str
+    default: bool
+    minutes: int
+    nodes: int
+    cpus: int
+    mem_mb: int
+    gpus: Mapping[str, int]
+    """Number of a node's GPUs by name, `gpu` and `gpu:h100` alike."""
+
+
+def check(rules: Mapping[str, Rule], cluster: Cluster, profile: Path) -> Iterator[Finding]:
+    """Whether each rule's job could ever run; rules that ask for the same are told together."""
+    if not shutil.which("sinfo"):
+        yield Finding("note", "Slurm", "no sinfo here: jobs cannot be compared with partitions")
+        return
+    answer = subprocess.run(
+        ["sinfo", "--noheader", f"--format={FORMAT}"], capture_output=True, text=True
+    )
+    if answer.returncode:
+        last = (answer.stderr.strip().splitlines() or [f"sinfo ended with {answer.returncode}"])[-1]
+        yield Finding("fail", "Slurm", last, "Is slurmctld up, and SLURM_CONF set?")
+        return
+    rows = parse(answer.stdout)
+    site = settings(profile)
+    alike: dict[str, list[str]] = {}
+    for name, rule in rules.items():
+        wanted = site["default-resources"] | slurm.asks(name, rule.settings, cluster)
+        wanted |= site["set-resources"].get(name, {})
+        asked = {key: wanted.get(key) for key in ("slurm_partition", *LIMITS) if wanted.get(key)}
+        alike.setdefault(yaml.safe_dump(asked), []).append(name)
+    for text, names in alike.items():
+        yield _one(", ".join(names), yaml.safe_load(text), rows)
+
+
+LIMITS = ("nodes", "gres", "cpus_per_task", "mem_mb", "runtime")
+
+
+def settings(profile: Path) -> dict[str, Any]:
+    """Resources that a profile's site part names: default-resources and set-resources.
+
+    Raises:
+        ConfigError: the file is none.
+    """
+    try:
+        found = yaml.safe_load(profile.read_text(encoding="utf-8"))
+        return {key: found.get(key) or {} for key in ("default-resources", "set-resources")}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"--profile {profile}: {error}") from None
+
+
+def parse(text: str) -> list[Row]:
+    """Rows of sinfo in FORMAT; partitions that are down are left out."""
+    found = []
+    for line in text.splitlines():
+        name, state, limit, nodes, cpus, memory, gres = line.split("|")
+        if state != "up":
+            continue
+        gpus: dict[str, int] = {}
+        # Without the sockets that Slurm adds in brackets, as in gpu:h100:8(S:0-1).
+        for kind, number in re.findall(r"([\w:.-]+):(\d+)", re.sub(r"\([^)]*\)", "", gres)):
+            plain = kind.partition(":")[0]
+            gpus[kind] = gpus.get(kind, 0) + int(number)
+            if plain != kind:
+                gpus[plain] = gpus.get(plain, 0) + int(number)
+        count, cores, mem = (int(word.rstrip("+")) for word in (nodes, cpus, memory))
+        name, star, _ = name.partition("*")
+        found.append(Row(name, bool(star), minutes(limit), count, cores, mem, gpus))
+    return found
+
+
+def minutes(limit: str) -> int:
+    """Slurm's [days-]hours:minutes:seconds, or minutes:seconds, as whole minutes."""
+    if not re.fullmatch(r"[\d:-]+", limit):
+        return FOREVER
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, mins = (parts[0], parts[1]) if days or len(parts) == 3 else (0, parts[0])
+    return int(days or 0) * 1440 + hours * 60 + mins
+
+
+def _one(names: str, asked: Mapping[str, Any], rows: list[Row]) -> Finding:
+    partition = asked.get("slurm_partition")
+    mine = [row for row in rows if (row.partition == partition if partition else row.default)]
+    what = f"Slurm, {names}"
+    if not mine:
+        known = ", ".join(sorted({row.partition for row in rows})) or "none"
+        named = f"partition {partition!r}" if partition else "a default partition"
+        fix = "Set slurm_partition in the site's part of the profile"
+        return Finding("fail", what, f"there is no {named} that is up; there are: {known}", fix)
+    lacks = [_lacks(asked, row) for row in mine]
+    if not all(lacks):
+        words = " ".join(f"{key}={asked[key]}" for key in LIMITS if key in asked)
+        return Finding("ok", what, f"{words} fits partition {mine[0].partition}")
+    best = min(lacks, key=len)
+    fix = "Change `cluster` or the stage in the configuration, or the partition in the profile"
+    return Finding("fail", what, f"partition {mine[0].partition} has {'; '.join(best)}", fix)
+
+
+def _lacks(asked: Mapping[str, Any], row: Row) -> list[str]:
+    """What nodes of this kind have too little of."""
+    found = []
+    gres, _, number = str(asked.get("gres", "")).rpartition(":")
+    for have, want, unit in (
+        (row.nodes, asked.get("nodes", 1), "nodes"),
+        (row.gpus.get(gres, 0), int(number or 0), f"{gres} a node"),
+        (row.cpus, asked.get("cpus_per_task", 1), "CPUs a node"),
+        (row.mem_mb, asked.get("mem_mb", 0), "MB a node"),
+        (row.minutes, asked.get("runtime", 0), "minutes at most"),
+    ):
+        if isinstance(want, int) and have < want:
+            found.append(f"{have} {unit}, {want} are asked for")
+    return found

@@ -1,0 +1,139 @@
+"""Where steps would run: the image, GPUs in it, and processes that reach each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_steps.checks.finding import Finding
+from llava_steps.core import container, slurm
+from llava_steps.core.config import Config, Stage
+from llava_steps.core.errors import ConfigError
+
+PROBE = "llava_steps.training.probe"
+INSTALL = "Install Apptainer, or leave image empty to use the environment that you are in"
+
+
+def image(config: Config) -> Iterator[Finding]:
+    """Whether the image is there, and by which digest it counts."""
+    if not config.image:
+        yield Finding("ok", "image", f"none: steps run in {sys.prefix}")
+        return
+    try:
+        digest = container.image_digest(config.image, Path(config.store))
+    except ConfigError as error:
+        yield Finding("fail", "image", str(error).removeprefix("image: "))
+        return
+    yield Finding("ok", "image", f"{config.image} is {digest}")
+    if runtime() is None:
+        yield Finding("fail", "image", "neither apptainer nor singularity is installed", INSTALL)
+
+
+def runtime() -> str | None:
+    """The program that enters images."""
+    return next(filter(None, map(shutil.which, container.RUNTIMES)), None)
+
+
+def here(config: Config, arguments: Sequence[str]) -> Iterator[Finding]:
+    """Two processes on this machine, in the image if there is one."""
+    inside = _inside(config, arguments)
+    if inside is None:
+        return
+    with tempfile.TemporaryDirectory(dir=config.store, prefix=".probe-") as place:
+        line = [*inside, "python" if config.image else sys.executable, "-m", PROBE]
+        line += _options(config.stage2, Path(place))
+        running = []
+        for rank in ("0", "1"):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+            own |= {f"APPTAINERENV_{name}": value for name, value in own.items()}
+            plain = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+            running.append(
+                subprocess.Popen(
+                    line, env=plain | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
+            )
+        answers = [process.communicate() for process in running]
+    yield from _told("this machine", answers, config.stage2)
+
+
+def on_nodes(config: Config, stage: Stage, site: Sequence[str], arguments: Sequence[str]
+             ) -> Iterator[Finding]:  # fmt: skip
+    """The nodes of a stage, asked for with srun; waits until Slurm has them."""
+    what = f"nodes of stage {stage.stage}"
+    if not shutil.which("srun"):
+        yield Finding("fail", what, "there is no srun here", "Run it where jobs are submitted")
+        return
+    inside = _inside(config, arguments)
+    if inside is None:
+        return
+    with tempfile.TemporaryDirectory(dir=config.store, prefix=".probe-") as place:
+        wanted = slurm.asks(f"stage{stage.stage}_checkpoint", stage, config.cluster)
+        line = [
+            *slurm.tasks(stage.nodes, stage.gpus, config.cluster.gres, inside),
+            *("python", "-m", PROBE),
+        ]
+        line[1:1] = [f"--cpus-per-task={wanted['cpus_per_task']}", "--time=10", *site]
+        done = subprocess.run(
+            [*line, *_options(stage, Path(place))], capture_output=True, text=True
+        )
+    yield from _told(what, [(done.stdout, done.stderr)], stage, stage.nodes)
+
+
+def _inside(config: Config, arguments: Sequence[str]) -> list[str] | None:
+    """Words that enter the image; None where it cannot be entered, which `image` has told."""
+    if not config.image:
+        return []
+    program = runtime()
+    if program is None or not Path(config.image).is_file():
+        return None
+    return [program, "exec", f"--home={Path.cwd()}", *arguments, str(Path(config.image).absolute())]
+
+
+def _options(stage: Stage, place: Path) -> list[str]:
+    return [
+        f"--place={place.absolute()}",
+        f"--interface={stage.interface}",
+        f"--master-addr={stage.master_addr}",
+        f"--backend={stage.backend}",
+    ]
+
+
+def _told(
+    what: str, answers: list[tuple[str, str]], stage: Stage, count: int = 2
+) -> Iterator[Finding]:
+    """Findings from what the processes printed."""
+    rows = sorted(
+        (json.loads(line) for out, _ in answers for line in out.splitlines() if line[:1] == "{"),
+        key=lambda row: row["rank"],
+    )
+    wrong = [f"{row['host']}: {row['error']}" for row in rows if "error" in row]
+    if len(rows) < count and not wrong:
+        last = [line for _, error in answers for line in error.strip().splitlines()[-1:]]
+        wrong = last or [f"{len(rows)} of {count} processes answered"]
+    if wrong:
+        fix = "interface or master_addr of the stage may help, where machines have several networks"
+        yield Finding("fail", what, "; ".join(dict.fromkeys(wrong)), fix)
+        return
+    row: dict[str, Any] = rows[0]
+    hosts = ", ".join(dict.fromkeys(row["host"] for row in rows))
+    yield Finding("ok", what, f"torch {row['torch']}, megatron-core {row['megatron']} on {hosts}")
+    if "backend" in row:
+        slowest = min(row["mb_per_s"] for row in rows)
+        found = f"{count} processes met and added up by {row['backend']}, {slowest} MB/s"
+        yield Finding("ok", what, found)
+    for row in rows:
+        few = len(row["gpus"]) < stage.gpus
+        seen = f"{row['host']} shows {len(row['gpus'])} GPUs ({', '.join(row['gpus']) or 'none'})"
+        if few and count == stage.nodes and what.startswith("nodes"):
+            fix = "--nv in apptainer-args of the profile, and cluster.gres, make them visible"
+            found = f"{seen}, {stage.gpus} are asked for"
+            yield Finding("fail" if row["gpus"] else "note", what, found, fix)
+        elif row["rank"] == 0:
+            yield Finding("ok" if row["gpus"] else "note", what, seen)

@@ -1,0 +1,118 @@
+"""Is this machine, or this cluster, ready for a run? Looked at before it costs a night.
+
+    python -m llava_steps.doctor --configfile mine.yaml
+    python -m llava_steps.doctor --configfile mine.yaml --profile workflow/profiles/slurm
+    python -m llava_steps.doctor --configfile mine.yaml --profile workflow/profiles/slurm --on-nodes
+
+Looks at the image and its digest; two processes that meet on this machine, inside the image; what
+the file systems of results and store do, and their room; what jobs ask for against Slurm's
+partitions (with --profile); W&B. --on-nodes asks Slurm for the nodes of each stage, waits for
+them, and has a process on each see its GPUs and reach the others.
+
+Exit codes: 0 nothing is in the way · 3 something is; the line says what to do about it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from llava_steps.checks import disk, partitions, processes, tracking
+from llava_steps.checks.finding import Finding
+from llava_steps.core import load, pipeline
+from llava_steps.core.config import Config
+from llava_steps.core.errors import InputError, StepError
+from llava_steps.planning import stages
+from llava_steps.planning.models import model_of
+
+CONFIG = Path("config/config.yaml")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the findings; returns the exit code."""
+    given = parser().parse_args(arguments)
+    failed = 0
+    try:
+        config = load.load([CONFIG, *given.configfile])
+        for finding in findings(config, given):
+            failed += finding.level == "fail"
+            print(json.dumps(asdict(finding)) if given.json else finding, flush=True)
+    except StepError as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return error.exit_code
+    if not given.json:
+        print(f"in the way: {failed or 'nothing'}")
+    return InputError.exit_code if failed else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m llava_steps.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--configfile", type=Path, action="append", default=[], help="overlay")
+    made.add_argument(
+        "--profile", type=Path, metavar="DIR", help="profile whose jobs Slurm would get"
+    )
+    made.add_argument(
+        "--on-nodes", action="store_true", help="ask Slurm for the nodes of each stage, and wait"
+    )
+    made.add_argument(
+        "--srun", default="", metavar="WORDS", help="flags for srun, as '-A account -p gpu'"
+    )
+    made.add_argument(
+        "--apptainer-args", default="--nv --cleanenv", help="as in the profile (%(default)s)"
+    )
+    made.add_argument("--json", action="store_true", help="each finding as a line of JSON")
+    return made
+
+
+def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
+    """All checks, the quick ones first.
+
+    Raises:
+        ConfigError: the profile cannot be read.
+    """
+    inside = shlex.split(given.apptainer_args)
+    store = Path(config.store)
+    yield from disk.check("store", store)
+    yield from disk.check("results", Path(config.results))
+    if store.is_dir():
+        yield disk.room("store", store, needed(config))
+    yield from tracking.check([config.stage1, config.stage2])
+    yield from processes.image(config)
+    if given.profile:
+        profile = given.profile / "config.yaml" if given.profile.is_dir() else given.profile
+        yield from partitions.check(pipeline.chain(config), config.cluster, profile)
+    yield from processes.here(config, inside)
+    if given.on_nodes:
+        for stage in (config.stage1, config.stage2):
+            yield from processes.on_nodes(config, stage, shlex.split(given.srun), inside)
+
+
+def needed(config: Config) -> int | None:
+    """Bytes that models and checkpoints of a run take at most; None while its model is not known.
+
+    The data are left out: they are copied once, as tars.
+    """
+    try:
+        geometry = model_of(config).geometry
+        plans = [
+            stages.stage_plan(geometry, stage, stages.Data.assumed(geometry, 200, stage.seq_length))
+            for stage in (config.stage1, config.stage2)
+        ]
+    except StepError:
+        return None
+    weights = plans[0].parameters * (2 if "16" in geometry.dtype else 4)
+    return 4 * weights + sum(stages.disk(geometry, plan) for plan in plans)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
