@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,11 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.torch import load_file
+
+from tests.workflow.values import HOSTILE
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 PLACE = Path("/tmp/llava-steps-cluster")
+NASTY = " ".join(HOSTILE)
+"""A label of stage 2 and the title of the report, which must arrive as they are."""
 OVERLAY = """
 run: tiny
 image: cpu.sif
@@ -40,7 +46,7 @@ stage1:
    warmup_steps: 1, save_interval: 2, wandb: true}
 stage2:
   {nodes: 2, gpus: 2, tensor_model_parallel: 2, micro_batch_size: 2, global_batch_size: 4,
-   train_steps: 60, warmup_steps: 2, save_interval: 5, stall_timeout: 120}
+   train_steps: 60, warmup_steps: 2, save_interval: 5, stall_timeout: 600}
 audit: {samples: 20}
 evaluation: {max_new_tokens: 2}
 """
@@ -60,10 +66,23 @@ PATIENCE = 900.0
 
 
 def sh(*words: str | Path, check: bool = True) -> str:
-    """stdout of a command."""
-    return subprocess.run(
-        [str(word) for word in words], check=check, stdout=subprocess.PIPE, text=True
-    ).stdout
+    """stdout of a command; one that fails tells the end of what it wrote."""
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    if check and done.returncode:
+        raise AssertionError(f"{words[0]}: {done.stdout[-3000:]}{done.stderr[-6000:]}")
+    return done.stdout
+
+
+def left_running(state: Path) -> list[str]:
+    """Command lines of processes that this run started, by their directories."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            names = (path / "environ").read_bytes().split(b"\0")
+            started = f"STATE={state}".encode() in names
+            if started or PLACE in (where := (path / "cwd").readlink(), *where.parents):
+                found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if line]
 
 
 def until(what: str, condition: Callable[[], Any]) -> Any:
@@ -90,13 +109,15 @@ class Cluster:
         self.place.mkdir()
         for name in ("llava_steps", "workflow", "config", "slurm", "pyproject.toml"):
             sh("cp", "-a", ROOT / name, self.place / name)
-        (self.place / "tiny.yaml").write_text(OVERLAY)
+        settings = yaml.safe_load(OVERLAY) | {"report": {"title": NASTY}}
+        settings["stage2"]["name"] = NASTY
+        (self.place / "tiny.yaml").write_text(yaml.safe_dump(settings))
 
     def start(self, *targets: str) -> subprocess.Popen[bytes]:
         """snakemake --profile slurm, as a user would, with this machine's site settings."""
         line = [
             sys.executable, "-m", "snakemake", "--profile", "slurm", "--configfile", "tiny.yaml",
-            "--apptainer-args", "--cleanenv", "--latency-wait", "20", "--default-resources", *SITE,
+            "--apptainer-args=--cleanenv", "--latency-wait", "20", "--default-resources", *SITE,
             "--slurm-init-seconds-before-status-checks", "2", "--", *targets,
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SNAKEMAKE")}
@@ -109,7 +130,7 @@ class Cluster:
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for a run, which must end well."""
-        code = process.wait(timeout=2 * PATIENCE)
+        code = process.wait(timeout=4 * PATIENCE)
         self.running = None
         assert code == 0, self.logs()
 
@@ -129,6 +150,11 @@ class Cluster:
     def stage2(self) -> Path:
         """Store entry of stage 2 while it is trained."""
         return self.out / "stage2_checkpoint/work"
+
+    def entry(self) -> Path:
+        """Store entry of stage 2, the only one."""
+        (found,) = (self.store / "stage2_checkpoint").iterdir()
+        return found
 
     def steps(self) -> int:
         with contextlib.suppress(FileNotFoundError):
@@ -157,28 +183,46 @@ def requeue(cluster: Cluster, process: subprocess.Popen[bytes]) -> subprocess.Po
 
 
 def time_limit(cluster: Cluster, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
-    sh("scontrol", "update", f"JobId={cluster.job()}", "TimeLimit=1")
+    job = cluster.job()
+    # Slurm looks at limits once in a while: the training must not end before. A worker that is
+    # stopped keeps all others waiting, and the signal that came is seen by it when it goes on.
+    worker = processes(job, 1, b"training.worker")[0]
+    os.kill(worker, signal.SIGSTOP)
+    minutes = int(sh("squeue", "-h", "-j", job, "-o", "%M").split(":")[-2]) + 2
+    sh("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    asked = 1 << signal.SIGTERM - 1
+    status = Path(f"/proc/{worker}/status")
+
+    def told() -> bool:
+        pending = re.findall(r"^\w+Pnd:\t(\w+)", status.read_text(), flags=re.M)
+        return any(int(mask, 16) & asked for mask in pending)
+
+    until("the signal before the time limit", told)
+    os.kill(worker, signal.SIGCONT)
     return process
 
 
 def killed_step(cluster: Cluster, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
-    job = cluster.job()
+    for pid in processes(cluster.job(), 1, b"llava_steps.train"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return process
 
-    def of_second_node() -> list[int]:
+
+def processes(job: str, node: int, word: bytes) -> list[int]:
+    """Processes of a job's task on a node, by a word of their command lines."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={node}".encode()}
+
+    def now() -> list[int]:
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 names = (path / "environ").read_bytes().split(b"\0")
-                command = (path / "cmdline").read_bytes()
-                wanted = {f"SLURM_JOB_ID={job}".encode(), b"SLURM_PROCID=1"}
-                if wanted <= {*names} and b"llava_steps.train" in command:
+                if wanted <= {*names} and word in (path / "cmdline").read_bytes():
                     found.append(int(path.name))
         return found
 
-    for pid in until("processes of the second node", of_second_node):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return process
+    return list(until(f"processes of node {node}", now))
 
 
 def killed_controller(
@@ -206,8 +250,9 @@ def disturbed(cluster: Cluster, how: Callable[..., subprocess.Popen[bytes]]) -> 
     cluster.end(how(cluster, process))
     found = cluster.manifest("stage2_checkpoint")
     assert found["content"] == wanted, f"{how.__name__}: other weights"
-    (entry,) = (cluster.store / "stage2_checkpoint").iterdir()
-    events = [json.loads(line) for line in (entry / ".work/lease.log").read_text().splitlines()]
+    assert (found["attempts"] > 1) == (how is not killed_controller), "nothing was disturbed"
+    log = (cluster.entry() / ".work/lease.log").read_text()
+    events = [json.loads(line) for line in log.splitlines()]
     holder = None
     for event in events:
         who = (event["pid"], event["started"])
@@ -240,6 +285,28 @@ def check_result(cluster: Cluster) -> None:
     assert any("projector" in name for name in changed) and len(changed) > 4
     assert not [name for name in changed if "vision_tower" in name], "the tower is frozen"
     assert json.loads((cluster.out / "evaluation/results.json").read_text())
+    assert cluster.manifest("report")["config"]["title"] == NASTY
+    for job in ("job.json", "node-0001.json"):
+        given = json.loads((cluster.entry() / ".work" / job).read_text())
+        assert given["stage"]["name"] == NASTY, job
+    assert not list(cluster.place.rglob("canary*")), "a value was taken for code"
+
+
+def check_doctor(cluster: Cluster) -> None:
+    """It sees this cluster as it is: partitions, image, processes that meet on two nodes."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "llava_steps.doctor", "--json", "--configfile", "tiny.yaml",
+            "--profile", "slurm", "--on-nodes", "--srun=-A test -p batch --mem=3000",
+            "--apptainer-args=--cleanenv",
+        ],
+        cwd=cluster.place, capture_output=True, text=True,
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and found, done.stdout + done.stderr
+    told = "\n".join(f"{row['what']}: {row['found']}" for row in found)
+    assert "stage2_checkpoint: nodes=2 gres=gpu:2" in told and "fits partition batch" in told, told
+    assert "nodes of stage 2: 2 processes met and added up by gloo" in told, told
 
 
 def secrets_found(cluster: Cluster, state: Path) -> list[str]:
@@ -294,6 +361,8 @@ def main() -> None:
         cluster.end(cluster.start("all"))
         check_result(cluster)
         lap("chain")
+        check_doctor(cluster)
+        lap("doctor")
         for how in DISTURBANCES:
             report[how.__name__] = [disturbed(cluster, how) for _ in range(arguments.rounds)]
             lap(how.__name__)
@@ -308,6 +377,9 @@ def main() -> None:
         if cluster.running is not None and cluster.running.poll() is None:
             os.killpg(cluster.running.pid, signal.SIGKILL)
         sh(HERE / "slurm.sh", "down", check=False)
+        left = left_running(state)
+        if left and report["ok"]:
+            report |= {"ok": False, "error": f"still running: {left}"}
         if not arguments.keep and report["ok"]:
             shutil.rmtree(PLACE, ignore_errors=True)
     report["seconds"] = round(time.monotonic() - began)
