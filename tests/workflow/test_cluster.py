@@ -86,7 +86,7 @@ def test_several_nodes(cluster: Project, tmp_path: Path) -> None:
     words = submitted(cluster, tmp_path, "--configfile", overlay)
     assert {"--gres=gpu:2", "--nodes=2", "--ntasks=2", "--cpus-per-task=2"} <= {*words}
     assert words[words.index("-t") + 1] == "1440"
-    assert words[words.index("--comment") + 1] == "rule_stage2_checkpoint_wildcards_"
+    assert words[words.index("--comment") + 1] == "rule_stage2_checkpoint"
     assert "canary" not in " ".join(words) and not list(cluster.root.rglob("canary*"))
 
 
