@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots bench-cli test-cluster format describe environment clean
+.PHONY: help demo test check matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots bench-cli newcomer release-check test-cluster format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -108,6 +108,14 @@ REPEATS ?= 5
 bench-cli: ## time of every --help and of a dry run, against doing nothing
 	@.ci/environment test
 	@$(BIN)/python -m tests.benchmarks.cli --rounds $(REPEATS)
+
+newcomer: ## clone, make demo, ask the model: the README's commands as they are written
+	@.ci/environment test
+	@$(BIN)/python -m tests.benchmarks.newcomer
+
+release-check: ## build, twine check, install into a clean environment, --help of every step
+	@.ci/environment test
+	@$(BIN)/python -m tests.benchmarks.release
 
 ROUNDS ?= 1
 test-cluster: ## as root on Debian 12: the chain on a real Slurm, in a real container, disturbed

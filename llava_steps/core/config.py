@@ -618,6 +618,35 @@ class Evaluation(StepConfig):
         return prompts
 
 
+class LmmsEval(StepConfig):
+    """Tasks of lmms-eval on the export, where it is installed. Left out of a run without tasks."""
+
+    model: str = source("", "HF LLaVA directory")
+    tasks: list[str] = value([], "tasks of lmms-eval, as mme or pope; empty: the step is left out")
+    task_files: str = source("", "folder with tasks of your own, for its --include_path")
+    limit: Count = value(0, "questions of each task; 0: all")
+    model_args: dict[str, str] = value({}, "more for its --model_args, as NAME=VALUE")
+    batch_size: PositiveInt = quiet(1, "questions answered together")
+    python: str = quiet("", "Python of the environment that has lmms-eval; empty: this one")
+
+
+class LlmJpEvalMm(StepConfig):
+    """Tasks of llm-jp-eval-mm on the export, where it is installed. Left out of a run without
+    tasks."""
+
+    model: str = source("", "HF LLaVA directory")
+    tasks: dict[str, str] = value(
+        {},
+        "tasks of llm-jp-eval-mm with their metrics, separated by commas, as "
+        "ja-vg-vqa-500=rougel; empty: the step is left out",
+    )
+    limit: Count = value(0, "questions of each task; 0: all")
+    max_new_tokens: PositiveInt = value(256, "tokens generated at most for an answer")
+    judge_model: str = value("", "model that judges, for metrics that ask one")
+    batch_size: PositiveInt = quiet(1, "questions answered together")
+    python: str = quiet("", "Python of the environment that has eval_mm; empty: this one")
+
+
 class Report(StepConfig):
     """One page about a run, from the results of its other steps."""
 
@@ -635,12 +664,14 @@ class Report(StepConfig):
     stage2_checkpoint: str = source("", "result of train, stage 2")
     hf_export: str = source("", "result of megatron_to_hf after stage 2")
     evaluation: str = source("", "result of evaluate")
+    lmms_eval: str = source("", "result of lmms_eval")
+    llm_jp_eval_mm: str = source("", "result of llm_jp_eval_mm")
 
 
 RULES = (
     "demo_assets", "tar_shards", "energon_dataset", "hf_model", "megatron_checkpoint",
     "stage1_audit", "stage1_checkpoint", "stage1_export", "stage2_audit", "stage2_checkpoint",
-    "hf_export", "evaluation", "report",
+    "hf_export", "evaluation", "lmms_eval", "llm_jp_eval_mm", "report",
 )  # fmt: skip
 """Rules of the workflow, which are also what the keys of `cluster` may name."""
 
@@ -714,6 +745,8 @@ class Config(BaseModel):
     stage2: Stage
     hf_export: HfExport = Field(default_factory=HfExport)
     evaluation: Evaluation
+    lmms_eval: LmmsEval = Field(default_factory=LmmsEval)
+    llm_jp_eval_mm: LlmJpEvalMm = Field(default_factory=LlmJpEvalMm)
     report: Report = Field(default_factory=Report)
 
     @field_validator("run", "results", "store")

@@ -45,6 +45,8 @@ UPSTREAM: dict[str, dict[str, str]] = {
         "after_stage1": "stage1_export",
         "after_stage2": "hf_export",
     },
+    "lmms_eval": {"model": "hf_export"},
+    "llm_jp_eval_mm": {"model": "hf_export"},
     "report": {
         name: name
         for name in (
@@ -60,6 +62,8 @@ UPSTREAM: dict[str, dict[str, str]] = {
             "stage2_checkpoint",
             "hf_export",
             "evaluation",
+            "lmms_eval",
+            "llm_jp_eval_mm",
         )
     },
 }
@@ -78,6 +82,8 @@ MODULES = {
     "stage2_checkpoint": "llava_steps.train",
     "hf_export": "llava_steps.megatron_to_hf",
     "evaluation": "llava_steps.evaluate",
+    "lmms_eval": "llava_steps.lmms_eval",
+    "llm_jp_eval_mm": "llava_steps.llm_jp_eval_mm",
     "report": "llava_steps.report",
 }
 
@@ -93,8 +99,11 @@ SECTIONS = {
 AFTER = {"stage1_checkpoint": "stage1_audit", "stage2_checkpoint": "stage2_audit"}
 """Rule -> rule that must have passed before, without being read."""
 
-RESULTS = ("hf_export", "evaluation")
+RESULTS = ("hf_export", "evaluation", "lmms_eval", "llm_jp_eval_mm")
 """What a run is for; its report tells these and every rule before them, and asks for no other."""
+
+OPTIONAL = ("demo_assets", "lmms_eval", "llm_jp_eval_mm")
+"""Rules that a run has only if its configuration asks for them."""
 
 AUDITED = ("tokenizer_load_dir", "data_path", "seq_length", "too_long")
 """Settings of a stage that its audit takes over."""
@@ -147,13 +156,21 @@ def chain(config: Config, image: str = "") -> dict[str, Rule]:
     run = Path(config.results, config.run)
     rules: dict[str, Rule] = {}
     for name in UPSTREAM:
-        if name != "demo_assets" or config.demo_assets is not None:
-            feeds = UPSTREAM[name]
-            if name == "report":
-                told = before(rules, RESULTS)
-                feeds = {key: rule for key, rule in feeds.items() if rule in told}
-            rules[name] = _rule(name, config, run, image, feeds)
+        if name in OPTIONAL and not _asked(config, name):
+            continue
+        feeds = UPSTREAM[name]
+        if name == "report":
+            told = before(rules, [result for result in RESULTS if result in rules])
+            feeds = {key: rule for key, rule in feeds.items() if rule in told}
+        rules[name] = _rule(name, config, run, image, feeds)
     return rules
+
+
+def _asked(config: Config, name: str) -> bool:
+    """Whether a run has one of the rules that it may leave out."""
+    if name == "demo_assets":
+        return config.demo_assets is not None
+    return bool(getattr(config, name).tasks)
 
 
 def before(rules: Mapping[str, Rule], names: Iterable[str]) -> set[str]:

@@ -28,6 +28,7 @@ METRICS = {
     "perplexity": "Perplexity of the references",
 }
 IN_PERCENT = ("accuracy", "vqa_accuracy", "rouge_l")
+BENCHMARKS = {"lmms_eval": "lmms-eval", "llm_jp_eval_mm": "llm-jp-eval-mm"}
 SETTINGS = (
     "train_steps", "global_batch_size", "lr", "lr_schedule", "warmup_steps", "weight_decay",
     "precision", "tensor_model_parallel", "pipeline_model_parallel", "seq_length", "packing",
@@ -68,6 +69,10 @@ def page(inputs: Inputs, title: str, samples: int) -> dict[str, Any]:
         "parameters": manifests.get("hf_model", {}).get("metrics", {}).get("parameters"),
         "figures": _figures(manifests),
         "evaluation": None if held_out is None else _evaluation(held_out, samples),
+        "benchmarks": [
+            read_json(inputs[name].path / "scores.json") | {"name": words}
+            for name, words in BENCHMARKS.items() if name in inputs
+        ],
         "data": _data(inputs),
         "stages": [_stage(name, words, inputs[name]) for name, words in STAGES.items()
                    if name in inputs],

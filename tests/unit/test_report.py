@@ -13,7 +13,7 @@ import pytest
 from llava_steps.core import codeversion
 from llava_steps.core.config import Config
 from llava_steps.core.errors import InputError
-from llava_steps.core.pipeline import UPSTREAM, chain
+from llava_steps.core.pipeline import OPTIONAL, UPSTREAM, chain
 from llava_steps.reporting import charts, html
 from tests.chain import run_step
 from tests.report_fixtures import HOSTILE, make_run
@@ -67,11 +67,12 @@ def page(made: tuple[Path, dict[str, Path]]) -> Page:
 def test_everything_of_the_run_is_told(page: Page) -> None:
     ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
     assert len(ids) == len(set(ids))
-    assert {"pipeline", "results", "answers", "data", "training", "conversion", "costs",
-            "provenance"} <= set(ids)  # fmt: skip
+    assert {"pipeline", "results", "answers", "benchmarks", "data", "training",
+            "conversion", "costs", "provenance"} <= set(ids)  # fmt: skip
     for words in ("12,310 samples, 13 tars", "1.81B parameters", "unreadable image", "92.0\u202f%",
                   "ROUGE-L", "Perplexity", "0, bit for bit", "3.1e-07", "48.000", "1,000 of 12,000",
-                  "torch", "0123456789abcdef", "Fixed prompts"):  # fmt: skip
+                  "torch", "0123456789abcdef", "Fixed prompts", "lmms-eval 0.7.3",
+                  "llm-jp-eval-mm 0.7.3", "0.3142", "0.012", "61.8"):  # fmt: skip
         assert words in page.text, words
     charts = [a for tag, a in page.tags if tag == "svg" and a["class"] == "chart"]
     assert len(charts) == 4 + 4 + 1, "four curves a stage, lengths of both audits once"
@@ -115,8 +116,11 @@ def test_the_report_asks_for_nothing_that_the_run_does_not_need() -> None:
         return Config.model_validate({**common, "hf_model": model, **stages})
 
     everything = chain(config(stage1={}, stage2={}))["report"]
-    assert set(everything.upstream) == set(UPSTREAM) - {"report", "demo_assets"}
+    assert set(everything.upstream) == set(UPSTREAM) - {"report", *OPTIONAL}
     assert everything.settings.model_dump()["title"] == "demo"
+    asked = {"lmms_eval": {"tasks": ["mme"]}, "llm_jp_eval_mm": {"tasks": {"a": "b"}}}
+    told = chain(config(stage1={}, stage2={}, **asked))["report"]
+    assert set(told.upstream) - set(everything.upstream) == set(asked)
     data = {"data_path": "/elsewhere"}
     fewer = chain(config(stage1=data, stage2=data))["report"]
     assert set(everything.upstream) - set(fewer.upstream) == {"tar_shards", "energon_dataset"}

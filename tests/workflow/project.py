@@ -59,7 +59,7 @@ from llava_steps.core.run import Context, Step, main
 def run(ctx: Context, cfg: {config}):
     return stub.work(ctx, cfg)
 
-OPTIONAL = frozenset({{"chat_template", "demo_assets"}})
+OPTIONAL = frozenset({{"chat_template", "demo_assets", "task_files"}})
 STEP = Step(name={name}, config={config}, run=run, doc=__doc__, optional=OPTIONAL)
 if __name__ == "__main__":
     main(STEP)
@@ -75,9 +75,12 @@ MODULES = {
     "train": ("Stage", "lambda cfg: f'stage{cfg.stage}_checkpoint'"),
     "megatron_to_hf": ("HfExport", "'hf_export'"),
     "evaluate": ("Evaluation", "'evaluation'"),
+    "lmms_eval": ("LmmsEval", "'lmms_eval'"),
+    "llm_jp_eval_mm": ("LlmJpEvalMm", "'llm_jp_eval_mm'"),
     "report": ("Report", "'report'"),
 }
 
+# Of the shipped configuration, which asks for no benchmark.
 RULES = [
     "demo_assets",
     "tar_shards",

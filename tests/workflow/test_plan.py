@@ -99,6 +99,19 @@ def test_data_of_ones_own_needs_no_demo(fresh: Project) -> None:
     assert "Missing input files" in text and "mine.json" in text
 
 
+def test_benchmarks_are_run_where_they_are_asked_for(fresh: Project) -> None:
+    overlay = fresh.overlay(
+        "lmms_eval: {tasks: [mme, pope], limit: 8, python: /other/python}\n"
+        "llm_jp_eval_mm: {tasks: {ja-vg-vqa-500: 'rougel'}}\n"
+    )
+    text = fresh.snakemake("-n", "--cores", "1", "--configfile", overlay)
+    for rule in ("lmms_eval", "llm_jp_eval_mm", "report"):
+        assert f"rule {rule}:" in text
+    (line,) = re.findall(r"^Shell command: (python -m llava_steps.lmms_eval .*)$", text, flags=re.M)
+    assert "--tasks=mme --tasks=pope" in line and "--python=/other/python" in line
+    assert "--model=results/demo/hf_export" in line and "--tasks=ja-vg-vqa-500=rougel" in text
+
+
 def test_demo_paths_need_the_demo(fresh: Project) -> None:
     overlay = fresh.overlay("demo_assets: null\n")
     text = fresh.snakemake("--cores", "1", "-n", "--configfile", overlay, code=1)

@@ -6,7 +6,7 @@ import re
 import shlex
 
 from llava_steps.core.load import load
-from llava_steps.core.pipeline import UPSTREAM, chain
+from llava_steps.core.pipeline import OPTIONAL, UPSTREAM, chain
 from tests.workflow.project import ROOT, Project
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,9 +46,9 @@ def test_the_template_is_a_whole_configuration(fresh: Project) -> None:
     shipped, template = ROOT / "config/config.yaml", ROOT / "config/template.yaml"
     config = load([shipped, template])
     assert config == load([template]) and config.demo_assets is None
-    assert set(chain(config)) == set(UPSTREAM) - {"demo_assets"}
+    assert set(chain(config)) == set(UPSTREAM) - set(OPTIONAL)
     for path in (config.tar_shards.source, config.evaluation.data):
         (fresh.root / path).parent.mkdir(exist_ok=True)
         (fresh.root / path).write_text("[]")
     planned = fresh.planned("--configfile", "config/template.yaml")
-    assert planned == sorted(set(UPSTREAM) - {"demo_assets"})
+    assert planned == sorted(set(UPSTREAM) - set(OPTIONAL))

@@ -12,7 +12,7 @@ from llava_steps.core.config import Config
 from llava_steps.core.costs import parameters
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.load import load
-from llava_steps.core.pipeline import UPSTREAM
+from llava_steps.core.pipeline import OPTIONAL, UPSTREAM
 from llava_steps.planning.models import model_of
 from tests.workflow.project import ROOT, Project
 
@@ -49,7 +49,7 @@ def test_a_recipe_is_whole_fits_and_plans(
         (fresh.root / path).parent.mkdir(exist_ok=True)
         (fresh.root / path).write_text("[]")
     rules = fresh.planned("--configfile", f"config/recipes/{name}")
-    assert rules == sorted(set(UPSTREAM) - {"demo_assets"})
+    assert rules == sorted(set(UPSTREAM) - set(OPTIONAL))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,0 +1,78 @@
+"""Asks a model the questions of llm-jp-eval-mm; runs as a script in the environment that has it.
+
+    python eval_mm_driver.py job.json
+
+The job is written by llava_steps/llm_jp_eval_mm.py. This project need not be installed there: what
+asks the model is imported from beside this file. Writes scores.json and TASK.jsonl into job["raw"].
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+SCORES = "scores.json"
+
+
+def main(path: str) -> None:
+    """Run the job; errors are left to the caller, who shows the last lines of the traceback."""
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    sys.path.append(str(Path(__file__).parents[2]))
+    from llava_steps.evaluation.ask import Model
+
+    model = Model(Path(job["model"]))
+    rows = [row for task, metrics in job["tasks"].items() for row in run(job, model, task, metrics)]
+    text = json.dumps(rows, ensure_ascii=False, indent=2)
+    Path(job["raw"], SCORES).write_text(text, encoding="utf-8")
+
+
+def run(job: dict[str, Any], model: Any, name: str, metrics: list[str]) -> list[dict[str, Any]]:
+    """Answers of one task to its file; its numbers as keyword arguments of `harness.Score`."""
+    from eval_mm import ScorerConfig, ScorerRegistry, TaskConfig, TaskRegistry
+
+    task = TaskRegistry.load_task(name, TaskConfig(max_dataset_len=job["limit"] or None))
+    docs = list(task.dataset)
+    questions = [question(task, name, doc) for doc in docs]
+    answers = model.answers(questions, job["batch_size"], job["max_new_tokens"])
+    references = [task.doc_to_answer(doc) for doc in docs]
+    with Path(job["raw"], f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        for asked, answer, reference in zip(questions, answers, references, strict=True):
+            told = {"id": asked.id, "answer": answer, "reference": reference}
+            file.write(json.dumps(told, ensure_ascii=False, default=str) + "\n")
+    found = []
+    for metric in metrics:
+        options: dict[str, Any] = {"docs": task.dataset}
+        if job["judge_model"]:
+            from eval_mm import OpenAIChatAPI
+
+            options |= {"judge_model": job["judge_model"], "client": OpenAIChatAPI()}
+        scorer = ScorerRegistry.load_scorer(metric, ScorerConfig(**options))
+        total = scorer.aggregate(scorer.score(references, answers))
+        found.append({"task": name, "metric": metric, "value": float(total.overall_score)})
+        found += [
+            {"task": name, "metric": f"{metric}, {part}", "value": float(value)}
+            for part, value in (total.details or {}).items()
+            if part != metric and isinstance(value, int | float)
+        ]
+    return found
+
+
+def question(task: Any, name: str, doc: Any) -> Any:
+    """The images, as PNG, before the text; a task's own <image> marks give way to that."""
+    from llava_steps.evaluation.ask import PLACEHOLDER, Question
+
+    images = []
+    for image in task.doc_to_visual(doc):
+        data = io.BytesIO()
+        image.convert("RGB").save(data, "PNG")
+        images.append(data.getvalue())
+    text = f"{PLACEHOLDER}\n" * len(images) + task.doc_to_text(doc).replace(PLACEHOLDER, "").strip()
+    turns = ({"role": "user", "content": text},)
+    return Question(str(task.doc_to_id(doc)), name, turns, tuple(images), "")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

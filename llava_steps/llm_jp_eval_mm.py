@@ -1,0 +1,69 @@
+"""Run tasks of llm-jp-eval-mm on an exported model.
+
+    python -m llava_steps.llm_jp_eval_mm --model results/x/hf_export --tasks ja-vg-vqa-500=rougel \\
+        --python ~/eval-mm/bin/python --save-dir results/x/llm_jp_eval_mm
+
+llm-jp-eval-mm (https://github.com/llm-jp/llm-jp-eval-mm, package eval_mm) is not installed with
+this project: --python names the Python of an environment that has it, with torch and transformers.
+A task is given with its metrics, separated by commas. Questions and scores are its own, answers
+are greedy and those of `evaluate`. A metric that asks a judge needs --judge-model, the network, and
+the keys that eval_mm reads from the environment. Writes scores.json and raw/TASK.jsonl with all
+answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llava_steps.core import fsio
+from llava_steps.core.config import LlmJpEvalMm
+from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.run import Context, Step, main
+from llava_steps.evaluation import eval_mm_driver, harness
+from llava_steps.evaluation.harness import Score
+
+PACKAGE, SECTION = "eval_mm", "llm_jp_eval_mm"
+
+
+def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
+    """Run the tasks; metrics hold each number.
+
+    Raises:
+        ConfigError: llm-jp-eval-mm is not there, or no tasks are given.
+        InputError: it failed, or a task came out without a number.
+    """
+    if not cfg.tasks:
+        raise ConfigError(f"{SECTION}.tasks: name at least one task of llm-jp-eval-mm")
+    found = harness.find(PACKAGE, SECTION, cfg.python)
+    ctx.log.info("llm-jp-eval-mm %s in %s: %s", found.version, found.python, ", ".join(cfg.tasks))
+    raw = ctx.entry / "raw"
+    fsio.remove(raw)
+    raw.mkdir(parents=True)
+    job = {
+        "model": str(ctx.inputs["model"].path.absolute()),
+        "tasks": {task: metrics.split(",") for task, metrics in cfg.tasks.items()},
+        "limit": cfg.limit,
+        "max_new_tokens": cfg.max_new_tokens,
+        "batch_size": cfg.batch_size,
+        "judge_model": cfg.judge_model,
+        "raw": str(raw.absolute()),
+    }
+    fsio.write_json(ctx.work / "job.json", job)
+    line = [str(eval_mm_driver.__file__), str(ctx.work / "job.json")]
+    harness.run(found, line, ctx.work / "llm_jp_eval_mm.log")
+    path = raw / eval_mm_driver.SCORES
+    try:
+        scores = [Score(**row) for row in json.loads(path.read_bytes())]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    told = harness.summary(found, list(cfg.tasks), scores, SECTION)
+    fsio.write_json(ctx.entry / "scores.json", told)
+    return told
+
+
+STEP = Step(name="llm_jp_eval_mm", config=LlmJpEvalMm, run=run, doc=__doc__, volatile=("raw/*",))
+
+if __name__ == "__main__":
+    main(STEP)

@@ -1,0 +1,40 @@
+"""docs/migration.md: its commands are accepted by the steps, and no former command is forgotten."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from llava_steps.core import cli
+from llava_steps.core.run import _parser
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
+LINES = re.findall(r"^python -m (llava_steps\.\w+) (.+)$", PAGE, flags=re.M)
+
+
+@pytest.mark.parametrize(("module", "flags"), LINES, ids=lambda v: v[:40])
+def test_a_command_is_accepted(module: str, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags are parsed and the settings checked, as the step does it before it reads anything."""
+    step = importlib.import_module(module).STEP
+    given = vars(_parser(step, module).parse_args(shlex.split(flags)))
+    # The page names what the scripts left to their code; a global batch must suit 8 GPUs.
+    if module == "llava_steps.train":
+        given["global_batch_size"] = 8
+    settings = cli.settings(step.config, given)
+    assert given["save_dir"]
+    for name in re.findall(r"--(name|stage|tp|data-path|text-model) (\S+)", flags):
+        key = {"tp": "tensor_model_parallel"}.get(name[0], name[0].replace("-", "_"))
+        assert str(getattr(settings, key)) == name[1]
+
+
+def test_each_script_of_the_former_project_has_its_place() -> None:
+    options = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    for script in re.findall(r"`(scripts/[\w/]+\.py)`", options):
+        assert script in PAGE, script
+    assert "energon prepare" in PAGE and "singularity build" in PAGE
+    assert len(LINES) == 7
