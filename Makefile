@@ -92,7 +92,7 @@ fuzz-data: ## COUNT damaged images, texts and tars: nothing lost, nothing writte
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.fuzz_data --count $(COUNT) --seed $(SEED)
 
 SAMPLES ?= 12000
-bench-data: ## speed of sharding (8 GB in ROOM) and of the loader, fill of packed rows, time to resume
+bench-data: ## speed of sharding (10 GB in ROOM) and of the loader, fill of packed rows, time to resume
 	@.ci/environment test
 	@status=0; export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m tests.benchmarks.sharding --samples $(SAMPLES) --directory $(ROOM) || status=1; \
