@@ -377,6 +377,10 @@ def cases(count: int, seed: int) -> Iterator[Case]:
 def fuzz(count: int, seed: int, root: Path) -> list[str]:
     """Names and violations of the inputs that violate something."""
     large(), pictures()
+    # What is imported at the first use of a format is not the input's.
+    for write in (with_image(pictures()["jpeg"], "refuse"), content("x.tar", tar(sample("0")))):
+        attempt("", write, root)
+    ENDS.clear()
     found = []
     for name, write in cases(count, seed):
         if said := attempt(name, write, root):
