@@ -330,6 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1, help="disturbances of each kind")
     parser.add_argument("--image", type=Path, help="use this image instead of building it")
+    parser.add_argument("--go-on", action="store_true", help=f"use what --keep left in {PLACE}")
     parser.add_argument("--keep", action="store_true", help=f"leave {PLACE} behind")
     arguments = parser.parse_args()
     if os.geteuid():
@@ -347,14 +348,15 @@ def main() -> None:
         print(f"{name}: {report[f'{name}_s']} s", file=sys.stderr, flush=True)
 
     try:
-        cluster.copy()
+        if not arguments.go_on:
+            cluster.copy()
         sh(HERE / "apptainer.sh")
         lap("apptainer")
         sh(HERE / "slurm.sh", "up")
         lap("slurm")
         if arguments.image:
             shutil.copy(arguments.image, PLACE / "cpu.sif")
-        else:
+        elif not (PLACE / "cpu.sif").exists():
             os.environ["PYTHON"] = sys.executable
             sh(HERE / "build_image.sh", PLACE / "cpu.sif")
         lap("image")
