@@ -7,6 +7,7 @@ few seconds, so that several steps writing to one log stay readable.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -17,6 +18,10 @@ from typing import Any
 
 LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal."""
+
+PROGRESS = "LLAVA_STEPS_PROGRESS"
+"""Environment variable: `lines` asks for lines on a terminal too. The workflow sets it, because
+bars of several steps at a time would write over each other."""
 
 
 KNOWN_WARNINGS = (
@@ -71,7 +76,7 @@ class Progress:
         self._start = self._last = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get(PROGRESS) != "lines":
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -87,13 +92,14 @@ class Progress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
             self._bar.start()
             self._task = self._bar.add_task(
-                self._what, total=self._total, completed=self._done, note=""
+                self._what, total=self._total, completed=self._done, note="", rate=""
             )
         return self
 
@@ -116,14 +122,14 @@ class Progress:
         self._done += count
         self._note = note or self._note
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, note=self._note)
+            rate = f"{self._rate(time.monotonic()):.1f}/s"
+            self._bar.update(self._task, completed=self._done, note=self._note, rate=rate)
         elif time.monotonic() - self._last >= LINE_EVERY if due is None else due:
             self._line()
 
     def _line(self) -> None:
         self._last, self._shown = time.monotonic(), self._done
-        elapsed = self._last - self._start
-        rate = (self._done - self._from) / elapsed if elapsed > 0 else 0.0
+        rate = self._rate(self._last)
         left = (self._total - self._done) / rate if rate else 0.0
         self._log.info(
             "%s %d/%d, %.1f/s, %.0f s left %s",
@@ -134,3 +140,7 @@ class Progress:
             left,
             self._note,
         )
+
+    def _rate(self, now: float) -> float:
+        elapsed = now - self._start
+        return (self._done - self._from) / elapsed if elapsed > 0 else 0.0

@@ -44,6 +44,10 @@ os.environ["PATH"] = os.pathsep.join(
 )
 
 
+# Several steps write to one terminal: lines do not run into each other, live bars would.
+os.environ.setdefault("LLAVA_STEPS_PROGRESS", "lines")
+
+
 def needs(name):
     """Input of a rule: manifests of the rules before it, and files of the user."""
     paths = [steps[rule].manifest for rule in steps[name].upstream] + [
@@ -73,7 +77,7 @@ def call(name):
 # Containers get these of the environment and, with --cleanenv in the profile, nothing else.
 PASSED = re.compile(
     r"(NCCL|GLOO|TORCH_NCCL|TORCH_GLOO|UCX|FI|OMP|WANDB|HF)_\w+|CUDA_VISIBLE_DEVICES|SLURM_JOB_ID"
-    r"|(https?|no|all)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE",
+    r"|(https?|no|all)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|LLAVA_STEPS_PROGRESS",
     flags=re.IGNORECASE,
 )
 for variable in [*os.environ]:
