@@ -366,6 +366,11 @@ class Stage(StepConfig):
         600, "seconds without a further sample after which a loader worker is given up"
     )
     save_interval: PositiveInt = quiet(1000, "steps between checkpoints")
+    async_save: bool = quiet(
+        False,
+        "train on while a checkpoint is digested and flushed; a kill meanwhile goes back to the "
+        "one before",
+    )
     keep_checkpoints: PositiveInt = quiet(2, "newest checkpoints that are kept while training")
     keep_every: Count = quiet(
         0, "also keep each checkpoint whose step is a multiple of this, in `.work/kept` at the end"

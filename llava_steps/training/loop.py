@@ -19,6 +19,7 @@ from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, StepError, StoppedError
 from llava_steps.data.batch import MicroBatch
 from llava_steps.training import parallel, rows, state
+from llava_steps.training.commits import Commits
 from llava_steps.training.guard import Guard
 from llava_steps.training.job import Job
 from llava_steps.training.metrics import peak_memory
@@ -52,6 +53,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     names = loader.datasets if len(loader.datasets) > 1 else []
     reports = Reports(job, done.step, names, log)
     batches = iter(loader)
+    commits = Commits(stage.async_save)
     first = done.step
 
     def save() -> None:
@@ -59,11 +61,11 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
         reports.answers(done.step - 1, looks.answers())
         with beat.busy():
             reports.sync()
-            path = state.save(job.entry, done, stage, model, optimizer, loader.state())
+            path = state.save(job.entry, done, stage, model, optimizer, loader.state(), commits)
         stop.set_aside(time.monotonic() - began)
-        log.info("saved %s", path.name)
+        log.info("saved %s" if not stage.async_save else "committing %s", path.name)
 
-    with reports:
+    with reports, commits:
         saved = done.step
         while done.step < stage.train_steps and not parallel.on_any_rank(stop.requested):
             began = time.monotonic()
@@ -92,6 +94,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
                     reports.no_update(done.step, guard.reason, batch, seen)
                     if guard.must_roll_back:
                         with beat.busy():
+                            commits.finish()
                             roll_back(job, done, model, optimizer, log)
             done.step += 1
             beat.settled()

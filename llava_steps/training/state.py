@@ -37,6 +37,7 @@ from llava_steps.model.checkpoint import (
 )
 from llava_steps.model.llava import Llava
 from llava_steps.training import parallel
+from llava_steps.training.commits import Commits
 from llava_steps.training.guard import Counters
 from llava_steps.training.optimizer import Optimizer
 
@@ -51,15 +52,18 @@ def save(
     model: list[Llava],
     optimizer: Optimizer,
     loader: dict[str, Any],
+    commits: Commits | None = None,
 ) -> Path:
-    """Commit a checkpoint after `counters.step` steps; a collective call.
+    """Commit a checkpoint after `counters.step` steps, by `commits` or at once; a collective call.
 
     Keeps the newest `stage.keep_checkpoints` and, with `stage.keep_every`, each whose step is a
-    multiple of it. Returns the committed directory.
+    multiple of it. Returns the committed directory. Raises on rank 0 what the last commit raised.
     """
     final = root / commit.iteration_name(counters.step)
     temporary = root / f"{fsio.TEMPORARY}{final.name}"
+    commits = commits or Commits()
     if dist.get_rank() == 0:
+        commits.finish()
         fsio.remove_temporaries(root)
     check_space(root, model, optimizer)
     optimizer.settle()
@@ -79,10 +83,14 @@ def save(
         raise
     dist.barrier()
     if dist.get_rank() == 0:
-        state = asdict(counters) | {"loader": loader, "layout": layout(stage)}
-        fsio.write_json(temporary / STATE, state)
-        commit.commit_dir(temporary, final, asdict(counters))
-        commit.prune(root, stage.keep_checkpoints, stage.keep_every)
+        info = asdict(counters)  # now: the counters go on
+        fsio.write_json(temporary / STATE, info | {"loader": loader, "layout": layout(stage)})
+
+        def complete() -> None:
+            commit.commit_dir(temporary, final, info)
+            commit.prune(root, stage.keep_checkpoints, stage.keep_every)
+
+        commits.begin(complete)
     dist.barrier()
     return final
 

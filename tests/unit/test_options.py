@@ -14,6 +14,7 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.former import OPTIONS, field_of
 from llava_steps.training import launch, parallel, preflight, state
+from llava_steps.training.commits import Commits
 from llava_steps.training.guard import Counters, Guard
 from llava_steps.training.nodes import Party, Place, place_of
 from llava_steps.training.trackers import Trackers
@@ -281,6 +283,39 @@ def test_init(trial: SimpleNamespace) -> None:
 
 def test_save_interval(whole: SimpleNamespace) -> None:
     assert re.findall(r"saved (iter_\d+)", whole.log) == ["iter_0000002", "iter_0000003"]
+
+
+def test_async_save(chain: Chain, whole: SimpleNamespace) -> None:
+    """Beside the training, and with the same result; a failed commit is not passed over."""
+    # In a store of its own: it is no part of the value, which else were there already.
+    beside = ("--save-interval=1", "--async-save", "--store=async")
+    out = chain.train("options_async", *COMMON, "-g2", "--pp=2", *beside)
+    committed = re.findall(r"committing (iter_\d+)", logged(out))
+    assert committed == ["iter_0000001", "iter_0000002", "iter_0000003"]
+    assert [row["loss_hex"] for row in metrics(out)] == [r["loss_hex"] for r in metrics(whole.out)]
+    files = {p.relative_to(whole.out): p for p in whole.out.glob("iter_*/**/*") if p.is_file()}
+    assert files and all((out / name).read_bytes() == p.read_bytes() for name, p in files.items())
+    gate, order = threading.Event(), []
+
+    def slow() -> None:
+        gate.wait()
+        order.append("committed")
+
+    def failing() -> None:
+        raise OSError("the disk is full")
+
+    with Commits(beside=True) as commits:
+        commits.begin(slow)
+        order.append("trained on")
+        gate.set()
+        commits.begin(lambda: order.append("the next one"))
+    assert order == ["trained on", "committed", "the next one"]
+    with pytest.raises(OSError, match="full"), Commits(beside=True) as commits:
+        commits.begin(failing)
+    with pytest.raises(ValueError, match="another") as raised, Commits(beside=True) as commits:
+        commits.begin(failing)
+        raise ValueError("another")
+    assert "the disk is full" in raised.value.__notes__[0]
 
 
 def test_skip_train_iteration_range(trial: SimpleNamespace) -> None:

@@ -59,7 +59,9 @@ from llava_steps.core.run import Context, Step, main
 def run(ctx: Context, cfg: {config}):
     return stub.work(ctx, cfg)
 
-OPTIONAL = frozenset({{"chat_template", "demo_assets", "task_files"}})
+OPTIONAL = frozenset(
+    {{"chat_template", "demo_assets", "task_files", "lmms_eval", "llm_jp_eval_mm"}}
+)
 STEP = Step(name={name}, config={config}, run=run, doc=__doc__, optional=OPTIONAL)
 if __name__ == "__main__":
     main(STEP)

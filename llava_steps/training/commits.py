@@ -1,0 +1,55 @@
+"""The last part of a save, beside the training if asked for: digests, flushing, marker.
+
+When the ranks have written their files, rank 0 reads all of them once more for their digests and
+brings them to the disk; the training need not wait for that. What makes a checkpoint one stays as
+it is: the marker is written last, then the name is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+
+class Commits:
+    """Commits one checkpoint at a time: at once, or with `beside` in a thread of its own.
+
+    A context manager; leaving it waits for the commit that is under way.
+    """
+
+    def __init__(self, beside: bool = False) -> None:
+        self._thread = ThreadPoolExecutor(1, "commit") if beside else None
+        self._open: Future[None] | None = None
+
+    def begin(self, commit: Callable[[], None]) -> None:
+        """Commit a checkpoint, after the one before it. Raises what `finish` raises."""
+        self.finish()
+        if self._thread is None:
+            commit()
+        else:
+            self._open = self._thread.submit(commit)
+
+    def finish(self) -> None:
+        """Wait until nothing is being committed. Raises what the commit raised."""
+        if self._open is not None:
+            done, self._open = self._open, None
+            done.result()
+
+    def __enter__(self) -> Commits:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.finish()
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"and the last checkpoint could not be committed: {failed}")
+        if self._thread is not None:
+            self._thread.shutdown()
