@@ -68,8 +68,8 @@ def run_step(
     """
     line = [sys.executable, "-m", f"llava_steps.{module}", *flags]
     if module in WARM:
-        out = next((f for f in flags if f.startswith("--save-dir=")), module)
-        with alone(cwd, out.rpartition("/")[2]):
+        out = next((f for f in flags if f.startswith("--save-dir=")), "")
+        with alone(cwd, out.rpartition("/")[2]) if out else contextlib.nullcontext():
             result = warm(f"llava_steps.{module}", flags, cwd, environment())
     else:
         result = subprocess.run(
