@@ -1,7 +1,7 @@
 """SIGKILL of everything at a random moment of stage 2, then the same command again.
 
 The resumed training must be the uninterrupted one, bit for bit: losses (as hex floats), sample ids
-and final weights. A training is killed up to four times before it is left alone. LLAVA_STEPS_KILLS
+and final weights. A training is killed up to five times before it is left alone. LLAVA_STEPS_KILLS
 sets how many kills there are; the moments come from LLAVA_STEPS_KILL_SEED.
 """
 
@@ -25,7 +25,7 @@ from tests.patience import PATIENCE
 
 KILLS = int(os.environ.get("LLAVA_STEPS_KILLS", "10"))
 SEED = int(os.environ.get("LLAVA_STEPS_KILL_SEED", "20240607"))
-STEPS, TOGETHER = 28, 4
+STEPS, TOGETHER = 25, 5
 OVERLAY = {
     "demo_assets": {
         "pretrain_vision_steps": 0, "pretrain_text_steps": 0, "text_layers": 2, "vision_layers": 2,
