@@ -25,14 +25,14 @@ from tests.patience import PATIENCE
 
 KILLS = int(os.environ.get("LLAVA_STEPS_KILLS", "10"))
 SEED = int(os.environ.get("LLAVA_STEPS_KILL_SEED", "20240607"))
-STEPS, TOGETHER = 25, 5
+STEPS, INTERVAL, TOGETHER = 25, 5, 5
 OVERLAY = {
     "demo_assets": {
         "pretrain_vision_steps": 0, "pretrain_text_steps": 0, "text_layers": 2, "vision_layers": 2,
     },
     "stage1": {"train_steps": 2, "warmup_steps": 0, "save_interval": 1000},
     "stage2": {
-        "train_steps": STEPS, "warmup_steps": 4, "save_interval": 5,
+        "train_steps": STEPS, "warmup_steps": 4, "save_interval": INTERVAL,
         "global_batch_size": 16, "micro_batch_size": 8,
     },
 }  # fmt: skip
@@ -154,7 +154,8 @@ def test_killed_training_is_the_uninterrupted_one(run: Run) -> None:
             if kills % 2:
                 time.sleep(chooser.uniform(0.15, 1.0) * alone)
             else:
-                run.wait_for_steps(run.steps() + chooser.randrange(STEPS // TOGETHER))
+                saved = max(run.steps(), INTERVAL + 1)
+                run.wait_for_steps(saved + chooser.randrange(STEPS // TOGETHER))
                 time.sleep(chooser.uniform(0.0, 0.3))
             kill_everything(process)
             wait_for_orphans(run.root)
