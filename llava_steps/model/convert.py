@@ -67,7 +67,7 @@ def hf_to_dcp(
     items, spelled = _plan(geometry, hf)
     dtypes = _stored_dtypes(items, spelled, hf)
     consumed: Counter[str] = Counter()
-    written: Counter[str] = Counter()
+    written: Counter[dcp.Chunk] = Counter()
     cuts = Cuts(geometry, tp, pp)
     planned: dict[dcp.Chunk, tuple[Entry, Part]] = {}
     for entry in items:
@@ -78,6 +78,7 @@ def hf_to_dcp(
 
     def resolve(chunk: dcp.Chunk) -> Tensor:
         entry, part = planned[chunk]
+        written[chunk] += 1
         if not current or current[0][0] is not entry:
             current.clear()
             current.append((entry, fuse(entry)))
@@ -89,7 +90,6 @@ def hf_to_dcp(
     def fuse(entry: Entry) -> Tensor:
         parts = [hf.read(spelled[name]) for name in entry.hf]
         consumed.update(entry.hf)
-        written[entry.megatron] += 1
         fused = TRANSFORMS[entry.transform].fuse(parts, geometry)
         if tuple(fused.shape) != entry.shape:
             raise IntegrityError(
@@ -101,7 +101,7 @@ def hf_to_dcp(
 
     dcp.write(weights, chunks, resolve)
     once(consumed, spelled, f"{hf.directory}", "read")
-    if written != Counter(entry.megatron for entry in items):
+    if written != Counter(chunks):
         raise IntegrityError(f"{weights}: not every Megatron tensor was written exactly once")
     # What was planned is one thing, what lies there another: read the metadata back.
     check_shapes(
@@ -109,7 +109,7 @@ def hf_to_dcp(
     )
     return {
         "hf_tensors": len(spelled),
-        "megatron_tensors": len(written),
+        "megatron_tensors": len(dtypes),
         "chunks": len(chunks),
         "bytes": dcp.total(chunks),
     }

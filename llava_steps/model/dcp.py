@@ -125,7 +125,7 @@ class _PlainWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         assert isinstance(planner, _StreamPlanner)
         results = []
-        own = dist.get_rank() if dist.is_initialized() else 0
+        own = int(plan.storage_data.prefix.strip("_"))  # the rank that writes
         with ExitStack() as stack:
             streams: dict[str, BinaryIO] = {}
             for item in plan.items:

@@ -164,7 +164,11 @@ class Entry:
     hf: tuple[str, ...]
     hf_shapes: tuple[Shape, ...]
     shape: Shape
-    transform: str
+
+    @property
+    def transform(self) -> str:
+        """That of the row."""
+        return self.row.transform
 
 
 def _sizes(g: Geometry) -> dict[str, int]:
@@ -199,7 +203,6 @@ def entries(
                         (hf_prefix + name,),
                         (shape,),
                         shape,
-                        row.transform,
                     )
                 )
             continue
@@ -209,7 +212,7 @@ def entries(
         layers = range(geometry.layers) if LAYER in row.hf[0] else [None]
         for layer in layers:
             names = tuple(name.replace(LAYER, str(layer)) for name in row.hf)
-            found.append(Entry(row, row.megatron, layer, names, shapes, fused, row.transform))
+            found.append(Entry(row, row.megatron, layer, names, shapes, fused))
     return found
 
 
