@@ -30,15 +30,13 @@ from llava_steps.core.errors import InputError, StepError
 from llava_steps.planning import stages
 from llava_steps.planning.models import model_of
 
-CONFIG = Path("config/config.yaml")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the findings; returns the exit code."""
     given = parser().parse_args(arguments)
     failed = 0
     try:
-        config = load.load([CONFIG, *given.configfile])
+        config = load.with_overlays(given.configfile)
         for finding in findings(config, given):
             failed += finding.level == "fail"
             print(json.dumps(asdict(finding)) if given.json else finding, flush=True)
@@ -110,8 +108,10 @@ def needed(config: Config) -> int | None:
         ]
     except StepError:
         return None
-    weights = plans[0].parameters * (2 if "16" in geometry.dtype else 4)
-    return 4 * weights + sum(stages.disk(geometry, plan) for plan in plans)
+    # Before training as HF and as Megatron, and two exports.
+    return 4 * stages.weight_bytes(geometry, plans[0]) + sum(
+        stages.disk(geometry, plan) for plan in plans
+    )
 
 
 if __name__ == "__main__":

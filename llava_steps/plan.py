@@ -28,14 +28,12 @@ from llava_steps.core.hardware import GPUS, Gpu
 from llava_steps.planning import cached, stages, text
 from llava_steps.planning.models import Model, model_of
 
-CONFIG = Path("config/config.yaml")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the plan; returns the exit code."""
     given = parser().parse_args(arguments)
     try:
-        config = load.load([CONFIG, *given.configfile])
+        config = load.with_overlays(given.configfile)
         for line in lines(config, given):
             print(line)
     except StepError as error:
@@ -121,8 +119,7 @@ def _stage(
 
 
 def _disk(model: Model, plans: list[stages.StagePlan]) -> Iterator[str]:
-    bytes_each = 2 if "16" in model.geometry.dtype else 4
-    weights = plans[0].parameters * bytes_each
+    weights = stages.weight_bytes(model.geometry, plans[0])
     checkpoints = [stages.disk(model.geometry, plan) for plan in plans]
     yield (
         f"Disk: {text.size(2 * weights)} for the model before training, "

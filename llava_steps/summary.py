@@ -19,7 +19,6 @@ from llava_steps.core import load
 from llava_steps.core.config import Config
 from llava_steps.core.errors import InputError, StepError
 
-CONFIG = Path("config/config.yaml")
 KIND = "what_digit"
 MODELS = {
     "accuracy_before": "before",
@@ -39,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--started", type=float, default=None, help="when the run began")
     given = parser.parse_args(arguments)
     try:
-        print(summary(load.load([CONFIG, *given.configfile]), given.started))
+        print(summary(load.with_overlays(given.configfile), given.started))
     except StepError as error:
         print(f"summary: {error}", file=sys.stderr)
         return error.exit_code

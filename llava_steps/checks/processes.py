@@ -32,13 +32,8 @@ def image(config: Config) -> Iterator[Finding]:
         yield Finding("fail", "image", str(error).removeprefix("image: "))
         return
     yield Finding("ok", "image", f"{config.image} is {digest}")
-    if runtime() is None:
+    if container.runtime() is None:
         yield Finding("fail", "image", "neither apptainer nor singularity is installed", INSTALL)
-
-
-def runtime() -> str | None:
-    """The program that enters images."""
-    return next(filter(None, map(shutil.which, container.RUNTIMES)), None)
 
 
 def here(config: Config, arguments: Sequence[str]) -> Iterator[Finding]:
@@ -90,10 +85,10 @@ def _inside(config: Config, arguments: Sequence[str]) -> list[str] | None:
     """Words that enter the image; None where it cannot be entered, which `image` has told."""
     if not config.image:
         return []
-    program = runtime()
+    program = container.runtime()
     if program is None or not Path(config.image).is_file():
         return None
-    return [program, "exec", f"--home={Path.cwd()}", *arguments, str(Path(config.image).absolute())]
+    return container.exec_words(program, str(Path(config.image).absolute()), arguments)
 
 
 def _options(stage: Stage, place: Path) -> list[str]:

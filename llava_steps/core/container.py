@@ -60,21 +60,31 @@ def enter(sif: Path, module: str, arguments: Sequence[str], named: Iterable[Path
         return
     if not sif.is_file():
         raise InputError(f"--sif-path: {sif} is not an image file")
-    runtime = next(filter(None, map(shutil.which, RUNTIMES)), None)
-    if runtime is None:
+    program = runtime()
+    if program is None:
         raise ConfigError(f"--sif-path {sif}: neither {' nor '.join(RUNTIMES)} is installed")
-    line = command(runtime, sif, module, arguments, named)
+    line = command(program, sif, module, arguments, named)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(runtime, line, os.environ | {"PYTHONPATH": path})  # noqa: S606  (no shell wanted)
+    os.execve(program, line, os.environ | {"PYTHONPATH": path})  # noqa: S606  (no shell wanted)
+
+
+def runtime() -> str | None:
+    """The program that enters images, if one is installed."""
+    return next(filter(None, map(shutil.which, RUNTIMES)), None)
+
+
+def exec_words(program: str, image: str, arguments: Sequence[str]) -> list[str]:
+    """Words that enter `image` as Snakemake's own do; a command follows."""
+    return [program, "exec", f"--home={Path.cwd()}", *arguments, image]
 
 
 def command(
-    runtime: str, sif: Path, module: str, arguments: Sequence[str], named: Iterable[Path]
+    program: str, sif: Path, module: str, arguments: Sequence[str], named: Iterable[Path]
 ) -> list[str]:
     """The line that runs a step in `sif`; of `named` the directories that exist are bound."""
-    line = [runtime, "exec"]
+    line = [program, "exec"]
     if NVIDIA.exists():
         line.append("--nv")
     for directory in _directories([Path.cwd(), ROOT, sif, *named]):

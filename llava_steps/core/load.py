@@ -19,6 +19,7 @@ from llava_steps.core import cli
 from llava_steps.core.config import Config
 from llava_steps.core.errors import ConfigError
 
+SHIPPED = Path("config/config.yaml")
 STANDALONE = "standalone"
 COMMAND_LINE = "--config"
 DEMO = "demo:"
@@ -51,6 +52,11 @@ class Source:
             count = len(dict.fromkeys(self.problems))
             noun = "a problem" if count == 1 else f"{count} problems"
             raise ConfigError(f"the configuration has {noun}:{lines}")
+
+
+def with_overlays(overlays: Sequence[Path]) -> Config:
+    """The shipped configuration with overlays on it, as a command beside the workflow takes it."""
+    return load([SHIPPED, *overlays])
 
 
 def load(files: Sequence[str | Path], extra: Mapping[str, Any] | None = None) -> Config:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,7 @@ def summary(
             f"{section}.tasks: {harness.package} {harness.version} gave no number for "
             f"{', '.join(silent)}; see its own files in raw/"
         )
-    rows = [
-        {"task": s.task, "metric": s.metric, "value": s.value, "stderr": s.stderr} for s in scores
-    ]
+    rows = [asdict(score) for score in scores]
     return {"harness": harness.package, "version": harness.version, "scores": rows}
 
 

@@ -148,6 +148,11 @@ def stage_plan(geometry: Geometry, stage: Stage, data: Data, cuda: bool = True) 
     )
 
 
+def weight_bytes(geometry: Geometry, plan: StagePlan) -> int:
+    """Bytes of the model's weights as the Hugging Face directories and the conversion hold them."""
+    return plan.parameters * (2 if "16" in geometry.dtype else 4)
+
+
 def disk(geometry: Geometry, plan: StagePlan) -> int:
     """Bytes of the stage's checkpoints while it trains: those kept and the one being written."""
     size = 2 if plan.stage.precision == "bf16" else 4

@@ -23,7 +23,14 @@ from types import FrameType
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import BY_CODE, StepError, StoppedError
 from llava_steps.training.job import Failure, Job
-from llava_steps.training.nodes import LISTENING, RENDEZVOUS, LostError, Party, Place
+from llava_steps.training.nodes import (
+    LISTENING,
+    RENDEZVOUS,
+    LostError,
+    Party,
+    Place,
+    interface_environment,
+)
 from llava_steps.training.stop import SIGNALS
 from llava_steps.training.watch import BEATS, Watch
 
@@ -95,8 +102,7 @@ def _environment(stage: Stage, party: Party, number: int, scratch: Path) -> Mapp
     }
     if stage.gpu_ids:
         own["CUDA_VISIBLE_DEVICES"] = stage.gpu_ids
-    if stage.interface:
-        own |= {"NCCL_SOCKET_IFNAME": stage.interface, "GLOO_SOCKET_IFNAME": stage.interface}
+    own |= interface_environment(stage.interface)
     if stage.debug:
         own |= {
             "TORCH_DISTRIBUTED_DEBUG": "DETAIL",

@@ -121,6 +121,11 @@ def own_address(stage: Stage, env: Mapping[str, str] = os.environ) -> str:
     )
 
 
+def interface_environment(name: str) -> dict[str, str]:
+    """What makes NCCL and Gloo use a network interface; nothing without a name."""
+    return dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), name) if name else {}
+
+
 def _interface_address(name: str) -> str:
     """IPv4 address of a network interface."""
     import fcntl

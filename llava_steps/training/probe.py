@@ -21,6 +21,7 @@ from typing import Any
 from llava_steps.core import fsio
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError
+from llava_steps.training.nodes import interface_environment, own_address
 
 PATIENCE = timedelta(seconds=120)
 WORDS = 4 << 20
@@ -45,7 +46,6 @@ def main() -> int:
         print(json.dumps(found | {"rank": rank, "error": str(error)}), flush=True)
         return 1
     print(json.dumps(found | {"rank": rank}), flush=True)
-    sys.stdout.flush()
     os._exit(0)  # a backend's threads are of no more interest
 
 
@@ -71,9 +71,7 @@ def meets(given: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
     import torch
     from torch import distributed
 
-    if given.interface:
-        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-            os.environ[name] = given.interface
+    os.environ.update(interface_environment(given.interface))
     gpus = torch.cuda.device_count()
     # NCCL refuses two processes on one GPU.
     alone = gpus > int(os.environ.get("LOCAL_RANK", "0"))
@@ -107,8 +105,6 @@ def meets(given: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
 
 def _where(given: argparse.Namespace, rank: int, world: int) -> tuple[str, int]:
     """Address and port of the first process, by its note."""
-    from llava_steps.training.nodes import own_address
-
     path = given.place / f"meet-{os.environ.get('SLURM_JOB_ID', '0')}.json"
     if rank == 0:
         stage = Stage(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from llava_steps.training import launch
 from llava_steps.training.nodes import Party, Place
 from tests import reference
 from tests.chain import Chain, metrics, sample_ids
+from tests.docs.named_tests import skips
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/known-mistakes.md"
@@ -32,20 +32,8 @@ def test_there_are_27_rows() -> None:
 @pytest.mark.parametrize("number", range(1, 28))
 def test_every_mistake_names_tests_that_exist(number: int) -> None:
     """A name belongs to the file before it; the test is really collected (a `test_` function)."""
-    file, named = None, 0
-    for path, name in re.findall(r"\]\(\.\./([\w/.]+)\)|`(test_\w+)`", rows()[number]):
-        if path:
-            file = ROOT / path
-            continue
-        assert file is not None, f"{name} stands in no file"
-        parts = ast.parse(file.read_text(encoding="utf-8")).body
-        function = next(p for p in parts if isinstance(p, ast.FunctionDef) and p.name == name)
-        skips = [
-            d for d in map(ast.unparse, function.decorator_list) if "skip" in d or "xfail" in d
-        ]
-        assert not skips, f"{name} does not run: {skips}"
-        named += 1
-    assert named
+    for name, skipped in skips(rows()[number]):
+        assert not skipped, f"{name} does not run: {skipped}"
 
 
 @pytest.mark.parametrize(

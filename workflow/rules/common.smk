@@ -13,8 +13,9 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from llava_steps.core import lease, load, pipeline, run, slurm
-from llava_steps.core.container import image_digest
+from llava_steps.core.container import exec_words, image_digest
 from llava_steps.core.errors import ConfigError, LockedError, StepError
+from llava_steps.core.log import PROGRESS
 
 
 def configuration():
@@ -31,8 +32,7 @@ def configuration():
 
 try:
     cfg = configuration()
-    image = image_digest(cfg.image, Path(cfg.store))
-    steps = pipeline.chain(cfg, image)
+    steps = pipeline.chain(cfg, image_digest(cfg.image, Path(cfg.store)))
     flags = {rule.name: rule.flags for rule in steps.values()}
     quiet = {rule.name: rule.quiet for rule in steps.values()}
 except ConfigError as error:
@@ -45,7 +45,7 @@ os.environ["PATH"] = os.pathsep.join(
 
 
 # Several steps write to one terminal: lines do not run into each other, live bars would.
-os.environ.setdefault("LLAVA_STEPS_PROGRESS", "lines")
+os.environ.setdefault(PROGRESS, "lines")
 
 
 def needs(name):
@@ -77,7 +77,7 @@ def call(name):
 # Containers get these of the environment and, with --cleanenv in the profile, nothing else.
 PASSED = re.compile(
     r"(NCCL|GLOO|TORCH_NCCL|TORCH_GLOO|UCX|FI|OMP|WANDB|HF)_\w+|CUDA_VISIBLE_DEVICES|SLURM_JOB_ID"
-    r"|(https?|no|all)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|LLAVA_STEPS_PROGRESS",
+    r"|(https?|no|all)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|" + PROGRESS,
     flags=re.IGNORECASE,
 )
 for variable in [*os.environ]:
@@ -92,13 +92,7 @@ def start(name):
     if stage.nodes > 1 and cfg.image:
         # `container:` would wrap srun itself, so these rules have none and each task enters it.
         arguments = shlex.split(workflow.deployment_settings.apptainer_args)
-        inside = [
-            "apptainer",
-            "exec",
-            f"--home={Path.cwd()}",
-            *arguments,
-            image_file(),
-        ]
+        inside = exec_words("apptainer", image_file(), arguments)
     return slurm.launchers(stage, steps[name].module, cfg.cluster.gres, inside)
 
 
