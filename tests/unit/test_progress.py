@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llava_steps.core.log import PROGRESS
+
 ROOT = Path(__file__).parents[2]
 STEP = """
 import sys, time
@@ -63,4 +65,5 @@ def test_one_step_by_hand_has_a_bar() -> None:
 
 def test_the_workflow_asks_for_lines() -> None:
     text = (ROOT / "workflow/rules/common.smk").read_text(encoding="utf-8")
-    assert 'os.environ.setdefault("LLAVA_STEPS_PROGRESS", "lines")' in text
+    assert 'os.environ.setdefault(PROGRESS, "lines")' in text
+    assert PROGRESS == "LLAVA_STEPS_PROGRESS"

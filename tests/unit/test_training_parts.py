@@ -134,7 +134,8 @@ from llava_steps.training.job import Failure, Job
 from llava_steps.training.worker import follow_launcher
 follow_launcher()
 job, rank = Job.read(Path(sys.argv[-1])), int(os.environ["RANK"])
-(job.work / f"pid{rank}").write_text(str(os.getpid()))
+(job.work / f"pid{rank}.part").write_text(str(os.getpid()))
+(job.work / f"pid{rank}.part").rename(job.work / f"pid{rank}")
 """
 
 
