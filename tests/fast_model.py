@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,39 @@ SMALL = _tiny(
         "initializer_range": 0.1,
     },
 )  # fmt: skip
+# Sizes that FP8 products take by blocks: multiples of 128.
+WIDE = _tiny(
+    "wide",
+    text={
+        "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2,
+        "initializer_range": 0.1,
+    },
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """How which model computes; all but `wide` as in ModelOptions."""
+
+    precision: str
+    compiled: bool = False
+    spec: str = "local"
+    fp8: str | None = None
+    recompute: str = "none"
+    wide: bool = False
+
+    @property
+    def tiny(self) -> Tiny:
+        return WIDE if self.wide else SMALL
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Lengths of the two rows."""
+        return (128, 128) if self.wide else (32, 20)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "wide"}
 
 
 def megatron(get: Callable[[str], Tensor], layers: int, groups: int) -> dict[str, Tensor]:
@@ -71,7 +105,7 @@ def expected(tiny: Tiny, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
     return total, megatron(lambda name: named[name].grad, 2, 2)
 
 
-def build(precision: str, compiled: bool) -> Any:
+def build(way: Way) -> Any:
     """Our model, in Megatron's wrapper, with the weights of the reference."""
     from llava_steps.core.config import Stage
     from llava_steps.core.geometry import Geometry
@@ -79,8 +113,8 @@ def build(precision: str, compiled: bool) -> Any:
     from llava_steps.model.options import DTYPES, ModelOptions
     from llava_steps.training.optimizer import wrap
 
-    reference = _model(SMALL, DTYPES[precision])
-    options = ModelOptions(precision=precision, compiled=compiled)  # type: ignore[arg-type]
+    reference = _model(way.tiny, DTYPES[way.precision])
+    options = ModelOptions(**way.options)
     model = build_llava(Geometry.from_hf(reference.config.to_dict()), options)
     weights = dict(reference.named_parameters())
     named = megatron(lambda name: weights[name].data, 2, 2)
@@ -96,12 +130,13 @@ def build(precision: str, compiled: bool) -> Any:
     return wrap(Stage(stage=2), [model])[0]
 
 
-def run(wrapped: Any) -> float:
+def run(wrapped: Any, lengths: tuple[int, int] = (32, 20)) -> float:
     """Two rows forward and backward; the sum of their losses."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     everything, sums = samples(4), []
-    rows = [pack_samples(everything, (0, 1), 32), pack_samples(everything, (2,), 20)]
+    chosen = ((0, 1), (2,))
+    rows = [pack_samples(everything, c, n) for c, n in zip(chosen, lengths, strict=True)]
 
     def loss(out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         sums.append(out.detach().double().sum())
@@ -115,19 +150,23 @@ def run(wrapped: Any) -> float:
     wrapped.zero_grad_buffer()
     get_forward_backward_func()(
         forward_step_func=step, data_iterator=iter(rows), model=[wrapped], num_microbatches=2,
-        seq_length=32, micro_batch_size=1, forward_only=False,
+        seq_length=lengths[0], micro_batch_size=1, forward_only=False,
     )  # fmt: skip
     return float(sum(sums))
 
 
-def gradients(precision: str, compiled: bool) -> tuple[float, dict[str, Tensor], int]:
-    """The same of our model, and the number of graphs that were compiled."""
+def gradients(way: Way, directory: Path) -> tuple[float, dict[str, Tensor], int]:
+    """The same of our model, and the number of graphs that were compiled. Saves its weights."""
     from torch._dynamo.utils import counters
 
-    if precision == "fp32":
+    from llava_steps.model.checkpoint import save_weights
+
+    if way.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False
-    wrapped = build(precision, compiled)
-    total = run(wrapped)
+    wrapped = build(way)
+    total = run(wrapped, way.rows)
+    if way.spec != "local":
+        save_weights(wrapped, directory / "weights")
     named = wrapped.module.named_parameters()
     found = {n: p.main_grad.cpu().clone() for n, p in named if p.requires_grad}
     return total, found, int(counters["stats"]["unique_graphs"])
@@ -142,7 +181,7 @@ def updates(directory: Path) -> None:
 
     stage = Stage(precision="fp32", stage=2, weight_decay=0.1, clip_grad=0.5)
     for kind in ("plain", "fused"):
-        wrapped = build("fp32", False)
+        wrapped = build(Way("fp32"))
 
         def weights(wrapped: Any = wrapped) -> dict[str, Tensor]:
             named = wrapped.module.named_parameters()
@@ -160,43 +199,73 @@ def updates(directory: Path) -> None:
         save_file(weights(), directory / f"{kind}.safetensors")
 
 
-def compare(directory: Path, precision: str, compiled: bool) -> tuple[float, float, int]:
+def command(task: str, directory: Path, way: Way | None = None) -> None:
+    """Have `main` do a task in a process of its own; AssertionError with what it said."""
+    line = [sys.executable, "-m", "tests.fast_model", task, str(directory)]
+    line += [json.dumps(asdict(way))] if way else []
+    ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-6000:]
+
+
+def compare(
+    directory: Path, precision: str, compiled: bool = False, **how: Any
+) -> tuple[float, float, int]:
     """Relative deviations of loss and whole gradient, and the number of graphs."""
     from safetensors.torch import load_file
 
     from llava_steps.model.options import DTYPES
 
-    wanted_loss, wanted = expected(SMALL, DTYPES[precision])
-    line = [sys.executable, "-m", "tests.fast_model", precision, str(int(compiled)), str(directory)]
-    ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr[-6000:]
+    way = Way(precision, compiled, **how)
+    wanted_loss, wanted = expected(way.tiny, DTYPES[precision])
+    command("gradients", directory, way)
     loss, graphs = json.loads((directory / "sums.json").read_text())
     found = load_file(directory / "gradients.safetensors")
     assert set(found) == set(wanted)
     off = {n: (found[n].double() - wanted[n]).norm() / wanted[n].norm() for n in found}
     for name, value in sorted(off.items(), key=lambda item: -item[1])[:3]:
-        print(f"{precision} compiled={compiled}: {name} {value:.1e}")
+        print(f"{way}: {name} {value:.1e}")
     error = torch.cat([(found[n].double() - wanted[n]).flatten() for n in found]).norm()
     whole = torch.cat([wanted[n].flatten() for n in found]).norm()
     return abs(loss - wanted_loss) / wanted_loss, float(error / whole), graphs
 
 
+def load(directory: Path) -> None:
+    """Load the weights that another spec saved into the local one; they must be the reference's."""
+    from llava_steps.model.checkpoint import load_weights
+
+    wanted = build(Way("bf16", wide=True)).module
+    found = build(Way("bf16", wide=True)).module
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.zero_()
+    load_weights(found, directory / "weights")
+    for name, parameter in found.named_parameters():
+        assert torch.equal(parameter, wanted.get_parameter(name)), name
+
+
 def main() -> None:
-    """Compute and write `gradients` in a process of its own: a forked one cannot use CUDA."""
+    """Do a task in a process of its own: a forked one cannot use CUDA."""
     from safetensors.torch import save_file
 
     from llava_steps.model import cpu_shim
     from tests.dist_helpers import model_parallel
 
     cpu_shim.install()
-    precision, compiled, directory = sys.argv[1], bool(int(sys.argv[2])), Path(sys.argv[3])
+    task, directory = sys.argv[1], Path(sys.argv[2])
     store = dist.FileStore(str(directory / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     with model_parallel(1, 1):
-        if precision == "updates":
+        if task == "updates":
             updates(directory)
+        elif task == "load":
+            load(directory)
         else:
-            loss, found, graphs = gradients(precision, compiled)
+            way = Way(**json.loads(sys.argv[3]))
+            if way.spec == "te" and not torch.cuda.is_available():
+                from tests import te_stand_in
+
+                te_stand_in.install()
+            loss, found, graphs = gradients(way, directory)
             save_file(found, directory / "gradients.safetensors")
             (directory / "sums.json").write_text(json.dumps([loss, graphs]))
     sys.stdout.flush()

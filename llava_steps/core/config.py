@@ -297,8 +297,21 @@ class Stage(StepConfig):
         "weights whose gradients are sent together with overlap_grad_reduce; 0: 40 million, or one "
         "million for each data parallel rank if that is more",
     )
-    fp8: bool = value(False, "FP8 compute; not there yet, and refused")
-    layer_spec: Literal["local"] = value("local", "layer implementation")
+    fp8: bool = value(
+        False,
+        "matrix products of the decoder layers in FP8; needs Transformer Engine, a GPU from Hopper "
+        "(or Ada) on, and precision bf16",
+    )
+    fp8_recipe: Literal["tensorwise", "blockwise"] = value(
+        "tensorwise",
+        "FP8: one scale for a tensor, or one for each 128 values (128 x 128 of a weight); taken "
+        "anew from the values of every microbatch, nothing is kept",
+    )
+    layer_spec: Literal["local", "te"] = value(
+        "local",
+        "linears of the decoder layers: our own, or Transformer Engine's, as fp8 has them too; the "
+        "checkpoint is the same",
+    )
     deterministic: bool = value(True, "refuse kernels that give other bits in a second run")
 
     load_optim: bool = value(
@@ -426,8 +439,16 @@ class Stage(StepConfig):
         """World size over tensor and pipeline parallel sizes."""
         return self.world_size // (self.tensor_model_parallel * self.pipeline_model_parallel)
 
+    @property
+    def transformer_engine(self) -> bool:
+        """Whether the decoder layers have Transformer Engine's linears."""
+        return self.fp8 or self.layer_spec == "te"
+
     def not_compiled(self) -> str:
         """What these settings would need for compiled layers; empty when nothing is in the way."""
+        if self.transformer_engine:
+            which = "fp8 false" if self.fp8 else "layer_spec local"
+            return f"{which}: compiled layers do not use Transformer Engine's linears"
         if self.tensor_model_parallel > 1:
             return f"tensor_model_parallel 1, not {self.tensor_model_parallel}"
         if self.recompute == "core_attn":
@@ -436,6 +457,20 @@ class Stage(StepConfig):
             if getattr(self, name, False):
                 return f"no {name}: compiled layers pass over the hooks that it works with"
         return ""
+
+    def _check_transformer_engine(self) -> None:
+        if self.fp8_recipe != "tensorwise" and not self.fp8:
+            raise ValueError(f"fp8_recipe {self.fp8_recipe} is for fp8; set that, or remove it")
+        if not self.transformer_engine:
+            return
+        asked = "fp8" if self.fp8 else "layer_spec te"
+        if self.precision != "bf16":
+            raise ValueError(f"{asked} needs precision bf16, not {self.precision}")
+        if self.lora_rank:
+            raise ValueError(
+                f"{asked} is not for LoRA, whose adapters are added to our own linears: set "
+                "lora_rank to 0, or leave it out"
+            )
 
     def _check_pipeline(self) -> None:
         pp, vp = self.pipeline_model_parallel, self.virtual_pipeline
@@ -496,10 +531,7 @@ class Stage(StepConfig):
             )
         if not self.packing and (self.pack_length or self.pad_to != "row"):
             raise ValueError("pack_length and pad_to are for packing; set packing or remove them")
-        if self.fp8:
-            raise ValueError(
-                "fp8 needs Transformer Engine layers, which are not there yet; use bf16"
-            )
+        self._check_transformer_engine()
         if not self.dist_optim:
             raise ValueError(
                 "dist_optim is always on; with one data parallel rank it costs nothing"

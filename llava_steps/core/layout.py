@@ -51,6 +51,29 @@ def check_layout(geometry: Geometry, tp: int, pp: int, vp: int = 1, split: Split
         )
 
 
+FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128}
+"""Recipe -> what the sizes of a matrix are multiples of, as Transformer Engine wants them."""
+
+
+def check_fp8(geometry: Geometry, tp: int, recipe: str) -> None:
+    """ConfigError, with the fix, unless FP8 products take the linears of a decoder layer."""
+    multiple = FP8_MULTIPLES[recipe]
+    parts = {
+        "hidden_size": geometry.hidden,
+        "intermediate_size / tensor_model_parallel": geometry.ffn // tp,
+        "heads x head_dim / tensor_model_parallel": geometry.heads * geometry.head_dim // tp,
+        "(heads + 2 x key-value heads) x head_dim / tensor_model_parallel": (
+            (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim // tp
+        ),
+    }
+    for name, size in parts.items():
+        if size % multiple:
+            raise ConfigError(
+                f"fp8 with fp8_recipe {recipe} needs multiples of {multiple}, and {name} is "
+                f"{size}; use fp8_recipe tensorwise, a smaller tensor_model_parallel, or no fp8"
+            )
+
+
 def even_split(layers: int, chunks: int) -> tuple[int, ...]:
     """Layers of each chunk; where they cannot be equal the later ones take one less, for the last
     one has the head to carry.

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from llava_steps.core.errors import InputError
 from llava_steps.core.geometry import Geometry
-from llava_steps.model import compiled
+from llava_steps.model import compiled, te_spec
 from llava_steps.model.adapters import Adapters
 from llava_steps.model.attention import pack, upload
 from llava_steps.model.head import best, hits
 from llava_steps.model.kernels import Words
 from llava_steps.model.options import ModelOptions, transformer_config
 from llava_steps.model.rope import RotaryTable
-from llava_steps.model.specs import local_block_spec, mark_tensor_parallel
+from llava_steps.model.specs import LOCAL, block_spec, mark_tensor_parallel
 from llava_steps.model.vision import (
     build_tower,
     image_features,
@@ -86,10 +86,11 @@ class Llava(MegatronModule):  # type: ignore[misc]
         number = options.chunk if options.vp > 1 else None
         self.language_model = GPTModel(
             config,
-            local_block_spec(
+            block_spec(
                 geometry,
                 get_num_layers_to_build(config, number),
                 compiled.CompiledLayer if options.compiled else TransformerLayer,
+                te_spec.linears() if options.spec == "te" else LOCAL,
             ),
             vocab_size=geometry.vocab,
             max_sequence_length=geometry.max_positions,

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import check_layout, even_split
+from llava_steps.core.layout import check_fp8, check_layout, even_split
 from llava_steps.model.lora import Lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,6 +27,8 @@ class ModelOptions:
     `lora`: adapters on the language model, which is frozen then.
     `recompute`: activations that are computed again in the backward pass.
     `compiled`: layers, tower and head are compiled functions (compiled.py); needs tp 1.
+    `spec`: whose linears the decoder layers have, ours or Transformer Engine's (te_spec.py).
+    `fp8`: the recipe of their products, or None for bf16; needs `spec` te.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -43,6 +45,8 @@ class ModelOptions:
     post_process: bool = True
     recompute: Literal["none", "core_attn", "full"] = "none"
     compiled: bool = False
+    spec: Literal["local", "te"] = "local"
+    fp8: Literal["tensorwise", "blockwise"] | None = None
     lora: Lora | None = None
 
     @property
@@ -63,6 +67,7 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
             "recompute core_attn has nothing to do in compiled layers, whose attention keeps no "
             "scores; set recompute to none or full, or compile to none"
         )
+    products = transformer_engine(geometry, options)
     split = options.split or even_split(geometry.layers, chunks)
     pipeline: dict[str, Any] = {}
     if chunks > 1:
@@ -124,4 +129,29 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
         cross_entropy_loss_fusion=False,
         **pipeline,
         **recomputes[options.recompute],
+        **products,
     )
+
+
+def transformer_engine(geometry: Geometry, options: ModelOptions) -> dict[str, Any]:
+    """What megatron-core's configuration says about Transformer Engine's linears.
+
+    ConfigError when they do not fit the other options or the geometry.
+    """
+    if options.fp8 and options.spec != "te":
+        raise ConfigError("fp8 needs the layer spec te: our own linears have no FP8 products")
+    if options.spec != "te":
+        return {}
+    if options.precision != "bf16" or options.compiled or options.lora:
+        raise ConfigError("the layer spec te needs bf16, no compiled layers and no LoRA")
+    # Else the FP8 weights of the first microbatch serve all, and its gradients replace what is in
+    # main_grad: both hold only while each step begins with a call that says so.
+    found: dict[str, Any] = {"disable_parameter_transpose_cache": True}
+    if options.fp8:
+        check_fp8(geometry, options.tp, options.fp8)
+        found |= {
+            # Gradients by tensor need the range of E5M2; blocks of them do not.
+            "fp8": "hybrid" if options.fp8 == "tensorwise" else "e4m3",
+            "fp8_recipe": options.fp8,
+        }
+    return found

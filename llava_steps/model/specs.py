@@ -1,7 +1,7 @@
 """The `local` layer spec: a Llama-like decoder block from megatron-core parts and plain torch.
 
-Needs neither Transformer Engine nor Apex nor CUDA. Another spec (`te`) may give other modules under
-the same names; the checkpoint does not change.
+Needs neither Transformer Engine nor Apex nor CUDA. The spec `te` (te_spec.py) has other linears
+under the same names; the checkpoint does not change.
 """
 
 from __future__ import annotations
@@ -71,21 +71,29 @@ def _with_bias(linear: type[torch.nn.Module], bias: bool) -> type[torch.nn.Modul
     return Linear
 
 
-def local_layer_spec(
-    geometry: Geometry, layer: type[TransformerLayer] = TransformerLayer
+Linears = tuple[type[torch.nn.Module], type[torch.nn.Module]]
+"""A column-parallel and a row-parallel linear."""
+LOCAL: Linears = (ColumnParallelLinear, RowParallelLinear)
+
+
+def layer_spec(
+    geometry: Geometry,
+    layer: type[TransformerLayer] = TransformerLayer,
+    linears: Linears = LOCAL,
 ) -> ModuleSpec:
     """One decoder layer of `geometry`, of the class `layer`."""
+    column, row = linears
     qk_norm = RMSNorm if geometry.qk_norm else None
     attention = SelfAttentionSubmodules(
-        linear_qkv=_with_bias(ColumnParallelLinear, geometry.qkv_bias),
+        linear_qkv=_with_bias(column, geometry.qkv_bias),
         core_attention=_core_attention,
-        linear_proj=_with_bias(RowParallelLinear, geometry.output_bias),
+        linear_proj=_with_bias(row, geometry.output_bias),
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
     mlp = MLPSubmodules(
-        linear_fc1=_with_bias(ColumnParallelLinear, geometry.mlp_bias),
-        linear_fc2=_with_bias(RowParallelLinear, geometry.mlp_bias),
+        linear_fc1=_with_bias(column, geometry.mlp_bias),
+        linear_fc2=_with_bias(row, geometry.mlp_bias),
     )
     return ModuleSpec(
         module=layer,
@@ -108,12 +116,15 @@ def _core_attention(*, softmax_scale: float | None, **_: Any) -> PackedAttention
     return PackedAttention(softmax_scale)
 
 
-def local_block_spec(
-    geometry: Geometry, layers: int, layer: type[TransformerLayer] = TransformerLayer
+def block_spec(
+    geometry: Geometry,
+    layers: int,
+    layer: type[TransformerLayer] = TransformerLayer,
+    linears: Linears = LOCAL,
 ) -> TransformerBlockSubmodules:
     """`layers` decoder layers and the final norm (kept by the last pipeline stage only)."""
     return TransformerBlockSubmodules(
-        layer_specs=[local_layer_spec(geometry, layer)] * layers, layer_norm=RMSNorm
+        layer_specs=[layer_spec(geometry, layer, linears)] * layers, layer_norm=RMSNorm
     )
 
 
@@ -124,9 +135,10 @@ def mark_tensor_parallel(module: torch.nn.Module) -> None:
     the gradient norm counts such a weight on the first tensor-parallel rank only, silently.
     """
     for part in module.modules():
-        if isinstance(part, (ColumnParallelLinear, VocabParallelEmbedding)):
+        mode = getattr(part, "parallel_mode", None)  # of Transformer Engine's linears
+        if mode == "column" or isinstance(part, (ColumnParallelLinear, VocabParallelEmbedding)):
             dim = 0
-        elif isinstance(part, RowParallelLinear):
+        elif mode == "row" or isinstance(part, RowParallelLinear):
             dim = 1
         else:
             continue

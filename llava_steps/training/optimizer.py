@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     ChainedOptimizer,
@@ -137,10 +138,14 @@ class Optimizer:
         for part, factor in rates(stage).items():
             rate: Any = {"lr_mult": factor}
             groups[ParamKey(name=f"*.{part}.*")] = rate
+        # Where Transformer Engine is installed megatron-core would take its Adam, whose state and
+        # arguments are others.
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
         chained = get_megatron_optimizer(config, chunks, groups, use_gloo_process_groups=False)
         assert isinstance(chained, ChainedOptimizer)
         (self._inner,) = chained.chained_optimizers
         assert isinstance(self._inner, DistributedOptimizer)
+        assert self.empty or isinstance(self._inner.optimizer, torch.optim.AdamW)
         if self._fused and not self.empty:
             for group in self._inner.optimizer.param_groups:
                 group.update(fused=True, foreach=False)

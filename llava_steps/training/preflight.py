@@ -9,6 +9,7 @@ from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.layout import pipeline_split
+from llava_steps.training import te_check
 
 
 def check(stage: Stage, hf_dir: Path) -> None:
@@ -16,6 +17,7 @@ def check(stage: Stage, hf_dir: Path) -> None:
     check_trackers(stage)
     geometry = Geometry.load(hf_dir)
     pipeline_split(geometry, stage)
+    te_check.check(stage, geometry)
     if stage.image_token_id is not None and stage.image_token_id != geometry.image_token_id:
         raise ConfigError(
             f"--image-token-id {stage.image_token_id}: {hf_dir} has {geometry.image_token_id} for "

@@ -15,7 +15,8 @@ from llava_steps.data.batch import MicroBatch
 from llava_steps.training.exchange import whole_images
 
 ROW = 128
-"""Rows of compiled layers are multiples of this, as the tiles of matrix products are."""
+"""Rows of compiled layers are multiples of this, as the tiles of matrix products are, and as the
+blocks of FP8 products are."""
 
 Step = Callable[[Iterator[MicroBatch], Any], tuple[Tensor, Any]]
 
@@ -31,7 +32,8 @@ def row_multiple(stage: Stage) -> int:
     """What the length of every row is a multiple of."""
     if compiles(stage):
         return ROW
-    return stage.tensor_model_parallel if stage.sequence_parallel else 1
+    parts = stage.tensor_model_parallel if stage.sequence_parallel else 1
+    return ROW * parts if stage.transformer_engine else parts
 
 
 def run(

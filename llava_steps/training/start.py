@@ -46,7 +46,12 @@ def build(job: Job, log: logging.Logger) -> list[Llava]:
         recompute=stage.recompute,
         lora=adapters(stage),
         compiled=compiles(stage),
+        spec="te" if stage.transformer_engine else "local",
+        fp8=stage.fp8_recipe if stage.fp8 else None,
     )
+    if options.spec == "te":
+        how = f"FP8 ({options.fp8})" if options.fp8 else "bf16"
+        log.info("linears of the decoder layers: Transformer Engine's, %s", how)
     if options.compiled:
         log.info("layers are compiled; the first step takes longer")
     elif torch.cuda.is_available():

@@ -137,7 +137,7 @@ def settings(spec: dict[str, Any]) -> dict[str, Any]:
         "lr": spec["lr"], "warmup_steps": 2, "weight_decay": 0.05, "clip_grad": 1.0,
         "precision": spec["precision"], "compile": spec["compile"],
         "deterministic": spec["deterministic"], "num_workers": spec["workers"],
-        "save_interval": 10**6, "seed": 7,
+        "save_interval": 10**6, "seed": 7, **spec.get("engine", {}),
     }  # fmt: skip
 
 

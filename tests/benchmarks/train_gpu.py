@@ -16,6 +16,7 @@ Prints a line as soon as a part is done, a table, and one JSON line. Parts: see 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -41,19 +42,28 @@ PARTS: dict[str, dict[str, Any]] = {
     "ours-eager": OURS | {"compile": "none", "measured": 3},
     "ours-free": OURS | {"deterministic": False},
     "ours-stage1": OURS | {"stage": 1},
+    "ours-te": OURS | {"engine": {"layer_spec": "te"}, "profile": True},
+    "ours-fp8": OURS | {"engine": {"fp8": True}, "profile": True},
+    "ours-fp8-blocks": OURS | {"engine": {"fp8": True, "fp8_recipe": "blockwise"}},
     "peer-a": PEER,
     "peer-b": PEER | {"compile": "layers", "multiple": 64, "warm": 2},
     "peer-a-stage1": PEER | {"stage": 1},
 }
 """Ours as by default, uncompiled, and with kernels whose sums may differ from run to run; peer (a)
-eager, (b) with compiled layers. A further part, `losses`, trains a small model 50 steps in three
-ways, side by side."""
+eager, (b) with compiled layers. `te` and `fp8` need Transformer Engine. A further part, `losses`,
+trains a small model 50 steps in several ways, side by side."""
 LOSSES = {"warm": 1, "measured": 49, "lr": 1e-3, "batch": 16, "capacity": 8192, "seconds": 150}
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32", "compile": "none"},
     "bf16 eager": {"compile": "none"},
     "bf16 compiled": {"compile": "layers"},
 }
+if importlib.util.find_spec("transformer_engine"):
+    WAYS |= {
+        "bf16 te": {"engine": {"layer_spec": "te"}},
+        "bf16 te fp8": {"engine": {"fp8": True}},
+        "bf16 te fp8 blocks": {"engine": {"fp8": True, "fp8_recipe": "blockwise"}},
+    }
 
 
 def matrix_peak() -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -123,9 +121,7 @@ def test_a_compiled_model_has_the_gradients_of_transformers(tmp_path: Path) -> N
 
 
 def test_the_fused_optimizer_clips_and_updates_as_the_other(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "tests.fast_model", "updates", "0", str(tmp_path)]
-    ran = subprocess.run(line, cwd=fast_model.ROOT, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr[-6000:]
+    fast_model.command("updates", tmp_path)
     plain, fused = (load_file(tmp_path / f"{kind}.safetensors") for kind in ("plain", "fused"))
     start = load_file(tmp_path / "start.safetensors")
     for name in start:

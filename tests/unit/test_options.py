@@ -473,9 +473,12 @@ def test_deterministic() -> None:
     assert result.stdout.split()[-1] == "True"
 
 
-def test_fp8() -> None:
+def test_fp8(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = parsed("--fp8")
+    assert stage.fp8 and stage.transformer_engine and stage.fp8_recipe == "tensorwise"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="Transformer Engine"):
-        parsed("--fp8")
+        preflight.check(stage, chain.hf)
 
 
 def test_node() -> None:

@@ -1,0 +1,88 @@
+"""Whether Transformer Engine and a GPU for it are there, asked before any process trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from llava_steps.core.config import Stage
+from llava_steps.core.errors import ConfigError
+from llava_steps.core.geometry import Geometry
+from llava_steps.core.layout import check_fp8
+
+OLDEST = (2, 3)
+"""The first Transformer Engine with both recipes."""
+CAPABILITY = (8, 9)
+"""Of the first GPUs with FP8 products (Ada); FP8 by blocks begins with Hopper, (9, 0)."""
+INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.3'"
+PROBE = """
+import json, torch
+found = {"gpus": [torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())]}
+if found["gpus"]:
+    try:
+        import transformer_engine.pytorch
+        from importlib.metadata import version
+        found["version"] = version("transformer_engine")
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
+"""In a process of its own: it loads torch and asks the GPUs, which the launcher never does."""
+
+
+def check(stage: Stage, geometry: Geometry) -> None:
+    """ConfigError, with the fix, when `stage` asks for Transformer Engine and it cannot serve."""
+    if not stage.transformer_engine:
+        return
+    asked = "fp8" if stage.fp8 else "layer_spec te"
+    if stage.fp8:
+        check_fp8(geometry, stage.tensor_model_parallel, stage.fp8_recipe)
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            f"{asked} needs Transformer Engine, and the package is not installed: {INSTALL}; or "
+            f"leave {asked} out"
+        )
+    refuse(stage, asked, probe(stage.gpu_ids))
+
+
+def probe(gpu_ids: str) -> dict[str, Any]:
+    """What `PROBE` finds, on the GPUs of `gpu_ids` or all visible ones."""
+    chosen = {"CUDA_VISIBLE_DEVICES": gpu_ids} if gpu_ids else {}
+    ran = subprocess.run(
+        [sys.executable, "-c", PROBE], env=os.environ | chosen, capture_output=True, text=True
+    )
+    if ran.returncode:
+        last = (ran.stderr.strip() or f"exit code {ran.returncode}").splitlines()[-1]
+        return {"gpus": [], "error": last}
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def refuse(stage: Stage, asked: str, found: dict[str, Any]) -> None:
+    """ConfigError unless what was found on this machine can do what is asked for."""
+    fix = f"leave {asked} out"
+    if not found["gpus"]:
+        why = f" ({found['error']})" if "error" in found else ""
+        raise ConfigError(f"{asked} needs a GPU, and torch sees none here{why}; {fix}")
+    if "error" in found:
+        raise ConfigError(
+            f"{asked} needs Transformer Engine, which is installed and cannot be imported: "
+            f"{found['error']}; install it for this torch ({INSTALL}), or {fix}"
+        )
+    if tuple(int(part) for part in found["version"].split(".")[:2]) < OLDEST:
+        raise ConfigError(
+            f"{asked} needs Transformer Engine 2.3 or later, and {found['version']} is installed: "
+            f"{INSTALL}; or {fix}"
+        )
+    weakest = tuple(min(found["gpus"]))
+    wanted = (9, 0) if stage.fp8_recipe == "blockwise" else CAPABILITY
+    if stage.fp8 and weakest < wanted:
+        has, needs = (".".join(map(str, pair)) for pair in (weakest, wanted))
+        raise ConfigError(
+            f"fp8 with fp8_recipe {stage.fp8_recipe} needs GPUs of compute capability {needs} "
+            f"(H100, H200 ...), and one here has {has}; {fix}"
+        )

@@ -1,0 +1,133 @@
+"""Transformer Engine's linears: what is refused, what megatron-core is told, and the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from llava_steps.core.config import Stage
+from llava_steps.core.errors import ConfigError
+from llava_steps.core.geometry import Geometry
+from llava_steps.model import cpu_shim
+
+cpu_shim.install()
+
+from llava_steps.model.lora import Lora  # noqa: E402
+from llava_steps.model.options import ModelOptions, transformer_config  # noqa: E402
+from llava_steps.training import rows, te_check  # noqa: E402
+from tests import fast_model  # noqa: E402
+from tests.model_fixtures import config_of  # noqa: E402
+
+GEOMETRY = Geometry.from_hf(config_of(fast_model.WIDE).to_dict())
+H200: dict[str, Any] = {"gpus": [[9, 0]], "version": "2.20.2"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fp8": True, "precision": "fp32"}, "fp8 needs precision bf16"),
+        ({"layer_spec": "te", "precision": "fp32"}, "layer_spec te needs precision bf16"),
+        ({"fp8": True, "compile": "layers"}, "compile layers needs fp8 false"),
+        ({"layer_spec": "te", "compile": "layers"}, "compile layers needs layer_spec local"),
+        ({"fp8": True, "lora_rank": 4}, "set lora_rank to 0"),
+        ({"fp8_recipe": "blockwise"}, "fp8_recipe blockwise is for fp8"),
+    ],
+)
+def test_contradictions(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Stage.model_validate({"stage": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "message"),
+    [
+        ({}, H200 | {"gpus": []}, "fp8 needs a GPU, and torch sees none here; leave fp8 out"),
+        ({}, {"gpus": [], "error": "no torch"}, r"sees none here \(no torch\)"),
+        ({}, H200 | {"gpus": [[9, 0], [8, 0]]}, "capability 8.9 .*, and one here has 8.0"),
+        ({"fp8_recipe": "blockwise"}, H200 | {"gpus": [[8, 9]]}, "capability 9.0"),
+        ({}, H200 | {"version": "2.2.1"}, "2.3 or later, and 2.2.1 is installed"),
+        ({}, {"gpus": [[9, 0]], "error": "OSError: libcudnn"}, "cannot be imported: OSError: lib"),
+    ],
+)
+def test_what_the_machine_lacks(
+    settings: dict[str, Any], found: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        te_check.refuse(Stage(fp8=True, **settings), "fp8", found)
+    te_check.refuse(Stage(fp8=True, **settings), "fp8", H200)
+
+
+def test_the_probe_answers_without_a_gpu() -> None:
+    assert te_check.probe("") == {"gpus": []}
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"layer_spec te needs .* pip install"):
+        te_check.check(Stage(layer_spec="te"), GEOMETRY)
+    te_check.check(Stage(), GEOMETRY)
+
+
+@pytest.mark.parametrize("name", ["hidden", "ffn", "head_dim"])
+def test_sizes(name: str) -> None:
+    wrong = replace(GEOMETRY, **{name: 1000})
+    with pytest.raises(ConfigError, match="fp8_recipe tensorwise needs multiples of 16"):
+        te_check.check(Stage(fp8=True), replace(wrong, heads=1, kv_heads=1))
+    options = ModelOptions("bf16", spec="te", fp8="blockwise")
+    transformer_config(GEOMETRY, options)
+    with pytest.raises(ConfigError, match="multiples of 128"):
+        transformer_config(wrong, options)
+
+
+def test_rows() -> None:
+    assert rows.row_multiple(Stage(fp8=True)) == 128
+    cut = {"gpus": 2, "tensor_model_parallel": 2, "global_batch_size": 2}
+    assert rows.row_multiple(Stage(fp8=True, sequence_parallel=True, **cut)) == 256
+    assert rows.row_multiple(Stage(precision="fp32")) == 1
+
+
+def test_the_configuration_of_megatron() -> None:
+    def settings(**options: Any) -> tuple[Any, ...]:
+        found = transformer_config(GEOMETRY, ModelOptions("bf16", **options))
+        return found.fp8, found.disable_parameter_transpose_cache, found.fp8_param
+
+    assert settings() == (None, False, False)
+    assert settings(spec="te") == (None, True, False)
+    assert settings(spec="te", fp8="tensorwise") == ("hybrid", True, False)
+    assert settings(spec="te", fp8="blockwise") == ("e4m3", True, False)
+    found = transformer_config(GEOMETRY, ModelOptions("bf16", spec="te", fp8="blockwise"))
+    assert found.fp8_recipe == "blockwise"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fp8": "tensorwise"},
+        {"spec": "te", "precision": "fp32"},
+        {"spec": "te", "compiled": True},
+        {"spec": "te", "lora": Lora(4, 8.0, ("linear_qkv",))},
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="layer spec te"):
+        transformer_config(GEOMETRY, ModelOptions(**{"precision": "bf16", **options}))
+
+
+def test_an_engine_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_steps.model import te_spec
+
+    monkeypatch.setattr(te_spec.extension, "HAVE_TE", False)
+    with pytest.raises(ConfigError, match="cannot be imported here"):
+        te_spec.linears()
+
+
+def test_gradients_and_checkpoint_are_those_of_the_local_spec(tmp_path: Path) -> None:
+    """With a stand-in for the linears: names, main_grad, and no extra state in the checkpoint."""
+    te = {"spec": "te", "fp8": "tensorwise", "wide": True}
+    loss, gradient, _ = fast_model.compare(tmp_path, "bf16", **te)
+    assert loss <= 1e-2 and gradient <= 3e-2
+    fast_model.command("load", tmp_path)
