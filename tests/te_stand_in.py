@@ -93,3 +93,29 @@ def install() -> None:
     extension.HAVE_TE = True
     extension.TEColumnParallelLinear = TEColumnParallelLinear
     extension.TERowParallelLinear = TERowParallelLinear
+
+
+def deviations(rank: int) -> dict[str, float]:
+    """Tiny model -> deviation of the logits of spec te from those of local; a `spawn` worker."""
+    from llava_steps.core.geometry import Geometry
+    from llava_steps.model.llava import build_llava
+    from llava_steps.model.options import ModelOptions
+    from tests.dist_helpers import model_parallel
+    from tests.model_fixtures import TINY, config_of, pack_samples, samples
+
+    install()
+    found = {}
+    row = pack_samples(samples(4), (0, 1), 32)
+    place = row.tokens, row.position_ids, row.cu_seqlens, row.max_seqlen, row.pixel_values
+    with model_parallel(1, 1), torch.no_grad():
+        for name in ("biases-uneven", "qwen2-tied", "qwen3"):
+            geometry = Geometry.from_hf(config_of(TINY[name]).to_dict())
+            local = build_llava(geometry, ModelOptions("bf16"))
+            te = build_llava(geometry, ModelOptions("bf16", spec="te", fp8="tensorwise"))
+            for n, p in local.named_parameters():
+                p.normal_(float(p.dim() == 1 and "norm" in n), 0.2)
+                te.get_parameter(n).copy_(p)
+            assert set(dict(te.named_parameters())) == set(dict(local.named_parameters()))
+            wanted, out = local(*place), te(*place)
+            found[name] = float((out - wanted).norm() / wanted.norm())
+    return found

@@ -284,7 +284,8 @@ class Stage(StepConfig):
     compile: Literal["auto", "layers", "none"] = value(
         "auto",
         "layers: decoder layers, vision layers and head are compiled once, for any length; needs "
-        "tensor_model_parallel 1; auto: layers on a GPU in bf16 where that can be, else none",
+        "tensor_model_parallel 1; auto: layers on a GPU in bf16 where that can be, else none; with "
+        "fp8 or layer_spec te the decoder layers are left as they are",
     )
     overlap_grad_reduce: bool = value(
         False, "data parallel: send gradients while the backward pass goes on"
@@ -446,9 +447,6 @@ class Stage(StepConfig):
 
     def not_compiled(self) -> str:
         """What these settings would need for compiled layers; empty when nothing is in the way."""
-        if self.transformer_engine:
-            which = "fp8 false" if self.fp8 else "layer_spec local"
-            return f"{which}: compiled layers do not use Transformer Engine's linears"
         if self.tensor_model_parallel > 1:
             return f"tensor_model_parallel 1, not {self.tensor_model_parallel}"
         if self.recompute == "core_attn":
@@ -466,6 +464,11 @@ class Stage(StepConfig):
         asked = "fp8" if self.fp8 else "layer_spec te"
         if self.precision != "bf16":
             raise ValueError(f"{asked} needs precision bf16, not {self.precision}")
+        if self.recompute == "core_attn":
+            raise ValueError(
+                f"{asked}: the attention of its layers keeps no scores to compute again; set "
+                "recompute to none or full"
+            )
         if self.lora_rank:
             raise ValueError(
                 f"{asked} is not for LoRA, whose adapters are added to our own linears: set "

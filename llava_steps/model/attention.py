@@ -57,7 +57,7 @@ def pack(
     cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor, compiled: bool = False
 ) -> Packed:
     """The `Packed` of a row of T tokens; cos and sin are [T, head_dim] in the compute dtype.
-    Compiled layers need no dense indices.
+    Layers with kernels of their own (`compiled`) need no dense indices.
 
     Boundaries are checked where reading them costs nothing (on CPU): InputError if they do not
     cover the row or if a sample is longer than max_seqlen.

@@ -84,14 +84,14 @@ class Llava(MegatronModule):  # type: ignore[misc]
             self.vision_tower = build_tower(geometry, options.dtype)
             self.mm_projector = Projector(geometry, options.dtype)
         number = options.chunk if options.vp > 1 else None
+        layer, linears = TransformerLayer, LOCAL
+        if options.spec == "te":
+            layer, linears = te_spec.TeLayer, te_spec.linears()
+        elif options.compiled:
+            layer = compiled.CompiledLayer
         self.language_model = GPTModel(
             config,
-            block_spec(
-                geometry,
-                get_num_layers_to_build(config, number),
-                compiled.CompiledLayer if options.compiled else TransformerLayer,
-                te_spec.linears() if options.spec == "te" else LOCAL,
-            ),
+            block_spec(geometry, get_num_layers_to_build(config, number), layer, linears),
             vocab_size=geometry.vocab,
             max_sequence_length=geometry.max_positions,
             pre_process=self.pre_process,
@@ -102,7 +102,7 @@ class Llava(MegatronModule):  # type: ignore[misc]
             vp_stage=number,
         )
         mark_tensor_parallel(self.language_model)
-        if options.compiled:
+        if layer is compiled.CompiledLayer:
             compiled.install(self.language_model.decoder, geometry)
         self._vision_layer = compiled.run_vision_layer if options.compiled else plain_layer
         self.lora: Adapters | None = None
@@ -158,7 +158,8 @@ class Llava(MegatronModule):  # type: ignore[misc]
             )
         place = next(self.parameters()).device
         cos, sin = self.rotary(upload(position_ids[0], place), self.options.dtype)
-        packed = pack(cu_seqlens, max_seqlen, cos, sin, self.options.compiled)
+        own = self.options.compiled or self.options.spec == "te"
+        packed = pack(cu_seqlens, max_seqlen, cos, sin, own)
         hidden: Tensor = self.language_model.decoder(
             hidden_states=self._embed(tokens, pixel_values) if self.pre_process else None,
             attention_mask=None,

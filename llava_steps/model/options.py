@@ -26,7 +26,8 @@ class ModelOptions:
     `pre_process` / `post_process`: this chunk is the first / last of the model.
     `lora`: adapters on the language model, which is frozen then.
     `recompute`: activations that are computed again in the backward pass.
-    `compiled`: layers, tower and head are compiled functions (compiled.py); needs tp 1.
+    `compiled`: layers, tower and head are compiled functions (compiled.py), of `spec` te tower and
+    head alone; needs tp 1.
     `spec`: whose linears the decoder layers have, ours or Transformer Engine's (te_spec.py).
     `fp8`: the recipe of their products, or None for bf16; needs `spec` te.
     """
@@ -142,8 +143,8 @@ def transformer_engine(geometry: Geometry, options: ModelOptions) -> dict[str, A
         raise ConfigError("fp8 needs the layer spec te: our own linears have no FP8 products")
     if options.spec != "te":
         return {}
-    if options.precision != "bf16" or options.compiled or options.lora:
-        raise ConfigError("the layer spec te needs bf16, no compiled layers and no LoRA")
+    if options.precision != "bf16" or options.recompute == "core_attn" or options.lora:
+        raise ConfigError("the layer spec te needs bf16, recompute none or full, and no LoRA")
     # Else the FP8 weights of the first microbatch serve all, and its gradients replace what is in
     # main_grad: both hold only while each step begins with a call that says so.
     found: dict[str, Any] = {"disable_parameter_transpose_cache": True}

@@ -1,8 +1,8 @@
 """The `te` layer spec: the decoder layers of specs.py with Transformer Engine's linears.
 
-Their products can be FP8 (`TransformerConfig.fp8`); everything else in a layer stays as it is:
-norms, rotary embedding, attention and gate in bf16. Names and checkpoint are those of the `local`
-spec.
+Their products can be FP8 (`TransformerConfig.fp8`); everything else in a layer stays in bf16: norms
+and, as in compiled layers, one kernel each for rotary embedding with attention and for the gate.
+Names and checkpoint are those of the `local` spec.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 from megatron.core.extensions import transformer_engine as extension
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
 
 from llava_steps.core.errors import ConfigError
+from llava_steps.model.attention import Packed
+from llava_steps.model.kernels import attention, swiglu
 from llava_steps.model.specs import Linears
 
 
@@ -43,3 +47,35 @@ def _fused(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
     Linear.__name__ = Linear.__qualname__ = linear.__name__
     return Linear
+
+
+class TeLayer(TransformerLayer):  # type: ignore[misc]
+    """megatron-core's layer, its parameters and its checkpoint, with a forward of our own.
+
+    The linears are called as modules: they send and gather what tensor parallelism needs.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: Packed, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states [T (/tp), 1, hidden] -> the same."""
+        attend, mlp, packed = self.self_attention, self.mlp, packed_seq_params
+        width, groups = self.config.kv_channels, attend.num_query_groups_per_partition
+        shared = attend.num_attention_heads_per_partition // groups
+        mixed = _product(attend.linear_qkv, self.input_layernorm(hidden_states))
+        mixed = mixed.view(-1, groups, shared + 2, width)
+        if attend.q_layernorm is not None:
+            q, k, v = mixed[:, :, :shared], mixed[:, :, shared:-1], mixed[:, :, -1:]
+            mixed = torch.cat((attend.q_layernorm(q), attend.k_layernorm(k), v), dim=2)
+        cos, sin = packed.cos.flatten(1), packed.sin.flatten(1)
+        out, *_ = attention(mixed, cos, sin, packed.cu_seqlens, packed.longest, width**-0.5)
+        hidden = hidden_states + _product(attend.linear_proj, out.flatten(1).unsqueeze(1))
+        both = _product(mlp.linear_fc1, self.pre_mlp_layernorm(hidden))
+        gated = swiglu(both.squeeze(1)).unsqueeze(1)
+        return hidden + _product(mlp.linear_fc2, gated), None
+
+
+def _product(linear: torch.nn.Module, x: Tensor) -> Tensor:
+    out: Tensor
+    out, bias = linear(x)
+    return out if bias is None else out + bias

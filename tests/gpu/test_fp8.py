@@ -45,7 +45,9 @@ def test_fp8(tmp_path: Path, bf16: dict[str, float], recipe: str, recompute: str
     from tests import fast_model
 
     how = {"spec": "te", "fp8": recipe, "recompute": recompute, "wide": True}
-    loss, gradient, _ = fast_model.compare(tmp_path, "bf16", **how)
+    compiled = recompute == "none"
+    loss, gradient, graphs = fast_model.compare(tmp_path, "bf16", compiled, **how)
+    assert graphs == (2 if compiled else 0), "tower and head"
     print(f"fp8 {recipe}, recompute {recompute}: loss {loss:.2e}, gradient {gradient:.2e}")
     assert loss <= LOSS and gradient <= GRADIENT
     assert gradient > 1.5 * bf16["te"], "as near as bf16: the products were not FP8"

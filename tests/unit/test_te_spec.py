@@ -20,6 +20,7 @@ from llava_steps.model.lora import Lora  # noqa: E402
 from llava_steps.model.options import ModelOptions, transformer_config  # noqa: E402
 from llava_steps.training import rows, te_check  # noqa: E402
 from tests import fast_model  # noqa: E402
+from tests.dist_helpers import spawn  # noqa: E402
 from tests.model_fixtures import config_of  # noqa: E402
 
 GEOMETRY = Geometry.from_hf(config_of(fast_model.WIDE).to_dict())
@@ -31,8 +32,7 @@ H200: dict[str, Any] = {"gpus": [[9, 0]], "version": "2.20.2"}
     [
         ({"fp8": True, "precision": "fp32"}, "fp8 needs precision bf16"),
         ({"layer_spec": "te", "precision": "fp32"}, "layer_spec te needs precision bf16"),
-        ({"fp8": True, "compile": "layers"}, "compile layers needs fp8 false"),
-        ({"layer_spec": "te", "compile": "layers"}, "compile layers needs layer_spec local"),
+        ({"fp8": True, "recompute": "core_attn"}, "set recompute to none or full"),
         ({"fp8": True, "lora_rank": 4}, "set lora_rank to 0"),
         ({"fp8_recipe": "blockwise"}, "fp8_recipe blockwise is for fp8"),
     ],
@@ -108,7 +108,7 @@ def test_the_configuration_of_megatron() -> None:
     [
         {"fp8": "tensorwise"},
         {"spec": "te", "precision": "fp32"},
-        {"spec": "te", "compiled": True},
+        {"spec": "te", "recompute": "core_attn"},
         {"spec": "te", "lora": Lora(4, 8.0, ("linear_qkv",))},
     ],
 )
@@ -125,9 +125,16 @@ def test_an_engine_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> N
         te_spec.linears()
 
 
+def test_logits_are_those_of_the_local_spec(tmp_path: Path) -> None:
+    """With every bias, and with norms of queries and keys."""
+    (found,) = spawn("tests.te_stand_in:deviations", 1, tmp_path)
+    assert max(found.values()) <= 3e-2, found
+
+
 def test_gradients_and_checkpoint_are_those_of_the_local_spec(tmp_path: Path) -> None:
     """With a stand-in for the linears: names, main_grad, and no extra state in the checkpoint."""
     te = {"spec": "te", "fp8": "tensorwise", "wide": True}
-    loss, gradient, _ = fast_model.compare(tmp_path, "bf16", **te)
+    loss, gradient, graphs = fast_model.compare(tmp_path, "bf16", compiled=True, **te)
     assert loss <= 1e-2 and gradient <= 3e-2
+    assert graphs == 2, "tower and head"
     fast_model.command("load", tmp_path)
