@@ -113,7 +113,7 @@ newcomer: ## clone, make demo, ask the model: the README's commands as they are 
 	@.ci/environment test
 	@$(BIN)/python -m tests.benchmarks.newcomer
 
-release-check: ## build, twine check, install into a clean environment, --help of every step
+release-check: ## build, twine check, install into a clean environment, --help of every command
 	@.ci/environment test
 	@$(BIN)/python -m tests.benchmarks.release
 

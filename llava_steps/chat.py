@@ -24,19 +24,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the answer; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_steps.chat",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [options] MODEL [IMAGE ...] QUESTION\n       %(prog)s --page MODEL",
-    )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face LLaVA directory")
-    # One list: argparse would give all words to the images and none to the question.
-    parser.add_argument("words", nargs="*", metavar="IMAGE|QUESTION", help="files; the question")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="at most (default: 256)")
-    parser.add_argument("--page", action="store_true", help="a page to ask in, with gradio")
-    parser.add_argument("--port", type=int, default=7860, help="of the page (default: 7860)")
-    given = parser.parse_intermixed_args(arguments)
+    given = parser().parse_intermixed_args(arguments)
     ignore_known_warnings()
     try:
         if given.page:
@@ -44,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError("--page takes questions and images on the page itself")
             page(given.model, given.max_new_tokens, given.port)
         elif not given.words:
-            parser.error("a question is needed, or --page")
+            parser().error("a question is needed, or --page")
         else:
             images = [Path(word) for word in given.words[:-1]]
             for piece in answer(given.model, images, given.words[-1], given.max_new_tokens):
@@ -54,6 +42,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"chat: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m llava_steps.chat",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] MODEL [IMAGE ...] QUESTION\n       %(prog)s --page MODEL",
+    )
+    made.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face LLaVA directory")
+    # One list: argparse would give all words to the images and none to the question.
+    made.add_argument("words", nargs="*", metavar="IMAGE|QUESTION", help="files; the question")
+    made.add_argument("--max-new-tokens", type=int, default=256, help="at most (default: 256)")
+    made.add_argument("--page", action="store_true", help="a page to ask in, with gradio")
+    made.add_argument("--port", type=int, default=7860, help="of the page (default: 7860)")
+    return made
 
 
 def answer(

@@ -29,20 +29,25 @@ MODELS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the summary; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_steps.summary",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--configfile", type=Path, action="append", default=[], help="overlay")
-    parser.add_argument("--started", type=float, default=None, help="when the run began")
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
         print(summary(load.with_overlays(given.configfile), given.started))
     except StepError as error:
         print(f"summary: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m llava_steps.summary",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--configfile", type=Path, action="append", default=[], help="overlay")
+    made.add_argument("--started", type=float, default=None, help="when the run began")
+    return made
 
 
 def summary(config: Config, started: float | None) -> str:

@@ -55,23 +55,28 @@ def verify(entry: Path) -> tuple[str, str]:
     return "whole", f"{len(known)} files, {size:,} bytes, {manifest.get('step')}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print one line per artefact; the exit code tells the worst of them."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         prog="python -m llava_steps.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    made.add_argument(
         "paths",
         nargs="*",
         type=Path,
         default=[Path("results")],
         help="artefacts, or directories that hold some (default: results)",
     )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one line per artefact; the exit code tells the worst of them."""
     found = damaged = 0
     empty: list[Path] = []
-    for root in parser.parse_args(arguments).paths:
+    for root in parser().parse_args(arguments).paths:
         before = found
         for entry in artefacts(root):
             found += 1

@@ -107,8 +107,7 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
     if module == "__main__":
         module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
     ignore_known_warnings()
-    parser = _parser(step, module)
-    given = vars(parser.parse_args(list(arguments)))
+    given = vars(parser(step, module).parse_args(list(arguments)))
     log = logger(module.rpartition(".")[2])
     try:
         if given["sif_path"]:
@@ -149,15 +148,16 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _parser(step: Step[C], module: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
+    """The command line of a step."""
+    made = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=step.doc or step.config.__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cli.add_flags(parser, step.config)
-    where = parser.add_argument_group("where")
+    cli.add_flags(made, step.config)
+    where = made.add_argument_group("where")
     where.add_argument(
         "--save-dir", type=Path, required=True, help="directory that shows the result"
     )
@@ -167,7 +167,7 @@ def _parser(step: Step[C], module: str) -> argparse.ArgumentParser:
         "--sif-path", type=Path, help="run in this container image, with apptainer or singularity"
     )
     where.add_argument("--force", action="store_true", help="compute again although it is there")
-    return parser
+    return made
 
 
 def _evaluate(

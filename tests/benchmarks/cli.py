@@ -1,4 +1,4 @@
-"""How long `--help` of every step and a dry run of the demo take, against doing nothing.
+"""How long `--help` of every command and a dry run of the demo take, against doing nothing.
 
     python -m tests.benchmarks.cli --rounds 5
 
@@ -20,10 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llava_steps.core.pipeline import MODULES
+from llava_steps.completion import commands
 
 ROOT = Path(__file__).parents[2]
-OTHERS = ("llava_steps.plan", "llava_steps.verify", "llava_steps.chat", "llava_steps.summary")
 HELP_RATIO, DRY_RUN_RATIO = 15.0, 3.0
 
 
@@ -51,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    modules = sorted({*MODULES.values(), *OTHERS})
+    modules = commands()
     with tempfile.TemporaryDirectory() as empty:
         (Path(empty) / "Snakefile").write_text("rule all:\n    input: []\n")
         dry = ["-m", "snakemake", "-n", "--cores", "1"]

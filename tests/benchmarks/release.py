@@ -4,7 +4,7 @@
 
 Makes an environment of its own with `build` and `twine` from PyPI, builds from what is committed,
 runs `twine check --strict`, installs the wheel with the versions of constraints.txt into a second,
-clean environment and runs `--help` of every step there. The last line is JSON.
+clean environment and runs `--help` of every command there. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-from llava_steps.core.pipeline import MODULES
+from llava_steps.completion import commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ def main() -> int:
         constraints = place / "source/constraints.txt"
         run(clean, "-m", "pip", "install", "-q", "-c", constraints, wheel, cwd=place)
         run(clean, "-m", "pip", "check", cwd=place)
-        for module in sorted({*MODULES.values(), "llava_steps.plan", "llava_steps.chat"}):
+        for module in commands():
             run(clean, "-m", module, "--help", cwd=place)
         result = {"built": [path.name for path in made], "passed": len(made) == 2}
     print(json.dumps(result))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps.core import cli
-from llava_steps.core.run import _parser
+from llava_steps.core.run import parser
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
@@ -21,7 +21,7 @@ LINES = re.findall(r"^python -m (llava_steps\.\w+) (.+)$", PAGE, flags=re.M)
 def test_a_command_is_accepted(module: str, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags are parsed and the settings checked, as the step does it before it reads anything."""
     step = importlib.import_module(module).STEP
-    given = vars(_parser(step, module).parse_args(shlex.split(flags)))
+    given = vars(parser(step, module).parse_args(shlex.split(flags)))
     # The page names what the scripts left to their code; a global batch must suit 8 GPUs.
     if module == "llava_steps.train":
         given["global_batch_size"] = 8
