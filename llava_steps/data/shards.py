@@ -92,13 +92,7 @@ def write_shards(
             done.result()
     fsio.write_bytes(entry / QUARANTINE, "".join(lines).encode())
     plan.check(quarantine_limit, settings.source.path, entry / QUARANTINE)
-    rows = []
-    shards = list(plan.shards())
-    finished = pool.ordered(partial(finish_shard, entry, made is not None), shards, workers)
-    for shard, row in zip(shards, finished, strict=True):
-        rows.append(row)
-        for path in shard.last_of if made is None else ():
-            path.unlink(missing_ok=True)
+    rows = _finish(entry, list(plan.shards()), workers, keep=made is not None)
     fsio.remove_temporaries(entry)
     fsio.write_json(entry / SHARDS, {"shards": rows})
     return {
@@ -178,34 +172,40 @@ class _Writer:
         self._file.close()
 
 
-def finish_shard(entry: Path, keep: bool, shard: Shard) -> dict[str, Any]:
-    """Give a shard its final name; its row of `shards.json`; runs in a worker.
+def _finish(entry: Path, shards: list[Shard], workers: int, keep: bool) -> list[dict[str, Any]]:
+    """Give shards their final names; their rows of `shards.json`.
 
-    With `keep` the part files stay where they are.
+    Whole parts only get a name; the others are put together by workers, if there are any. With
+    `keep` the part files stay where they are.
     """
-    final = entry / f"{shard.number:06d}.tar"
-    if shard.sha256 is not None and not keep:
-        os.replace(shard.ranges[0].path, final)
-        sha256 = shard.sha256
-    elif shard.sha256 is not None:
-        fsio.link_or_copy(shard.ranges[0].path, final)
-        sha256 = shard.sha256
-    else:
-        temporary = entry / f"{fsio.TEMPORARY}{final.name}"
-        sha256 = _assemble(shard, temporary)
-        os.replace(temporary, final)
+    torn = [shard for shard in shards if shard.sha256 is None]
+    made = pool.ordered(partial(_assemble, entry), torn, workers) if torn else iter(())
+    rows = []
+    for shard in shards:
+        final = entry / f"{shard.number:06d}.tar"
+        digest = shard.sha256
+        if digest is None:
+            digest = next(made)
+            os.replace(_temporary(entry, shard), final)
+        elif keep:
+            fsio.link_or_copy(shard.ranges[0].path, final)
+        else:
+            os.replace(shard.ranges[0].path, final)
+        for path in () if keep else shard.last_of:
+            path.unlink(missing_ok=True)
+        size = final.stat().st_size
+        rows.append({"name": final.name, "samples": shard.samples, "size": size, "sha256": digest})
     fsio.fsync_path(entry)
-    return {
-        "name": final.name,
-        "samples": shard.samples,
-        "size": final.stat().st_size,
-        "sha256": sha256,
-    }
+    return rows
 
 
-def _assemble(shard: Shard, target: Path) -> str:
-    """Copy the shard's ranges to `target` and close the archive; hex sha256."""
-    digest, size = hashlib.sha256(), 0
+def _temporary(entry: Path, shard: Shard) -> Path:
+    return entry / f"{fsio.TEMPORARY}{shard.number:06d}.tar"
+
+
+def _assemble(entry: Path, shard: Shard) -> str:
+    """Copy the shard's ranges to its temporary file and close the archive; hex sha256."""
+    target, digest, size = _temporary(entry, shard), hashlib.sha256(), 0
     with open(target, "wb") as out:
         for piece in shard.ranges:
             with open(piece.path, "rb") as file:
