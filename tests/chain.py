@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,7 @@ def run_step(
     What another test worker makes at this moment is waited for, and then found.
     """
     line = [sys.executable, "-m", f"llava_steps.{module}", *flags]
-    if module in WARM:
+    if module in WARM and not shutil.which("nvidia-smi"):  # CUDA outlives no fork
         out = next((f for f in flags if f.startswith("--save-dir=")), "")
         with alone(cwd, out.rpartition("/")[2]) if out else contextlib.nullcontext():
             result = warm(f"llava_steps.{module}", flags, cwd, environment())

@@ -1,4 +1,4 @@
-"""Runs a function in N gloo processes and gives back what each rank returned.
+"""Runs a function in N processes (gloo; NCCL with as many GPUs) and gives back their results.
 
     results = spawn("tests.model_workers:layouts", 4, tmp_path, argument, ...)
 
@@ -35,6 +35,9 @@ def spawn(
     work.mkdir(parents=True)
     (work / "job.pkl").write_bytes(pickle.dumps((function, ranks, arguments)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    # Looking for GPUs must not begin to use them, which outlives no fork. The rest as the launcher.
+    environment |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     with (work / "log").open("w") as log:
         launcher = subprocess.Popen(
             [sys.executable, "-m", "tests.dist_helpers", str(work)],
@@ -89,11 +92,17 @@ def _launch(work: Path) -> int:
 
 
 def _rank(work: Path, rank: int, ranks: int, worker: Any, arguments: tuple[Any, ...]) -> None:
+    import torch
     import torch.distributed as dist
 
+    gpus = torch.cuda.device_count() >= ranks
     try:
+        if gpus:
+            torch.cuda.set_device(rank)
         store = dist.FileStore(str(work / "store"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        dist.init_process_group(
+            "nccl" if gpus else "gloo", store=store, rank=rank, world_size=ranks
+        )
         result = worker(rank, *arguments)
         (work / f"{rank}.out").write_bytes(pickle.dumps(result))
         dist.barrier()

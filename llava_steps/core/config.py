@@ -287,6 +287,11 @@ class Stage(StepConfig):
         "tensor_model_parallel 1; auto: layers on a GPU in bf16 where that can be, else none; with "
         "fp8 or layer_spec te the decoder layers are left as they are",
     )
+    flash_attention: Literal["auto", "torch", "fa4"] = value(
+        "auto",
+        "attention on a GPU in bf16: torch's kernels, or FlashAttention 4 (package flash-attn-4; "
+        "Hopper and Blackwell); auto: fa4 where that can be, else torch",
+    )
     overlap_grad_reduce: bool = value(
         False, "data parallel: send gradients while the backward pass goes on"
     )

@@ -5,18 +5,14 @@
 boundaries of the samples, the rotary table of the row and, for the dense kernel, the indices that
 move between the packed row and a right-padded [n, L] batch.
 
-Two kernels, one result: `torch.nn.attention.varlen` on CUDA in bf16, and torch's SDPA over the
+Two ways, one result: flash attention (flash.py) on CUDA in bf16, and torch's SDPA over the
 right-padded batch everywhere else (CPU, and fp32 on CUDA). Right padding needs no mask: with causal
 attention no real token looks at it, and its outputs are never gathered back.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_steps.core.errors import InputError
+from llava_steps.model import flash
 from llava_steps.model.rope import rotate
 
 
@@ -32,7 +29,8 @@ class Packed:
     """One packed row: n samples in T tokens (padding at the end is a sample of its own).
 
     cu_seqlens int32 [n+1]; cos, sin [T, 1, 1, head_dim]; to_dense int64 [n*L] and to_packed
-    int64 [T], or None where the row is its own dense batch (one sample) or the kernel is varlen.
+    int64 [T], or None where the row is its own dense batch (one sample) or needs none.
+    kernel: that of flash.py, or None for the dense batch.
     longest int64 [] on the host: max_seqlen, in the form in which it is no constant to a compiler.
     """
 
@@ -43,7 +41,7 @@ class Packed:
     max_seqlen: int
     cos: Tensor
     sin: Tensor
-    varlen: bool
+    kernel: flash.Kernel | None
     to_dense: Tensor | None
     to_packed: Tensor | None
     longest: Tensor
@@ -54,10 +52,16 @@ class Packed:
 
 
 def pack(
-    cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor, compiled: bool = False
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cos: Tensor,
+    sin: Tensor,
+    compiled: bool = False,
+    kernel: flash.Kernel = "torch",
 ) -> Packed:
     """The `Packed` of a row of T tokens; cos and sin are [T, head_dim] in the compute dtype.
-    Layers with kernels of their own (`compiled`) need no dense indices.
+    Layers with kernels of their own (`compiled`) need no dense indices. `kernel` is used where flash
+    attention can be.
 
     Boundaries are checked where reading them costs nothing (on CPU): InputError if they do not
     cover the row or if a sample is longer than max_seqlen.
@@ -66,10 +70,10 @@ def pack(
     if cu_seqlens.device.type == "cpu":
         _check(cu_seqlens, max_seqlen, tokens)
     cu_seqlens = upload(cu_seqlens.to(torch.int32), cos.device)
-    varlen = cos.is_cuda and cos.dtype != torch.float32
+    used = kernel if flash.takes(cos) else None
     to_dense = to_packed = None
     samples = cu_seqlens.numel() - 1
-    if not (varlen or compiled) and samples > 1:
+    if not (used or compiled) and samples > 1:
         starts = cu_seqlens[:-1].long()
         token = torch.arange(tokens, device=cos.device)
         sample = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
@@ -82,7 +86,7 @@ def pack(
         max_seqlen,
         cos[:, None, None],
         sin[:, None, None],
-        varlen,
+        used,
         to_dense,
         to_packed,
         torch.tensor(max_seqlen, device="cpu"),
@@ -132,7 +136,7 @@ class PackedAttention(torch.nn.Module):
         query = rotate(query, packed.cos, packed.sin).squeeze(1)
         key = rotate(key, packed.cos, packed.sin).squeeze(1)
         value = value.squeeze(1)
-        kernel = varlen_kernel if packed.varlen else dense_kernel
+        kernel = flash_kernel if packed.kernel else dense_kernel
         return kernel(query, key, value, packed, self.softmax_scale).flatten(1).unsqueeze(1)
 
 
@@ -152,32 +156,11 @@ def dense_kernel(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float |
     return out if packed.to_packed is None else out.index_select(0, packed.to_packed)
 
 
-@cache
-def _varlen() -> tuple[Callable[..., Tensor], dict[str, Any], bool]:
-    """varlen_attn, its spelling of `causal` in this torch, and whether it takes grouped heads."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = (
-        {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
-    )
-    attend: Callable[..., Any] = varlen_attn
-    return attend, causal, "enable_gqa" in names
-
-
-def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None) -> Tensor:
+def flash_kernel(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None) -> Tensor:
     """Flash attention over the packed row (CUDA, 16 bit). Shapes as in dense_kernel."""
-    attend, options, grouped = _varlen()
-    if q.shape[1] != k.shape[1]:
-        if grouped:
-            options = {**options, "enable_gqa": True}
-        else:
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    if scale is not None and scale != 1.0 / math.sqrt(q.shape[-1]):
-        options = {**options, "scale": scale}
-    cu, longest = packed.cu_seqlens, packed.max_seqlen
-    out: Tensor = attend(
-        q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest, **options
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = flash.Flash.apply(  # type: ignore[no-untyped-call]
+        q.contiguous(), k.contiguous(), v.contiguous(), packed.cu_seqlens, packed.max_seqlen, scale,
+        packed.kernel,
+    )  # fmt: skip
     return out

@@ -63,8 +63,8 @@ def with_main_grad(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.detach(), main_grad(weight)
 
 
-def layer_function(geometry: Geometry) -> Function:
-    """The function of one decoder layer, not compiled.
+def layer_function(geometry: Geometry, kernel: str) -> Function:
+    """The function of one decoder layer, not compiled, with the flash attention `kernel`.
 
     Takes hidden [T, hidden]; cos and sin [T, head_dim]; borders and longest as in
     `kernels.attention`; the four (weight, main_grad) pairs of qkv, proj, fc1 and fc2; the weights
@@ -92,7 +92,7 @@ def layer_function(geometry: Geometry) -> Function:
         if qk_norms[0] is not None and qk_norms[1] is not None:
             q, k, v = mixed[:, :, :shared], mixed[:, :, shared:-1], mixed[:, :, -1:]
             mixed = torch.cat((norm(q, qk_norms[0]), norm(k, qk_norms[1]), v), dim=2)
-        out, *_ = attention(mixed, cos, sin, borders, longest, scale)
+        out, *_ = attention(mixed, cos, sin, borders, longest, scale, kernel)
         hidden = hidden + product(out.flatten(1), proj, biases[1])
         both = product(norm(hidden, norms[1]), fc1, biases[2])
         return hidden + product(swiglu(both), fc2, biases[3])
@@ -137,9 +137,9 @@ class CompiledLayer(TransformerLayer):  # type: ignore[misc]
         return out.unsqueeze(1), None
 
 
-def install(block: torch.nn.Module, geometry: Geometry) -> None:
+def install(block: torch.nn.Module, geometry: Geometry, kernel: str) -> None:
     """Give the `CompiledLayer`s of a block their function."""
-    function = compile_function(layer_function(geometry))
+    function = compile_function(layer_function(geometry, kernel))
     for layer in block.layers:  # type: ignore[union-attr]
         layer.function = function
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_steps.model import elementwise
+from llava_steps.model import elementwise, flash
 
 
 def add_product(main: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -71,21 +71,19 @@ linear.register_autograd(_linear_backward, setup_context=_keep_linear)
 
 @torch.library.custom_op("llava_steps::attention", mutates_args=())
 def attention(
-    mixed: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, longest: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mixed: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, longest: Tensor, scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Rotary embedding, then causal attention within each sample of a row.
 
     mixed, cos and sin as in `elementwise.rotary`; borders int32 [n+1]; longest int64 [], on the
-    host, at least the longest sample -> (result [T, heads, d], log of the sum of exponentials
-    [heads, T], rotated queries, rotated keys).
+    host, at least the longest sample; kernel as in flash.py -> (result [T, heads, d], log of the
+    sum of exponentials [heads, T], rotated queries, rotated keys).
     """
     q, k = elementwise.rotary(mixed, cos, sin)
     v = mixed[:, :, -1]
-    if _flash(q):
-        most = int(longest)
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, borders, borders, most, most, 0.0, True, False, scale=scale
-        )
+    if flash.takes(q):
+        out, lse = flash.attend(q, k, v, borders, int(longest), scale, kernel)
         return out, lse, q, k
     out = torch.cat([_dense(q[s], k[s], v[s], scale) for s in _samples(borders)])
     return out, q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32), q, k
@@ -93,8 +91,9 @@ def attention(
 
 @attention.register_fake
 def _(
-    mixed: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, longest: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mixed: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, longest: Tensor, scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, groups, parts, width = mixed.shape
     heads = groups * (parts - 2)
     q, out = (mixed.new_empty(tokens, heads, width) for _ in range(2))
@@ -105,18 +104,14 @@ def _(
 @torch.library.custom_op("llava_steps::attention_backward", mutates_args=())
 def attention_backward(
     grad: Tensor, mixed: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, longest: Tensor,
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, scale: float,
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, scale: float, kernel: str,
 ) -> Tensor:  # fmt: skip
     """The gradient of mixed."""
     v = mixed[:, :, -1]
-    if _flash(q):
-        most = int(longest)
-        state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which is 0
-        unused = torch.empty(0, device=q.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, out, lse, borders, borders, most, most, 0.0, True, state, unused,
-            scale=scale,
-        )  # fmt: skip
+    if flash.takes(q):
+        dq, dk, dv = flash.attend_backward(
+            grad, q, k, v, out, lse, borders, int(longest), scale, kernel
+        )
     else:
         parts = [_dense_backward(grad[s], q[s], k[s], v[s], scale) for s in _samples(borders)]
         dq, dk, dv = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -126,21 +121,21 @@ def attention_backward(
 @attention_backward.register_fake
 def _(
     grad: Tensor, mixed: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, longest: Tensor,
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, scale: float,
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, scale: float, kernel: str,
 ) -> Tensor:  # fmt: skip
     return mixed.new_empty(mixed.shape)
 
 
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.kernel = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _attention_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     mixed = torch.ops.llava_steps.attention_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.scale
+        grad.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.kernel
     )
-    return mixed, None, None, None, None, None
+    return mixed, None, None, None, None, None, None
 
 
 attention.register_autograd(_attention_backward, setup_context=_keep_attention)
@@ -178,11 +173,6 @@ def _swiglu_backward(ctx: Any, grad: Tensor) -> Tensor:
 
 
 swiglu.register_autograd(_swiglu_backward, setup_context=_keep_swiglu)
-
-
-def _flash(q: Tensor) -> bool:
-    """Whether flash attention takes it; anything else goes sample by sample, for comparisons."""
-    return q.is_cuda and q.dtype != torch.float32
 
 
 def _samples(borders: Tensor) -> list[slice]:

@@ -103,7 +103,7 @@ class Llava(MegatronModule):  # type: ignore[misc]
         )
         mark_tensor_parallel(self.language_model)
         if layer is compiled.CompiledLayer:
-            compiled.install(self.language_model.decoder, geometry)
+            compiled.install(self.language_model.decoder, geometry, options.flash)
         self._vision_layer = compiled.run_vision_layer if options.compiled else plain_layer
         self.lora: Adapters | None = None
         if options.lora:
@@ -158,8 +158,9 @@ class Llava(MegatronModule):  # type: ignore[misc]
             )
         place = next(self.parameters()).device
         cos, sin = self.rotary(upload(position_ids[0], place), self.options.dtype)
-        own = self.options.compiled or self.options.spec == "te"
-        packed = pack(cu_seqlens, max_seqlen, cos, sin, own)
+        options = self.options
+        own = options.compiled or options.spec == "te"
+        packed = pack(cu_seqlens, max_seqlen, cos, sin, own, options.flash)
         hidden: Tensor = self.language_model.decoder(
             hidden_states=self._embed(tokens, pixel_values) if self.pre_process else None,
             attention_mask=None,

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.layout import check_fp8, check_layout, even_split
+from llava_steps.model.flash import Kernel
 from llava_steps.model.lora import Lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -30,6 +31,7 @@ class ModelOptions:
     head alone; needs tp 1.
     `spec`: whose linears the decoder layers have, ours or Transformer Engine's (te_spec.py).
     `fp8`: the recipe of their products, or None for bf16; needs `spec` te.
+    `flash`: the kernel of flash attention, where that is used (flash.py).
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -48,6 +50,7 @@ class ModelOptions:
     compiled: bool = False
     spec: Literal["local", "te"] = "local"
     fp8: Literal["tensorwise", "blockwise"] | None = None
+    flash: Kernel = "torch"
     lora: Lora | None = None
 
     @property

@@ -68,7 +68,15 @@ class TeLayer(TransformerLayer):  # type: ignore[misc]
             q, k, v = mixed[:, :, :shared], mixed[:, :, shared:-1], mixed[:, :, -1:]
             mixed = torch.cat((attend.q_layernorm(q), attend.k_layernorm(k), v), dim=2)
         cos, sin = packed.cos.flatten(1), packed.sin.flatten(1)
-        out, *_ = attention(mixed, cos, sin, packed.cu_seqlens, packed.longest, width**-0.5)
+        out, *_ = attention(
+            mixed,
+            cos,
+            sin,
+            packed.cu_seqlens,
+            packed.longest,
+            width**-0.5,
+            packed.kernel or "torch",
+        )
         hidden = hidden_states + _product(attend.linear_proj, out.flatten(1).unsqueeze(1))
         both = _product(mlp.linear_fc1, self.pre_mlp_layernorm(hidden))
         gated = swiglu(both.squeeze(1)).unsqueeze(1)

@@ -19,6 +19,7 @@ from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, StepError, StoppedError
 from llava_steps.data.batch import MicroBatch
 from llava_steps.training import parallel, rows, state
+from llava_steps.training.ahead import Ahead
 from llava_steps.training.commits import Commits
 from llava_steps.training.guard import Guard
 from llava_steps.training.job import Job
@@ -52,7 +53,8 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     looks = Looks(job, wrapped, optimizer, beat)
     names = loader.datasets if len(loader.datasets) > 1 else []
     reports = Reports(job, done.step, names, log)
-    batches = iter(loader)
+    # Loader workers have a limit of their own, and name what they stand still at.
+    batches = Ahead(loader, beat.busy if stage.num_workers else contextlib.nullcontext)
     commits = Commits(stage.async_save)
     first = done.step
 
@@ -61,7 +63,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
         reports.answers(done.step - 1, looks.answers())
         with beat.busy():
             reports.sync()
-            path = state.save(job.entry, done, stage, model, optimizer, loader.state(), commits)
+            path = state.save(job.entry, done, stage, model, optimizer, batches.state(), commits)
         stop.set_aside(time.monotonic() - began)
         log.info("saved %s" if not stage.async_save else "committing %s", path.name)
 
@@ -69,14 +71,12 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
         saved = done.step
         while done.step < stage.train_steps and not parallel.on_any_rank(stop.requested):
             began = time.monotonic()
-            # Loader workers have a limit of their own, and name what they stand still at.
-            with beat.busy() if stage.num_workers else contextlib.nullcontext():
-                batch = next(batches)
-            waited = time.monotonic() - began
+            batch, waited = batches.next()
             if guard.skips():
                 reports.no_update(done.step, "asked to skip", batch, looks.validation(done.step))
             else:
-                sums = forward_backward(wrapped, optimizer, batch, names, beat)
+                then = batches.fetch if done.step + 1 < stage.train_steps else nothing
+                sums = forward_backward(wrapped, optimizer, batch, names, beat, then)
                 norm = optimizer.gradient_norm()
                 if guard.accepts(sums.mean, norm, batch, sums.micro):
                     lr = learning_rate(stage, done.step)
@@ -136,29 +136,41 @@ def forward_backward(
     batch: list[MicroBatch],
     datasets: Sequence[str],
     beat: Callable[[], None],
+    meanwhile: Callable[[], None],
 ) -> Sums:
     """Gradients of the token mean over the global batch, left in the gradient buffers.
 
     With `datasets` the loss of each of them is told as well. There is a `beat` for each microbatch.
-    The pixels of `batch` are gone afterwards.
+    `meanwhile` is called when a GPU has all its work and this process none. The pixels of `batch`
+    are gone afterwards.
     """
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     config = wrapped[0].config
-    config.finalize_model_grads_func = finalize_model_grads
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        # All work is on its way to the GPU, for which the host is about to wait. Giving back the
+        # memory of pixels takes a while, and so does the next batch.
+        batch[:] = [replace(m, pixel_values=None) for m in batch]
+        meanwhile()
+        finalize_model_grads(*args, **kwargs)
+
+    config.finalize_model_grads_func = finalize
     waits = [chunk.no_sync for chunk in wrapped]
     config.no_sync_func = waits if len(waits) > 1 else waits[0]
     step = functools.partial(forward_step, datasets=datasets)
     losses = rows.run(step, wrapped, batch, functools.partial(beating, beat=beat))
-    # Giving back their memory takes a while, in which the GPU has still work to do.
-    batch[:] = [replace(m, pixel_values=None) for m in batch]
     place = parallel.device()
     found = torch.stack(losses) if losses else torch.zeros(0, 1 + 2 * len(datasets), device=place)
     micro = found[:, 0].tolist()
     first = torch.tensor([sum(micro), *counts(batch)], dtype=torch.float64, device=place)
     own = torch.cat([first, found[:, 1:].double().sum(dim=0)])
     return Sums(parallel.total(own), micro, datasets)
+
+
+def nothing() -> None:
+    """Nothing to do meanwhile."""
 
 
 def beating(batch: Sequence[MicroBatch], beat: Callable[[], None]) -> Iterator[MicroBatch]:

@@ -17,6 +17,7 @@ from llava_steps.core.errors import ConfigError, DivergedError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.layout import pipeline_split
 from llava_steps.data.loader import TrainLoader
+from llava_steps.model import flash
 from llava_steps.model.checkpoint import load_weights
 from llava_steps.model.fresh import draw_weights
 from llava_steps.model.llava import Llava, build_llava
@@ -48,7 +49,12 @@ def build(job: Job, log: logging.Logger) -> list[Llava]:
         compiled=compiles(stage),
         spec="te" if stage.transformer_engine else "local",
         fp8=stage.fp8_recipe if stage.fp8 else None,
+        flash=flash.choose(stage.flash_attention, geometry.head_dim),
     )
+    if torch.cuda.is_available() and stage.precision == "bf16":
+        auto = stage.flash_attention == "auto"
+        lacking = flash.missing_for_fa4(geometry.head_dim) if auto else ""
+        log.info("flash attention: %s%s", options.flash, lacking and f"; fa4 needs {lacking}")
     if options.spec == "te":
         how = f"FP8 ({options.fp8})" if options.fp8 else "bf16"
         log.info("linears of the decoder layers: Transformer Engine's, %s", how)

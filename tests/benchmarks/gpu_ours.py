@@ -136,8 +136,9 @@ def settings(spec: dict[str, Any]) -> dict[str, Any]:
         "seq_length": 2048 + 128, "pack_length": spec["capacity"], "train_steps": steps,
         "lr": spec["lr"], "warmup_steps": 2, "weight_decay": 0.05, "clip_grad": 1.0,
         "precision": spec["precision"], "compile": spec["compile"],
-        "deterministic": spec["deterministic"], "num_workers": spec["workers"],
-        "save_interval": 10**6, "seed": 7, **spec.get("engine", {}),
+        "deterministic": spec["deterministic"], "flash_attention": spec["flash_attention"],
+        "num_workers": spec["workers"], "save_interval": 10**6, "seed": 7,
+        **spec.get("engine", {}),
     }  # fmt: skip
 
 

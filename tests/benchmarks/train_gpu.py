@@ -31,7 +31,8 @@ from tests.benchmarks import gpu_work
 ROOT = Path(__file__).parents[2]
 OURS: dict[str, Any] = {
     "module": "gpu_ours", "stage": 2, "compile": "auto", "precision": "bf16", "warm": 3,
-    "measured": 5, "profile": False, "deterministic": True, "lr": 1e-4, "seconds": 150,
+    "measured": 5, "profile": False, "deterministic": True,
+    "flash_attention": "auto", "lr": 1e-4, "seconds": 150,
 }  # fmt: skip
 PEER: dict[str, Any] = {
     "module": "gpu_peers", "stage": 2, "compile": "none", "warm": 1, "measured": 2, "multiple": 8,
@@ -41,6 +42,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "ours": OURS | {"profile": True},
     "ours-eager": OURS | {"compile": "none", "measured": 3},
     "ours-free": OURS | {"deterministic": False},
+    "ours-torch": OURS | {"flash_attention": "torch", "profile": True},
+    "ours-stage1-torch": OURS | {"stage": 1, "flash_attention": "torch"},
     "ours-stage1": OURS | {"stage": 1},
     "ours-te": OURS | {"engine": {"layer_spec": "te"}, "profile": True},
     "ours-fp8": OURS | {"engine": {"fp8": True}, "profile": True},
@@ -49,9 +52,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "peer-b": PEER | {"compile": "layers", "multiple": 64, "warm": 2},
     "peer-a-stage1": PEER | {"stage": 1},
 }
-"""Ours as by default, uncompiled, and with kernels whose sums may differ from run to run; peer (a)
-eager, (b) with compiled layers. `te` and `fp8` need Transformer Engine. A further part, `losses`,
-trains a small model 50 steps in several ways, side by side."""
+"""Ours as by default, uncompiled, with kernels whose sums may differ from run to run, and with the
+attention that torch ships; peer (a) eager, (b) with compiled layers. `te` and `fp8` need Transformer
+Engine. A further part, `losses`, trains a small model 50 steps in several ways, side by side."""
 LOSSES = {"warm": 1, "measured": 49, "lr": 1e-3, "batch": 16, "capacity": 8192, "seconds": 150}
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32", "compile": "none"},
