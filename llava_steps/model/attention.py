@@ -60,8 +60,8 @@ def pack(
     kernel: flash.Kernel = "torch",
 ) -> Packed:
     """The `Packed` of a row of T tokens; cos and sin are [T, head_dim] in the compute dtype.
-    Layers with kernels of their own (`compiled`) need no dense indices. `kernel` is used where flash
-    attention can be.
+    Layers with kernels of their own (`compiled`) need no dense indices. `kernel` is used where
+    flash attention can be.
 
     Boundaries are checked where reading them costs nothing (on CPU): InputError if they do not
     cover the row or if a sample is longer than max_seqlen.

@@ -39,7 +39,7 @@ def test_attention_and_its_gradients(shared: int) -> None:
         p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return torch.einsum("gstu,ugxd->tgsd", p, v).flatten(1, 2)
 
-    ours = kernels.attention(mixed, cos, sin, borders, torch.tensor(7), scale)[0]
+    ours = kernels.attention(mixed, cos, sin, borders, torch.tensor(7), scale, "torch")[0]
     torch.testing.assert_close(ours, plain())
     weight = torch.randn_like(ours)
     (found,) = torch.autograd.grad((ours * weight).sum(), mixed)
