@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.extensions import transformer_engine as extension
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -90,6 +91,7 @@ class TERowParallelLinear(TELinear):
 
 def install() -> None:
     """Put the stand-in in the place of the real linears, in this process."""
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False  # as where Transformer Engine is installed
     extension.HAVE_TE = True
     extension.TEColumnParallelLinear = TEColumnParallelLinear
     extension.TERowParallelLinear = TERowParallelLinear
@@ -97,9 +99,11 @@ def install() -> None:
 
 def deviations(rank: int) -> dict[str, float]:
     """Tiny model -> deviation of the logits of spec te from those of local; a `spawn` worker."""
+    from llava_steps.core.config import Stage
     from llava_steps.core.geometry import Geometry
     from llava_steps.model.llava import build_llava
     from llava_steps.model.options import ModelOptions
+    from llava_steps.training.optimizer import Optimizer, wrap
     from tests.dist_helpers import model_parallel
     from tests.model_fixtures import TINY, config_of, pack_samples, samples
 
@@ -118,4 +122,8 @@ def deviations(rank: int) -> dict[str, float]:
             assert set(dict(te.named_parameters())) == set(dict(local.named_parameters()))
             wanted, out = local(*place), te(*place)
             found[name] = float((out - wanted).norm() / wanted.norm())
+        stage = Stage(stage=2)
+        with torch.enable_grad():
+            optimizer = Optimizer(stage, wrap(stage, [te]))
+        assert type(optimizer._inner.optimizer) is torch.optim.AdamW
     return found

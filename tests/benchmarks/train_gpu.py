@@ -68,6 +68,7 @@ if importlib.util.find_spec("transformer_engine"):
         "bf16 te fp8": {"engine": {"fp8": True}},
         "bf16 te fp8 blocks": {"engine": {"fp8": True, "fp8_recipe": "blockwise"}},
     }
+    LOSSES["seconds"] = 300
 
 
 def matrix_peak() -> float:

@@ -126,7 +126,7 @@ def test_an_engine_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_logits_are_those_of_the_local_spec(tmp_path: Path) -> None:
-    """With every bias, and with norms of queries and keys."""
+    """With every bias, and with norms of queries and keys. AdamW stays torch's."""
     (found,) = spawn("tests.te_stand_in:deviations", 1, tmp_path)
     assert max(found.values()) <= 3e-2, found
 
