@@ -118,9 +118,10 @@ release-check: ## build, twine check, install into a clean environment, --help o
 	@$(BIN)/python -m tests.benchmarks.release
 
 ROUNDS ?= 1
+MINUTES ?= 27
 test-cluster: ## as root on Debian 12: the chain on a real Slurm, in a real container, disturbed
 	@.ci/environment test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.drive --rounds $(ROUNDS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.drive --rounds $(ROUNDS) --minutes $(MINUTES)
 
 format: ## put code into the style that `make check` wants
 	@.ci/environment test

@@ -1,0 +1,119 @@
+"""What is looked at after the chain has run on the cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from tests.cluster.machine import sh, until
+from tests.cluster.project import NASTY, SECRETS, Project
+
+SHARES = 4
+
+
+def check_result(project: Project) -> None:
+    """What ran where, and that the export is a trained model."""
+    image = "sha256:" + hashlib.sha256(project.image.read_bytes()).hexdigest()
+    assert project.manifest("stage2_checkpoint")["image"] == image
+    jobs = sh("sacct", "-nXP", "-S", "now-2hours", "-o", "JobID,NNodes,State,Comment")
+    rows = [line.split("|") for line in jobs.splitlines()]
+    nodes = {row[3].removeprefix("rule_").partition("_wildcards")[0]: row[1] for row in rows}
+    assert nodes.get("stage2_checkpoint", nodes.get("stage2_checkpoint_")) == "2", jobs
+    assert all(row[2] == "COMPLETED" for row in rows), jobs
+    before, after = (
+        load_file(next((project.out / rule).glob("*.safetensors")))
+        for rule in ("hf_model", "hf_export")
+    )
+    assert before.keys() == after.keys()
+    changed = [name for name in after if not after[name].equal(before[name])]
+    assert any("projector" in name for name in changed) and len(changed) > 4
+    assert not [name for name in changed if "vision_tower" in name], "the tower is frozen"
+    assert json.loads((project.out / "evaluation/results.json").read_text())
+    assert project.manifest("report")["config"]["title"] == NASTY
+    for job in ("job.json", "node-0001.json"):
+        given = json.loads((project.entry() / ".work" / job).read_text())
+        assert given["stage"]["name"] == NASTY, job
+    assert not list(project.place.rglob("canary*")), "a value was taken for code"
+
+
+def check_doctor(project: Project) -> None:
+    """It sees this cluster as it is: partitions, image, processes that meet on two nodes."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "llava_steps.doctor", "--json", "--configfile", "tiny.yaml",
+            "--profile", "slurm", "--on-nodes", "--srun=-A test -p batch --mem=3000",
+            "--apptainer-args=--cleanenv",
+        ],
+        cwd=project.place, capture_output=True, text=True,
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and found, done.stdout + done.stderr
+    told = "\n".join(f"{row['what']}: {row['found']}" for row in found)
+    assert "stage2_checkpoint: nodes=2 gres=gpu:2" in told and "fits partition batch" in told, told
+    assert "nodes of stage 2: 2 processes met and added up by gloo" in told, told
+
+
+def check_array(project: Project) -> None:
+    """Sharding by a job array, and the job that puts the shares together: the same bytes."""
+    step = (
+        "cd {place} && exec apptainer exec --home={place} --cleanenv cpu.sif python -m "
+        "llava_steps.shard_tars --source=results/tiny/demo_assets/raw/train.json "
+        "--samples-per-shard=500 --store=shares/store {rest}"
+    )
+    share = f"--part=$SLURM_ARRAY_TASK_ID/{SHARES} --save-dir=shares/parts/$SLURM_ARRAY_TASK_ID"
+    (project.place / "shares").mkdir(exist_ok=True)
+
+    def submit(rest: str, *options: str) -> str:
+        return sh(
+            "sbatch", "--parsable", "--account=test", "--mem=1500", *options,
+            f"--output={project.place}/shares/%A_%a.log",
+            "--wrap", step.format(place=project.place, rest=rest),
+        ).strip()  # fmt: skip
+
+    array = submit(share, f"--array=1-{SHARES}")
+    together = "--parts=shares/parts --save-dir=shares/all"
+    last = submit(together, f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes")
+    until("the shares", lambda: not sh("squeue", "-h", "-j", last, "-t", "PENDING,RUNNING"))
+    made = json.loads((project.place / "shares/all/manifest.json").read_text())
+    wanted = project.manifest("tar_shards")
+    logs = [path.read_text()[-2000:] for path in (project.place / "shares").glob("*.log")]
+    assert made["content"] == wanted["content"], logs
+    assert [row["sha256"] for row in made["files"]] == [row["sha256"] for row in wanted["files"]]
+    assert len(list((project.place / "shares/parts").glob("*/manifest.json"))) == SHARES
+
+
+def secrets_found(project: Project, state: Path) -> list[str]:
+    """Files, job scripts and parts of the image that hold a planted secret."""
+    texts = [text.encode() for text in SECRETS.values()]
+    looked, found = 0, []
+    for root in (project.place, state / "log"):
+        for path in root.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                data = path.read_bytes()
+                looked += 1
+                found += [str(path) for text in texts if text in data]
+    offline = [path for path in project.store.rglob("*.wandb") if path.stat().st_size]
+    assert offline, "no W&B offline file was written"
+    assert looked > 100, "hardly a file to look at"
+    numbers = sh("sacct", "-nXP", "-S", "now-3hours", "-o", "JobID").split()
+    scripts = "".join(sh("sacct", "-B", "-j", number, check=False) for number in numbers)
+    assert "#!/bin/sh" in scripts, "no job script was kept"
+    shown = sh("scontrol", "show", "job") + sh("sacct", "-nP", "-S", "now-3hours", "-o", "ALL")
+    labels = sh("apptainer", "inspect", "--all", project.image)
+    given = sh("apptainer", "exec", "--cleanenv", project.image, "env")
+    for what, text in (("job script", scripts), ("Slurm", shown), ("labels", labels)):
+        found += [what for value in SECRETS.values() if value in text]
+    # The container is given those that W&B and the hub need, and no other.
+    assert not [value for value in SECRETS.values() if value in given], "the image has secrets"
+    places = ("/opt", "/etc", "/root", "/var", "/usr/local", "/.singularity.d")
+    inside = sh(
+        "apptainer", "exec", "--cleanenv", "--no-mount", "home,tmp,cwd", project.image,
+        "grep", "-rlsF", "--exclude=*.so*", "--exclude=*.pyc", "planted-", *places,
+        check=False,
+    )  # fmt: skip
+    return found + [f"image: {line}" for line in inside.splitlines()]
