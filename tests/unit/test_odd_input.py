@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -115,6 +115,21 @@ def test_a_model_of_other_settings_is_not_planned_with(place: Path) -> None:
     (built / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="vision_tower: v is no directory"):
         model_of(gone)
+
+
+@pytest.mark.parametrize("outlook", ["run", "after", "done"])
+def test_plan_looks_at_the_built_model_only_when_it_is_the_one(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    outlook: Literal["run", "after", "done"],
+) -> None:
+    config_json(place / "results/demo/hf_model", {"text_config": LLAMA})
+    state = plan.cached.State("hf_model", outlook, "")
+    monkeypatch.setattr(plan.cached, "states", lambda *_: [state])
+    assert plan.main(["--json"]) == (InputError.exit_code if outlook == "done" else 0)
+    told = capsys.readouterr().out
+    assert outlook == "done" or json.loads(told)["model"].startswith("demo:")
 
 
 def test_places_that_are_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
