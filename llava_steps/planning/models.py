@@ -40,14 +40,20 @@ def model_of(config: Config, done: bool = False, shapes: Path = SHAPES) -> Model
     given = config.stage2.tokenizer_load_dir
     built = Path(given or Path(config.results, config.run, "hf_model"))
     there = (built / "config.json").is_file()
-    if there and (given or done):
-        return Model(Geometry.load(built), str(built), True)
+    if given or (there and done):
+        return Model(_load(built), str(built), True)
     try:
         return _unbuilt(config, shapes)
     except InputError:
         if not (there and _same_parts(built, config)):
             raise
-        return Model(Geometry.load(built), f"{built}, which is built anew", False)
+        return Model(_load(built), f"{built}, which is built anew", False)
+
+
+def _load(built: Path) -> Geometry:
+    if (built / "config.json").is_file():
+        _read(built / "config.json")
+    return Geometry.load(built)
 
 
 def _same_parts(built: Path, config: Config) -> bool:

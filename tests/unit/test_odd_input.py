@@ -117,6 +117,26 @@ def test_a_model_of_other_settings_is_not_planned_with(place: Path) -> None:
         model_of(gone)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "model/config.json is missing"), ([3], "is no configuration"), ({}, "model_type")],
+)
+def test_directories_that_plan_is_given(
+    place: Path, capsys: pytest.CaptureFixture[str], content: Any, message: str
+) -> None:
+    if content is not None:
+        config_json(place / "model", content)
+    (place / "mine.yaml").write_text("stage2: {tokenizer_load_dir: model}\n")
+    code, line = said(capsys, plan, "--configfile", "mine.yaml")
+    assert code == InputError.exit_code and line.count("\n") == 1 and message in line
+
+
+def test_why_no_layout_is_possible(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = said(capsys, plan, "--search=100000000")
+    assert code == ConfigError.exit_code and line.count("\n") == 1
+    assert "has no layout on 100000000 nodes: global_batch_size 64 is not a multiple" in line
+
+
 @pytest.mark.parametrize("outlook", ["run", "after", "done"])
 def test_plan_looks_at_the_built_model_only_when_it_is_the_one(
     place: Path,
