@@ -175,10 +175,7 @@ def _evaluate(
 ) -> None:
     out: Path = given["save_dir"]
     root: Path = given["store"]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ConfigError(f"--store {root} is a file; name a directory") from None
+    root.mkdir(parents=True, exist_ok=True)
     known = Digests(root)
     image = _image(given, known)
     name, slice_, inputs, code, print_ = identify(step, module, config, known, image)

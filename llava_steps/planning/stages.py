@@ -182,10 +182,7 @@ def variants(geometry: Geometry, stage: Stage, data: Data, nodes: int) -> Iterat
                 }
             )
             found = stage_plan(geometry, changed, data)
-        except ValidationError as error:
-            why = why or str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-            continue
-        except ConfigError as error:
+        except (ConfigError, ValidationError) as error:
             why = why or str(error)
             continue
         possible += 1

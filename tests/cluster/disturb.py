@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tests.cluster.checks import check_secrets_travel
 from tests.cluster.machine import sh, tasks_of, until
 from tests.cluster.project import Project
 
@@ -80,6 +81,7 @@ def disturbed(project: Project, how: Callable[[Project, Run], Run]) -> dict[str,
     )
     assert process.poll() is None, project.logs()
     at = project.steps()
+    check_secrets_travel(project.job())
     project.end(how(project, process))
     found = project.manifest("stage2_checkpoint")
     assert found["content"] == wanted, f"{how.__name__}: other weights"

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -43,10 +44,20 @@ def missing() -> str:
 
 def sh(*words: str | Path, check: bool = True) -> str:
     """stdout of a command; one that fails tells the end of what it wrote."""
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-    if check and done.returncode:
-        raise AssertionError(f"{words[0]}: {done.stdout[-3000:]}{done.stderr[-6000:]}")
-    return done.stdout
+    process = subprocess.Popen(
+        [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, process_group=0,
+    )  # fmt: skip
+    try:
+        out, error = process.communicate()
+    except BaseException:
+        # All that it started ends with it, when the time is over.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if check and process.returncode:
+        raise AssertionError(f"{words[0]}: {out[-3000:]}{error[-6000:]}")
+    return out
 
 
 def until(what: str, condition: Callable[[], Any]) -> Any:
