@@ -15,7 +15,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 CORES ?= all
-JOBS ?= 2
+JOBS ?= 3
 PYTEST ?=
 export PYTHON VENV
 # What would make pip or Python look beyond the environment, or Snakemake beyond its own profile.

@@ -10,12 +10,13 @@ only; it needs gradio (pip install gradio).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_steps.core.errors import ConfigError, InputError, StepError
+from llava_steps.core.errors import ConfigError, InputError, StepError, tell
 from llava_steps.core.log import ignore_known_warnings
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_intermixed_args(arguments)
     ignore_known_warnings()
     try:
+        if given.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens {given.max_new_tokens}: give at least 1")
         if given.page:
             if given.words:
                 raise ConfigError("--page takes questions and images on the page itself")
@@ -34,13 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
         elif not given.words:
             parser().error("a question is needed, or --page")
         else:
-            images = [Path(word) for word in given.words[:-1]]
-            for piece in answer(given.model, images, given.words[-1], given.max_new_tokens):
+            *images, question = given.words
+            if os.path.isfile(question):
+                raise ConfigError(f"the last word is the question, but {question} is a file")
+            for piece in answer(
+                given.model, [Path(image) for image in images], question, given.max_new_tokens
+            ):
                 print(piece, end="", flush=True)
             print()
-    except StepError as error:
-        print(f"chat: {error}", file=sys.stderr)
-        return error.exit_code
+    except KeyboardInterrupt:
+        print()
+        return 130  # as a shell counts it
+    except Exception as error:
+        return tell("chat", error)
     return 0
 
 
@@ -84,8 +93,8 @@ def as_question(images: Sequence[Path], question: str) -> Question:
         InputError: a file that is not there or no image, or a question that says `<image>`.
     """
     for path in images:
-        if not path.is_file():
-            raise InputError(f"{path} is not there")
+        if not os.path.isfile(path):  # Path.is_file raises for a text too long for a name
+            raise InputError(f"{path} is no file; the question is the last word, in quotes")
     from llava_steps.data.decode import check_image
     from llava_steps.data.samples import PLACEHOLDER, SampleError
     from llava_steps.evaluation.ask import Question

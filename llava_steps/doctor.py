@@ -26,7 +26,7 @@ from llava_steps.checks import disk, partitions, processes, tracking
 from llava_steps.checks.finding import Finding
 from llava_steps.core import load, pipeline
 from llava_steps.core.config import Config
-from llava_steps.core.errors import InputError, StepError
+from llava_steps.core.errors import ConfigError, InputError, StepError, tell
 from llava_steps.planning import stages
 from llava_steps.planning.models import model_of
 
@@ -40,9 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         for finding in findings(config, given):
             failed += finding.level == "fail"
             print(json.dumps(asdict(finding)) if given.json else finding, flush=True)
-    except StepError as error:
-        print(f"doctor: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        return tell("doctor", error)
     if not given.json:
         print(f"in the way: {failed or 'nothing'}")
     return InputError.exit_code if failed else 0
@@ -76,9 +75,10 @@ def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
     """All checks, the quick ones first.
 
     Raises:
-        ConfigError: the profile cannot be read.
+        ConfigError: the profile cannot be read, or flags for srun or apptainer are not words.
     """
-    inside = shlex.split(given.apptainer_args)
+    inside = words("--apptainer-args", given.apptainer_args)
+    srun = words("--srun", given.srun)
     store = Path(config.store)
     yield from disk.check("store", store)
     yield from disk.check("results", Path(config.results))
@@ -92,7 +92,15 @@ def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
     yield from processes.here(config, inside)
     if given.on_nodes:
         for stage in (config.stage1, config.stage2):
-            yield from processes.on_nodes(config, stage, shlex.split(given.srun), inside)
+            yield from processes.on_nodes(config, stage, srun, inside)
+
+
+def words(flag: str, text: str) -> list[str]:
+    """The words of a flag that carries several; ConfigError when a quotation has no end."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag} {text!r}: {error}") from None
 
 
 def needed(config: Config) -> int | None:

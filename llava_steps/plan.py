@@ -23,7 +23,7 @@ from typing import Any
 
 from llava_steps.core import container, load, pipeline
 from llava_steps.core.config import Config, Stage
-from llava_steps.core.errors import ConfigError, StepError
+from llava_steps.core.errors import ConfigError, tell
 from llava_steps.core.hardware import GPUS, Gpu
 from llava_steps.planning import cached, stages, text
 from llava_steps.planning.models import Model, model_of
@@ -36,9 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = load.with_overlays(given.configfile)
         for line in lines(config, given):
             print(line)
-    except StepError as error:
-        print(f"plan: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        return tell("plan", error)
     return 0
 
 
@@ -75,11 +74,15 @@ def lines(config: Config, given: argparse.Namespace) -> Iterator[str]:
     """
     if not 0 < given.efficiency <= 1:
         raise ConfigError(f"--efficiency {given.efficiency}: a share above 0, at most 1")
+    for name in ("text_tokens", "search", "show"):
+        number = getattr(given, name)
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {number}: a whole number above 0")
     store = Path(config.store)
     image = container.image_digest(config.image, store)
     found = {s.rule: s for s in cached.states(pipeline.chain(config, image), store, image)}
     gpu = GPUS.get(given.gpu)
-    model = model_of(config)
+    model = model_of(config, "hf_model" in found and found["hf_model"].outlook == "done")
     plans = [_stage(model, stage, found, given) for stage in (config.stage1, config.stage2)]
     if given.json:
         yield json.dumps(figures(model, plans, found, gpu, given.efficiency))

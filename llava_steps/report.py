@@ -38,6 +38,9 @@ def run(ctx: Context, cfg: Report) -> Mapping[str, Any]:
         made_by = (item.manifest or {}).get("step")
         if made_by is None:
             raise InputError(f"{item.shown} is no result of a step, but a report needs manifests")
+        if made_by != ("hf_export" if name == "stage1_export" else name):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {item.shown}: this is the result of {made_by}, not of {name}")
         ctx.log.info("reading %s", name)
     try:
         page = collect.page(inputs, cfg.title or "run", cfg.samples)

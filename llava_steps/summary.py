@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_steps.core import load
 from llava_steps.core.config import Config
-from llava_steps.core.errors import InputError, StepError
+from llava_steps.core.errors import InputError, tell
 
 KIND = "what_digit"
 MODELS = {
@@ -32,9 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         print(summary(load.with_overlays(given.configfile), given.started))
-    except StepError as error:
-        print(f"summary: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        return tell("summary", error)
     return 0
 
 
@@ -51,19 +50,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def summary(config: Config, started: float | None) -> str:
-    """The text; InputError when the run has not been evaluated."""
+    """The text; InputError when the run has not been evaluated, or a file of it is damaged."""
     run = Path(config.results, config.run)
     evaluation, export = run / "evaluation", run / "hf_export"
     try:
-        results = json.loads((evaluation / "results.json").read_bytes())
         table = (evaluation / "table.md").read_text()
+        results = json.loads((evaluation / "results.json").read_bytes())
+        answer: dict[str, Any] = {
+            key: accuracy(results[model]) for key, model in MODELS.items() if model in results
+        }
     except FileNotFoundError as error:
         raise InputError(
             f"{error.filename} is missing: run `snakemake --cores all` first"
         ) from None
-    answer: dict[str, Any] = {
-        key: accuracy(results[model]) for key, model in MODELS.items() if model in results
-    }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(evaluation, error) from None
     answer["hf_export"] = str(export)
     if started is not None:
         answer["wall_s"] = round(time.time() - started, 1)
@@ -74,9 +75,7 @@ def summary(config: Config, started: float | None) -> str:
         f"The model: {export} (LlavaForConditionalGeneration, AutoProcessor)",
         f'Ask it:    {sys.executable} -m llava_steps.chat {export} IMAGE "What digit is this?"',
     ]
-    images = run / "demo_assets/raw/images"
-    if images.is_dir():
-        example = heldout_image(run)
+    if example := heldout_image(run):
         lines[-1] = lines[-1].replace("IMAGE", str(example))
     return "\n".join([*lines, "", json.dumps(answer)])
 
@@ -87,11 +86,25 @@ def accuracy(result: dict[str, Any]) -> float | None:
     return round(sum(shares) / len(shares), 4) if shares else None
 
 
-def heldout_image(run: Path) -> Path:
-    """An image that training never saw."""
+def heldout_image(run: Path) -> Path | None:
+    """An image of the demo that training never saw; None in a run of other data."""
     raw = run / "demo_assets/raw"
-    samples = json.loads((raw / "heldout.json").read_bytes())
-    return raw / str(next(s["image"] for s in samples if isinstance(s.get("image"), str)))
+    if not (raw / "heldout.json").is_file():
+        return None
+    try:
+        samples = json.loads((raw / "heldout.json").read_bytes())
+        images = [s["image"] for s in samples if isinstance(s.get("image"), str)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise damaged(raw.parent, error) from None
+    return raw / images[0] if images else None
+
+
+def damaged(result: Path, error: Exception) -> InputError:
+    """What to say of a result that its step did not write so."""
+    return InputError(
+        f"{result} cannot be read ({error!r}); python -m llava_steps.verify {result} compares its "
+        "files"
+    )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ from llava_steps.core.errors import InputError, IntegrityError
 
 
 def artefacts(root: Path) -> Iterator[Path]:
-    """Directories at or below `root` that hold a manifest, or work towards one."""
+    """Directories at or below `root` that hold a manifest, or work towards one.
+
+    A run's own directory has a `.work` too, for the lease on its name, but no logs of attempts.
+    """
     for directory, folders, names in os.walk(root):
         folders.sort()
         entry = Path(directory)
-        if store.MANIFEST in names or store.WORK in folders or (entry / "work").is_symlink():
+        begun = (entry / store.WORK / "logs").is_dir() or (entry / "work").is_symlink()
+        if store.MANIFEST in names or begun:
             folders.clear()
             yield entry
 

@@ -27,19 +27,24 @@ from tests.model_workers import run_schedule
 
 @dataclass(frozen=True)
 class Case:
-    """A model's config and what is trained of it, over rows of one sample each."""
+    """A model's config and what is trained of it, over rows of one sample each; a row of text."""
 
     hf: Path
     trained: Trained
     rows: tuple[Batch, ...]
+    text: Batch
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Parameters by name with whether they are trained; operations of both passes."""
+    """Parameters by name with whether they are trained; operations of both passes over the rows;
+    for the first of them and for the row of text the modules with trained parameters of their own,
+    in the order of the forward pass.
+    """
 
     parameters: dict[str, tuple[int, bool]]
     operations: int
+    orders: list[list[str]]
 
 
 def count(rank: int, cases: list[Case]) -> list[Counted]:
@@ -61,22 +66,37 @@ def _count(case: Case) -> Counted:
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
     sizes = {name: (p.numel(), p.requires_grad) for name, p in model.named_parameters()}
-    return Counted(sizes, _operations(model, case.rows))
+    operations = _operations(model, case.rows)
+    return Counted(sizes, operations, [_order(model, row) for row in (case.rows[0], case.text)])
 
 
 def _operations(model: Llava, rows: tuple[Batch, ...]) -> int:
     # As products that the counter sees one by one, over whole squares, without recomputation.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for row in rows:
-            model(
-                row.tokens,
-                row.position_ids,
-                row.cu_seqlens,
-                row.max_seqlen,
-                row.pixel_values,
-                row.labels,
-            ).sum().backward()
+            _forward(model, row).sum().backward()
     return counter.get_total_flops()
+
+
+def _order(model: Llava, row: Batch) -> list[str]:
+    called: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, module in model.named_modules()
+        if any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    with torch.no_grad():
+        _forward(model, row)
+    for hook in hooks:
+        hook.remove()
+    return called
+
+
+def _forward(model: Llava, row: Batch) -> torch.Tensor:
+    out: torch.Tensor = model(
+        row.tokens, row.position_ids, row.cu_seqlens, row.max_seqlen, row.pixel_values, row.labels
+    )
+    return out
 
 
 @dataclass(frozen=True)

@@ -92,13 +92,26 @@ def _model(tiny: Tiny, dtype: torch.dtype) -> Any:
 
 
 def expected(tiny: Tiny, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
-    """Sum of the losses and its gradients, sample by sample."""
-    model, total = _model(tiny, dtype), 0.0
+    """Sum of the losses and its gradients, sample by sample, in float64."""
+    return _gradients(_model(tiny, dtype), dtype)
+
+
+def transformers_alone(tiny: Tiny, dtype: torch.dtype) -> float:
+    """How far transformers' own gradient in `dtype` is from that in float64."""
+    _, wanted = expected(tiny, dtype)
+    _, found = _gradients(hf_model(tiny).to(dtype), dtype)
+    apart = sum(float((found[n].double() - wanted[n]).square().sum()) for n in wanted)
+    return float((apart / sum(float(w.square().sum()) for w in wanted.values())) ** 0.5)
+
+
+def _gradients(model: Any, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+    total = 0.0
     for sample in samples(4)[:3]:
-        pixels = None if sample.pixels is None else sample.pixels.to(dtype).double()
+        pixels = None if sample.pixels is None else sample.pixels.to(dtype).to(model.dtype)
         out = model(input_ids=sample.tokens[None], pixel_values=pixels).logits[0]
         kept = sample.targets != -100
-        loss = torch.nn.functional.cross_entropy(out[kept], sample.targets[kept], reduction="sum")
+        out = out[kept] if out.dtype == torch.float64 else out[kept].float()
+        loss = torch.nn.functional.cross_entropy(out, sample.targets[kept], reduction="sum")
         loss.backward()
         total += float(loss)
     named = dict(model.named_parameters())

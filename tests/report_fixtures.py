@@ -51,7 +51,7 @@ def make_run(root: Path) -> dict[str, Path]:
         store.seal(
             entry,
             {
-                "step": name,
+                "step": "hf_export" if name == "stage1_export" else name,  # one step makes both
                 "fingerprint": f"{len(made):032x}",
                 "config": {"seed": 1234, **config},
                 "code": "0123456789abcdef",

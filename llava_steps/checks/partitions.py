@@ -38,7 +38,12 @@ class Row:
 
 
 def check(rules: Mapping[str, Rule], cluster: Cluster, profile: Path) -> Iterator[Finding]:
-    """Whether each rule's job could ever run; rules that ask for the same are told together."""
+    """Whether each rule's job could ever run; rules that ask for the same are told together.
+
+    Raises:
+        ConfigError: the profile cannot be read.
+    """
+    site = settings(profile)
     if not shutil.which("sinfo"):
         yield Finding("note", "Slurm", "no sinfo here: jobs cannot be compared with partitions")
         return
@@ -50,7 +55,6 @@ def check(rules: Mapping[str, Rule], cluster: Cluster, profile: Path) -> Iterato
         yield Finding("fail", "Slurm", last, "Is slurmctld up, and SLURM_CONF set?")
         return
     rows = parse(answer.stdout)
-    site = settings(profile)
     alike: dict[str, list[str]] = {}
     for name, rule in rules.items():
         wanted = site["default-resources"] | slurm.asks(name, rule.settings, cluster)
@@ -72,9 +76,31 @@ def settings(profile: Path) -> dict[str, Any]:
     """
     try:
         found = yaml.safe_load(profile.read_text(encoding="utf-8"))
-        return {key: found.get(key) or {} for key in ("default-resources", "set-resources")}
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(f"--profile {profile}: {error}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--profile {profile} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--profile {profile}: expected keys and values at the top level")
+    sets = found.get("set-resources") or {}
+    if isinstance(sets, list):  # as on a command line: RULE:NAME=VALUE
+        pairs = [str(item).partition(":") for item in sets]
+        sets = {rule: [text for name, _, text in pairs if name == rule] for rule, _, _ in pairs}
+    if not isinstance(sets, dict):
+        raise ConfigError(f"--profile {profile}: set-resources: expected rules with resources")
+    named = {rule: _resources(values, profile) for rule, values in sets.items()}
+    return {
+        "default-resources": _resources(found.get("default-resources") or {}, profile),
+        "set-resources": named,
+    }
+
+
+def _resources(values: Any, profile: Path) -> dict[str, Any]:
+    """Names and values, which a profile may also list as NAME=VALUE."""
+    if isinstance(values, list):
+        pairs = [str(item).partition("=") for item in values]
+        return {name: int(text) if text.isdecimal() else text for name, _, text in pairs}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--profile {profile}: expected resources, got {values!r}")
+    return values
 
 
 def parse(text: str) -> list[Row]:

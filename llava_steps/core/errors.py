@@ -16,6 +16,7 @@ The message is for the person who has to mend it: name the file, the key and the
 from __future__ import annotations
 
 import errno
+import sys
 
 
 class StepError(Exception):
@@ -96,3 +97,16 @@ def of_surroundings(error: BaseException | None) -> InputError | None:
             return InputError(f"{where}{error.strerror}; {_SURROUNDINGS[error.errno]}")
         error = error.__cause__ or error.__context__
     return None
+
+
+def tell(command: str, error: Exception) -> int:
+    """Print what a command beside the workflow ends with as one line; returns its exit code.
+
+    Raises:
+        Exception: `error` itself, when it is neither ours nor the surroundings': a bug.
+    """
+    known = error if isinstance(error, StepError) else of_surroundings(error)
+    if known is None:
+        raise error
+    print(f"{command}: {known}", file=sys.stderr)
+    return known.exit_code

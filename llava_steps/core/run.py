@@ -175,7 +175,10 @@ def _evaluate(
 ) -> None:
     out: Path = given["save_dir"]
     root: Path = given["store"]
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"--store {root} is a file; name a directory") from None
     known = Digests(root)
     image = _image(given, known)
     name, slice_, inputs, code, print_ = identify(step, module, config, known, image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,26 @@ class Question:
         return self.answers or (self.reference,)
 
 
+def check_llava(directory: Path) -> None:
+    """InputError unless config.json is that of a LLaVA.
+
+    Asked first: transformers would go on with the sizes of LLaVA-1.5, 7 billion random weights.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{directory} is no whole LLaVA model: config.json is missing")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "llava":
+        raise InputError(f"{directory} is no whole LLaVA model: its model_type is {kind!r}")
+    for part in ("vision_config", "text_config"):
+        if not isinstance(config.get(part), dict):
+            raise InputError(f"{directory} is no whole LLaVA model: {path} has no {part}")
+
+
 class Model:
     """A Hugging Face LLaVA directory, on the GPU if there is one."""
 
@@ -56,9 +77,7 @@ class Model:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        if not (directory / "config.json").is_file():
-            # transformers would go on with the sizes of LLaVA-1.5, 7 billion random weights.
-            raise InputError(f"{directory} is no whole LLaVA model: config.json is missing")
+        check_llava(directory)
         try:
             self._processor = AutoProcessor.from_pretrained(
                 directory, backend="pil", local_files_only=True

@@ -182,9 +182,13 @@ class Llava(MegatronModule):  # type: ignore[misc]
                 f"{places.numel()} image tokens in a row with {images} images of "
                 f"{self.geometry.tokens_per_image} tokens each; was a sample cut within an image?"
             )
-        features = None
+        # Tower and projector come before the words, with and without an image: where weights are
+        # fetched while the forward pass goes on, all ranks must ask for them in one order.
+        features = nothing = None
         if pixel_values is not None and images:
             features = self.mm_projector(self._features(upload(pixel_values, device))).flatten(0, 1)
+        else:
+            nothing = self._no_image()
         if self.options.compiled:
             texts = (~is_image).nonzero().squeeze(1)
             tokens, texts, places = (upload(x, device) for x in (tokens[0], texts, places))
@@ -199,8 +203,8 @@ class Llava(MegatronModule):  # type: ignore[misc]
             if features is not None:
                 places = upload(places, device)
                 embeddings = embeddings.index_copy(0, places, features.to(embeddings.dtype))
-        if features is None:
-            embeddings = embeddings + self._no_image()
+        if nothing is not None:
+            embeddings = embeddings + nothing
         embeddings = embeddings.unsqueeze(1)
         if self.options.sequence_parallel:
             # The clone lets the whole row go; the scatter returns a view of it.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_steps.core import store
 from llava_steps.core.config import Config, DemoAssets
 from llava_steps.core.errors import InputError
 from llava_steps.core.geometry import Geometry, padded
@@ -27,23 +28,56 @@ class Model:
     sure: bool
 
 
-def model_of(config: Config, shapes: Path = SHAPES) -> Model:
+def model_of(config: Config, done: bool = False, shapes: Path = SHAPES) -> Model:
     """The model that a run trains.
+
+    `done`: whether what the run shows as its hf_model is what the configuration asks for. If not,
+    it stands in only where it was built from the same parts and these are not at hand any more.
 
     Raises:
         InputError: a configuration cannot be found or used; the message says where it was sought.
     """
-    built = Path(config.stage2.tokenizer_load_dir or Path(config.results, config.run, "hf_model"))
+    given = config.stage2.tokenizer_load_dir
+    built = Path(given or Path(config.results, config.run, "hf_model"))
+    there = (built / "config.json").is_file()
+    if given or (there and done):
+        return Model(_load(built), str(built), True)
+    try:
+        return _unbuilt(config, shapes)
+    except InputError:
+        if not (there and _same_parts(built, config)):
+            raise
+        return Model(_load(built), f"{built}, which is built anew", False)
+
+
+def _load(built: Path) -> Geometry:
     if (built / "config.json").is_file():
-        return Model(Geometry.load(built), str(built), True)
+        _read(built / "config.json")
+    return Geometry.load(built)
+
+
+def _same_parts(built: Path, config: Config) -> bool:
+    inputs = (store.read_manifest(built) or {}).get("inputs", {})
+    return all(
+        inputs.get(key, {}).get("path") == getattr(config.hf_model, key)
+        for key in ("vision_tower", "text_model")
+    )
+
+
+def _unbuilt(config: Config, shapes: Path) -> Model:
+    """The model that will be built from its parts."""
     hf = config.hf_model
     vision, from_vision, _ = _part(hf.vision_tower, config.demo_assets, shapes, "vision_tower")
     text, from_text, tokens = _part(hf.text_model, config.demo_assets, shapes, "text_model")
     if vision.get("model_type") in PARTS:
-        inner = vision.get("vision_config")
-        vision = {"model_type": PARTS[str(vision["model_type"])], **(inner or {})}
+        inner = vision.get("vision_config") or {}
+        if not isinstance(inner, dict):
+            raise InputError(f"{from_vision}: vision_config is no section")
+        vision = {"model_type": PARTS[str(vision["model_type"])], **inner}
         vision["model_type"] = PARTS.get(str(vision["model_type"]), vision["model_type"])
     vocab = text.get("vocab_size", 32000)
+    if not isinstance(vocab, int):
+        raise InputError(f"{from_text}: vocab_size is {vocab!r}; expected a whole number")
     # Building adds <image>; whether it needs a row of its own only the tokenizer knows.
     rows = max(vocab, tokens or vocab + 1)
     rows = padded(rows, hf.vocab_size_padding * hf.tp)

@@ -182,7 +182,10 @@ def variants(geometry: Geometry, stage: Stage, data: Data, nodes: int) -> Iterat
                 }
             )
             found = stage_plan(geometry, changed, data)
-        except (ConfigError, ValidationError) as error:
+        except ValidationError as error:
+            why = why or str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+            continue
+        except ConfigError as error:
             why = why or str(error)
             continue
         possible += 1

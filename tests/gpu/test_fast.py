@@ -13,11 +13,16 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("precision", "bar"), [("fp32", 1e-5), ("bf16", 1.5e-2)])
+@pytest.mark.parametrize(("precision", "bar"), [("fp32", 1e-5), ("bf16", 0.0)])
 def test_gradients(tmp_path: Path, precision: str, bar: float) -> None:
+    """In bf16 the bar is what its rounding costs transformers itself."""
     from tests import fast_model
 
     found = {}
+    if precision == "bf16":
+        rounding = fast_model.transformers_alone(fast_model.SMALL, torch.bfloat16)
+        print(f"transformers in bf16, on a CPU: gradient {rounding:.2e}")
+        bar = 1.1 * rounding
     for compiled in (False, True):
         (directory := tmp_path / str(compiled)).mkdir()
         loss, gradient, graphs = fast_model.compare(directory, precision, compiled)

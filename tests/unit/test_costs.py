@@ -24,7 +24,7 @@ CASES = (
     *((name, Trained(vision=True)) for name in ("biases-uneven", "siglip-mha", "qwen3")),
     *((name, Trained(language_model=False)) for name in ("siglip-mha", "mistral", "qwen2-tied")),
 )
-ROWS = (0, 2, 3)
+ROWS, TEXT = (0, 2, 3), 1
 """Samples with images; a row of text alone still sends one blank through the projector."""
 
 
@@ -37,7 +37,8 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, Geomet
             config_of(TINY[name]).save_pretrained(hf)
         all_samples = samples(Geometry.load(hf).tokens_per_image)
         rows = tuple(pack_samples(all_samples, (i,), len(all_samples[i].tokens)) for i in ROWS)
-        cases.append(Case(hf, trained, rows))
+        text = pack_samples(all_samples, (TEXT,), len(all_samples[TEXT].tokens))
+        cases.append(Case(hf, trained, rows, text))
     results = spawn("tests.cost_workers:count", 1, directory, cases)[0]
     return [(c, Geometry.load(c.hf), r) for c, r in zip(cases, results, strict=True)]
 
@@ -86,6 +87,19 @@ def test_operations_are_those_that_torch_counts(
     predicted = flops(g, case.trained, work, head="supervised")
     # torch multiplies whole squares here, of which a causal model looks at one half.
     assert found.operations == predicted.total + predicted.attention
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{CASES[n][0]}-{n}")
+def test_rows_with_and_without_images_ask_for_weights_in_one_order(
+    counted: list[tuple[Case, Geometry, Counted]], number: int
+) -> None:
+    """With overlap_param_gather each module fetches its weights as it is called, from all ranks: if
+    one has a row of text alone and calls them in another order, the ranks mix weights up.
+    """
+    case, _, found = counted[number]
+    assert case.text.pixel_values is None
+    with_image, text = found.orders
+    assert text and text == with_image
 
 
 @pytest.mark.parametrize("name", ["untied-default", "siglip-mha"])

@@ -188,3 +188,19 @@ def test_a_result_of_another_version_is_named(
     found = run_step("report", "--evaluation=old", "--save-dir=out", cwd=tmp_path, check=False)
     assert found.returncode == InputError.exit_code, found.stderr
     assert "a result has no 'questions'" in found.stderr
+
+
+def test_a_result_of_another_step_is_named(
+    made: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    place = made[1]["evaluation"].resolve()
+    found = run_step(
+        "report", f"--stage2-checkpoint={place}", "--save-dir=out", cwd=tmp_path, check=False
+    )
+    assert found.returncode == InputError.exit_code, found.stderr
+    assert "this is the result of evaluation, not of stage2_checkpoint" in found.stderr
+    (tmp_path / "file").write_text("")
+    found = run_step(
+        "report", f"--evaluation={place}", "--save-dir=o", "--store=file", cwd=tmp_path, check=False
+    )
+    assert "--store file is a file" in found.stderr and "Traceback" not in found.stderr

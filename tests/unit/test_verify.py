@@ -9,6 +9,7 @@ import pytest
 
 from llava_steps import verify
 from llava_steps.core import commit, store
+from llava_steps.core.lease import Lease
 
 
 @pytest.fixture
@@ -19,7 +20,11 @@ def place(tmp_path: Path) -> Path:
         (entry / "weights/data.bin").write_bytes(name.encode())
         store.seal(entry, {"step": name})
         store.publish(entry, tmp_path / "results/demo" / name)
-    (tmp_path / "store/three/def/.work").mkdir(parents=True)
+    (tmp_path / "store/three/def/.work/logs").mkdir(parents=True)
+    # As a run of the workflow does while it lasts; the directory stays.
+    (tmp_path / "results/demo/.work").mkdir()
+    with Lease(tmp_path / "results/demo/.work"):
+        pass
     store.show_work(tmp_path / "store/three/def", tmp_path / "results/demo/three")
     return tmp_path
 

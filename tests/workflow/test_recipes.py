@@ -71,7 +71,7 @@ def test_language_models_have_the_sizes_of_their_model_cards() -> None:
         ("llm-jp-3-1.8b.yaml", 1_459_718_144, 407_896_064),
         ("llm-jp-3-13b.yaml", 12_688_184_320, 1_019_740_160),
     ):
-        geometry = model_of(load([PLACE / name]), PLACE / "models").geometry
+        geometry = model_of(load([PLACE / name]), shapes=PLACE / "models").geometry
         p = parameters(geometry)
         assert p.layers + p.final_norm == rest
         assert (p.embedding + p.head) * 99_584 == embeddings * geometry.vocab
@@ -81,7 +81,7 @@ def test_the_vocabulary_is_padded_for_the_tensor_parallel_size_that_building_is_
     config = load([PLACE / "llm-jp-3-1.8b.yaml"])
     hf = config.hf_model.model_copy(update={"vocab_size_padding": 128, "tp": 3})
     padded = config.model_copy(update={"hf_model": hf})
-    assert model_of(padded, PLACE / "models").geometry.vocab == 99_840
+    assert model_of(padded, shapes=PLACE / "models").geometry.vocab == 99_840
 
 
 def test_the_image_counts_in_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,9 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
+from llava_steps import verify
 from tests.patience import PATIENCE, wait_for
 from tests.workflow.project import RULES, Project
 
@@ -21,6 +24,13 @@ def steps(project: Project) -> list[str]:
 def test_a_finished_run_has_nothing_to_do(finished: Project) -> None:
     assert "Nothing to be done" in finished.snakemake("--cores", "2")
     assert finished.calls() == []
+
+
+def test_verify_finds_every_result_of_a_run(
+    finished: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify.main([str(finished.root / "results")]) == 0
+    assert f"{len(RULES)} artefacts, 0 damaged" in capsys.readouterr().out
 
 
 def test_one_setting_of_stage_2_and_back(finished: Project) -> None:
