@@ -540,6 +540,11 @@ class Stage(StepConfig):
         if not self.packing and (self.pack_length or self.pad_to != "row"):
             raise ValueError("pack_length and pad_to are for packing; set packing or remove them")
         self._check_transformer_engine()
+        if self.flash_attention == "fa4" and self.precision != "bf16":
+            raise ValueError(
+                f"flash_attention fa4 needs precision bf16, not {self.precision}; set it to auto, "
+                "which has no flash attention there"
+            )
         if not self.dist_optim:
             raise ValueError(
                 "dist_optim is always on; with one data parallel rank it costs nothing"

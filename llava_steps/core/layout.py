@@ -66,11 +66,13 @@ def check_fp8(geometry: Geometry, tp: int, recipe: str) -> None:
             (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim // tp
         ),
     }
+    smaller = ["fp8_recipe tensorwise"] * (recipe != "tensorwise")
+    smaller += ["a smaller tensor_model_parallel"] * (tp > 1)
     for name, size in parts.items():
         if size % multiple:
             raise ConfigError(
                 f"fp8 with fp8_recipe {recipe} needs multiples of {multiple}, and {name} is "
-                f"{size}; use fp8_recipe tensorwise, a smaller tensor_model_parallel, or no fp8"
+                f"{size}; use {' or '.join([*smaller, 'no fp8'])}"
             )
 
 

@@ -13,9 +13,11 @@ import types
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 torch = pytest.importorskip("torch")
 
+from llava_steps.core.config import Stage  # noqa: E402
 from llava_steps.core.errors import ConfigError  # noqa: E402
 from llava_steps.model import flash, kernels  # noqa: E402
 from llava_steps.model.attention import dense_kernel, flash_kernel, pack  # noqa: E402
@@ -52,6 +54,12 @@ def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
             flash.choose("fa4", head_dim)
 
 
+def test_it_is_not_asked_for_where_none_is_used() -> None:
+    with pytest.raises(ValidationError, match="fa4 needs precision bf16, not fp32; set it to auto"):
+        Stage(flash_attention="fa4", precision="fp32")
+    Stage(flash_attention="fa4"), Stage(flash_attention="torch", precision="fp32")
+
+
 def stand_in() -> Any:
     """flash_attn.cute.interface with the two functions that are used."""
 
@@ -69,7 +77,8 @@ def stand_in() -> Any:
         *, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int,
         deterministic: bool,
     ) -> Any:  # fmt: skip
-        assert causal and lse.dtype == torch.float32 and not deterministic
+        assert causal and lse.dtype == torch.float32
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert torch.equal(plain(q, k, v, softmax_scale), out)
         # By hand: autograd does not reach into an operation.
         samples = zip(*(x.split(list(LENGTHS)) for x in (dout, q, k, v)), strict=True)
@@ -104,7 +113,10 @@ def rows() -> tuple[Any, ...]:
 
 
 @pytest.mark.usefixtures("fa4")
-def test_plain_layers_have_its_gradients() -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_plain_layers_have_its_gradients(deterministic: bool, request: Any) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     q, k, v = (x.requires_grad_() for x in rows())
     borders = torch.tensor([0, *LENGTHS]).cumsum(0)
     table = torch.ones(len(q), 8, dtype=torch.float64)
