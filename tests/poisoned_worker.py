@@ -3,6 +3,7 @@
 Each case is one kind of poison on one rank in one microbatch. The weights and the optimizer's state
 are hashed when a poisoned step begins and when it is over; the verdicts go to verdict_RANK.jsonl.
 With POISONED_STEPS in the environment only these steps (counted from 0) are poisoned, by NaN.
+Batches are fetched ahead, as beside a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import json
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +84,21 @@ def poison(loop: Any) -> None:
     loop.forward_backward, loop.forward_step = forward_backward, forward_step
 
 
+def fetch_ahead(ahead: Any) -> None:
+    """Have batches fetched while the step before is under way."""
+    event = types.SimpleNamespace(
+        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 0.0
+    )
+    cuda = types.SimpleNamespace(is_available=lambda: True)
+    ahead.torch = types.SimpleNamespace(cuda=cuda)
+    ahead._event, ahead._pinned = lambda: event, lambda row: row
+
+
 if __name__ == "__main__":
-    from llava_steps.training import loop
+    from llava_steps.training import ahead, loop
 
     poison(loop)
+    fetch_ahead(ahead)
     code = worker.main()
     sys.stdout.flush()
     sys.stderr.flush()

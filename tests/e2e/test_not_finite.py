@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,12 @@ def train(
     monkeypatch.chdir(ROOT)
     launching.launch(job)
     return entry
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """Counters and place in the data."""
+    found: dict[str, Any] = json.loads((checkpoint / "train_state.json").read_bytes())
+    return found
 
 
 def weights(entry: Path) -> dict[str, bytes]:
@@ -97,6 +104,9 @@ def test_a_rollback_undoes_what_came_since_the_last_checkpoint(
     assert "step 13: rolled back to iter_0000010, rollback 1" in log
     counters = json.loads(next(rolled.glob("iter_0000018/train_state.json")).read_text())
     assert (counters["updates"], counters["rejected"], counters["rollbacks"]) == (14, 0, 1)
+    # What is only fetched ahead is not consumed: going on from a checkpoint begins with it.
+    states = {s["step"]: s["loader"]["consumed_samples"] for s in map(state, rolled.glob("iter_*"))}
+    assert len(states) > 1 and states == {step: step * 2 * MICRO for step in states}
     skipped = train(
         chain, tmp_path / "skipped", monkeypatch, "999", skip_train_iteration_range=["11-14"],
         **common,
