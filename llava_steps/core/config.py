@@ -290,7 +290,7 @@ class Stage(StepConfig):
     flash_attention: Literal["auto", "torch", "fa4"] = value(
         "auto",
         "attention on a GPU in bf16: torch's kernels, or FlashAttention 4 (package flash-attn-4; "
-        "Hopper and Blackwell); auto: fa4 where that can be, else torch",
+        "Hopper and Blackwell); auto: fa4 on Hopper where that can be, else torch",
     )
     overlap_grad_reduce: bool = value(
         False, "data parallel: send gradients while the backward pass goes on"

@@ -39,6 +39,9 @@ def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     installed(flash.FA4)
     assert flash.choose("auto", 128) == "fa4" and flash.choose("torch", 128) == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert flash.choose("auto", 128) == "torch" and flash.choose("fa4", 128) == "fa4"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     # Its gradients for this size are wrong.
     assert flash.choose("auto", 16) == "torch"
     for version, capability, head_dim, wanted in (

@@ -12,8 +12,9 @@ from llava_steps.core.config import Stage
 from llava_steps.core.costs import Trained
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.load import load
-from llava_steps.core.memory import Layout, Memory, Row, of_stage
+from llava_steps.core.memory import Layout, Memory, Row, memory, of_stage
 from llava_steps.planning.models import model_of
+from tests.benchmarks import gpu_work
 from tests.cost_workers import Kept, Training
 from tests.dist_helpers import spawn
 from tests.model_fixtures import Batch
@@ -117,3 +118,12 @@ def test_the_process_that_needs_most_is_the_one_that_is_told() -> None:
     assert isinstance(each[0], Memory)
     assert each[0].activations > each[1].activations > each[2].activations
     assert each[3].logits and not any(found.logits for found in each[:3])
+
+
+@pytest.mark.parametrize(("shape", "gib"), [("1.8b", 64.6), ("3.7b", 113.3)])
+def test_the_peaks_that_were_measured_on_a_gpu(shape: str, gib: float, tmp_path: Path) -> None:
+    """Those of stage 2 in docs/performance.md: eight rows of 14,336 tokens, 29.5 % supervised."""
+    geometry = Geometry.load(gpu_work.hf_dir(tmp_path, shape))
+    row = Row(tokens=14336, samples=18, longest=2048, images=18, supervised=4229)
+    found = memory(geometry, Trained(vision=False), Layout(), row, 8)
+    assert found.total / 2**30 == pytest.approx(gib, rel=0.1)
