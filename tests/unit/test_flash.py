@@ -1,7 +1,7 @@
 """Which flash attention is taken, and that FlashAttention 4's functions are called as they are.
 
 They are stood in for by plain attention in float64, in functions with their names and arguments:
-there is no GPU here. The real ones: tests/gpu/test_flash.py.
+there is no GPU here. The real ones: tests/gpu/test_flash_kernels.py.
 """
 
 from __future__ import annotations
