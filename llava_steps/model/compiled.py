@@ -22,7 +22,8 @@ from torch import Tensor
 
 from llava_steps.core.geometry import Geometry
 from llava_steps.model.attention import Packed
-from llava_steps.model.kernels import attention, linear, swiglu
+from llava_steps.model.decoder import decoder_layer
+from llava_steps.model.kernels import attention, linear
 from llava_steps.model.vision import plain_layer
 
 Function = Callable[..., Any]
@@ -72,8 +73,7 @@ def layer_function(geometry: Geometry, kernel: str) -> Function:
     Returns [T, hidden].
     """
     g = geometry
-    groups, shared, width, eps = g.kv_heads, g.heads // g.kv_heads, g.head_dim, g.rms_eps
-    scale = width**-0.5
+    heads, eps, scale = (g.kv_heads, g.heads // g.kv_heads, g.head_dim), g.rms_eps, g.head_dim**-0.5
 
     def product(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         out: Tensor = linear(x, *weight)
@@ -88,14 +88,22 @@ def layer_function(geometry: Geometry, kernel: str) -> Function:
         fc2: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor],
         biases: tuple[Tensor | None, ...], qk_norms: tuple[Tensor | None, ...],
     ) -> Tensor:  # fmt: skip
-        mixed = product(norm(hidden, norms[0]), qkv, biases[0]).view(-1, groups, shared + 2, width)
-        if qk_norms[0] is not None and qk_norms[1] is not None:
-            q, k, v = mixed[:, :, :shared], mixed[:, :, shared:-1], mixed[:, :, -1:]
-            mixed = torch.cat((norm(q, qk_norms[0]), norm(k, qk_norms[1]), v), dim=2)
-        out, *_ = attention(mixed, cos, sin, borders, longest, scale, kernel)
-        hidden = hidden + product(out.flatten(1), proj, biases[1])
-        both = product(norm(hidden, norms[1]), fc1, biases[2])
-        return hidden + product(swiglu(both), fc2, biases[3])
+        of_query, of_key = qk_norms
+        return decoder_layer(
+            hidden,
+            (lambda x: norm(x, norms[0]), lambda x: norm(x, norms[1])),
+            (
+                lambda x: product(x, qkv, biases[0]),
+                lambda x: product(x, proj, biases[1]),
+                lambda x: product(x, fc1, biases[2]),
+                lambda x: product(x, fc2, biases[3]),
+            ),
+            None
+            if of_query is None or of_key is None
+            else (lambda x: norm(x, of_query), lambda x: norm(x, of_key)),
+            lambda mixed: attention(mixed, cos, sin, borders, longest, scale, kernel)[0],
+            heads,
+        )
 
     return layer
 

@@ -7,6 +7,7 @@ Names and checkpoint are those of the `local` spec.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from llava_steps.core.errors import ConfigError
 from llava_steps.model.attention import Packed
-from llava_steps.model.kernels import attention, swiglu
+from llava_steps.model.decoder import decoder_layer
+from llava_steps.model.kernels import attention
 from llava_steps.model.specs import Linears
 
 
@@ -61,29 +63,27 @@ class TeLayer(TransformerLayer):  # type: ignore[misc]
         """hidden_states [T (/tp), 1, hidden] -> the same."""
         attend, mlp, packed = self.self_attention, self.mlp, packed_seq_params
         width, groups = self.config.kv_channels, attend.num_query_groups_per_partition
-        shared = attend.num_attention_heads_per_partition // groups
-        mixed = _product(attend.linear_qkv, self.input_layernorm(hidden_states))
-        mixed = mixed.view(-1, groups, shared + 2, width)
-        if attend.q_layernorm is not None:
-            q, k, v = mixed[:, :, :shared], mixed[:, :, shared:-1], mixed[:, :, -1:]
-            mixed = torch.cat((attend.q_layernorm(q), attend.k_layernorm(k), v), dim=2)
         cos, sin = packed.cos.flatten(1), packed.sin.flatten(1)
-        out, *_ = attention(
-            mixed,
-            cos,
-            sin,
-            packed.cu_seqlens,
-            packed.longest,
-            width**-0.5,
-            packed.kernel or "torch",
+        place = cos, sin, packed.cu_seqlens, packed.longest
+        out = decoder_layer(
+            hidden_states.squeeze(1),
+            (self.input_layernorm, self.pre_mlp_layernorm),
+            (
+                partial(_product, attend.linear_qkv),
+                partial(_product, attend.linear_proj),
+                partial(_product, mlp.linear_fc1),
+                partial(_product, mlp.linear_fc2),
+            ),
+            None if attend.q_layernorm is None else (attend.q_layernorm, attend.k_layernorm),
+            lambda mixed: attention(mixed, *place, width**-0.5, packed.kernel or "torch")[0],
+            (groups, attend.num_attention_heads_per_partition // groups, width),
         )
-        hidden = hidden_states + _product(attend.linear_proj, out.flatten(1).unsqueeze(1))
-        both = _product(mlp.linear_fc1, self.pre_mlp_layernorm(hidden))
-        gated = swiglu(both.squeeze(1)).unsqueeze(1)
-        return hidden + _product(mlp.linear_fc2, gated), None
+        return out.unsqueeze(1), None
 
 
 def _product(linear: torch.nn.Module, x: Tensor) -> Tensor:
+    """megatron-core's linears want [T, 1, in]."""
     out: Tensor
-    out, bias = linear(x)
+    out, bias = linear(x.unsqueeze(1))
+    out = out.squeeze(1)
     return out if bias is None else out + bias
