@@ -28,10 +28,11 @@ FA4 = "4.0.0b36"
 HEAD_DIMS = (64, 128)
 """Those whose gradients were compared with float64. On Hopper those of 16 are wrong, silently."""
 Kernel = Literal["torch", "fa4"]
+Asked = Literal["auto", "torch", "fa4"]
 
 
-def missing_for_fa4(head_dim: int) -> str:
-    """What FlashAttention 4 lacks here; empty when it can be used."""
+def missing_for_fa4(head_dim: int, asked: Asked = "fa4") -> str:
+    """What FlashAttention 4 lacks here to be taken when so `asked`; empty when it is taken."""
     if head_dim not in HEAD_DIMS:
         return f"a head_dim of {' or '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     try:
@@ -43,16 +44,17 @@ def missing_for_fa4(head_dim: int) -> str:
     if not torch.cuda.is_available():
         return "a GPU"
     major, minor = torch.cuda.get_device_capability()
-    if major not in (9, 10):
-        return f"compute capability 9 or 10 (Hopper, Blackwell), and this GPU has {major}.{minor}"
+    # Measured and compared on Hopper alone: on Blackwell it has to be asked for.
+    able = {9: "Hopper"} if asked == "auto" else {9: "Hopper", 10: "Blackwell"}
+    if major not in able:
+        wanted = f"{' or '.join(map(str, able))} ({', '.join(able.values())})"
+        return f"compute capability {wanted}, and this GPU has {major}.{minor}"
     return ""
 
 
-def choose(asked: Literal["auto", "torch", "fa4"], head_dim: int) -> Kernel:
+def choose(asked: Asked, head_dim: int) -> Kernel:
     """The kernel to use. ConfigError if `fa4` is asked for and cannot be."""
-    missing = missing_for_fa4(head_dim)
-    if asked == "auto" and not missing and torch.cuda.get_device_capability()[0] != 9:
-        return "torch"  # measured and compared on Hopper alone: elsewhere it has to be asked for
+    missing = missing_for_fa4(head_dim, asked)
     if asked == "fa4" and missing:
         raise ConfigError(f"flash_attention fa4 needs {missing}; or set it to auto or torch")
     return "torch" if asked == "torch" or missing else "fa4"
@@ -108,7 +110,6 @@ def _fa4() -> Any:
     # Of its compiler, about an argument that flash-attn-4 does not use here.
     warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
     interface: Any = importlib.import_module("flash_attn.cute.interface")
-
     return interface
 
 

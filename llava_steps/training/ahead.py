@@ -28,8 +28,7 @@ class Ahead:
         self._loader, self._busy = loader, busy
         self._batches = iter(loader)
         self._state = loader.state()
-        self._fetched: list[MicroBatch] | Exception | None = None
-        self._lost: Callable[[], float] = float
+        self._fetched: tuple[list[MicroBatch] | Exception, Any, Any] | None = None
 
     def fetch(self) -> None:
         """Take the next batch now. To be called when all work of a step is on its way to the GPU;
@@ -37,19 +36,15 @@ class Ahead:
         """
         if self._fetched is not None or not torch.cuda.is_available():
             return
+        found: list[MicroBatch] | Exception
         start, end = _event(), _event()
         start.record()
         try:
-            self._fetched = [_pinned(row) for row in self._take()]
+            found = [_pinned(row) for row in self._take()]
         except Exception as error:
-            self._fetched = error
+            found = error
         end.record()
-
-        def lost() -> float:
-            end.synchronize()
-            return float(start.elapsed_time(end)) / 1000
-
-        self._lost = lost
+        self._fetched = found, start, end
 
     def next(self) -> tuple[list[MicroBatch], float]:
         """The next batch, and the seconds that training stood still for it: the GPU's, where it
@@ -58,13 +53,16 @@ class Ahead:
         if self._fetched is None:
             began = time.monotonic()
             batch = self._take()
-            self._state = self._loader.state()
-            return batch, time.monotonic() - began
-        found, self._fetched = self._fetched, None
-        if isinstance(found, Exception):
-            raise found
+            lost = time.monotonic() - began
+        else:
+            (found, start, end), self._fetched = self._fetched, None
+            if isinstance(found, Exception):
+                raise found
+            batch = found
+            end.synchronize()
+            lost = start.elapsed_time(end) / 1000
         self._state = self._loader.state()
-        return found, self._lost()
+        return batch, lost
 
     def state(self) -> dict[str, Any]:
         """The loader's, after the batch that was given out last."""

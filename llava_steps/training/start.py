@@ -53,7 +53,7 @@ def build(job: Job, log: logging.Logger) -> list[Llava]:
     )
     if torch.cuda.is_available() and stage.precision == "bf16":
         auto = stage.flash_attention == "auto"
-        lacking = flash.missing_for_fa4(geometry.head_dim) if auto else ""
+        lacking = flash.missing_for_fa4(geometry.head_dim, "auto") if auto else ""
         log.info("flash attention: %s%s", options.flash, lacking and f"; fa4 needs {lacking}")
     if options.spec == "te":
         how = f"FP8 ({options.fp8})" if options.fp8 else "bf16"

@@ -41,6 +41,7 @@ def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flash.choose("auto", 128) == "fa4" and flash.choose("torch", 128) == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     assert flash.choose("auto", 128) == "torch" and flash.choose("fa4", 128) == "fa4"
+    assert "capability 9 (Hopper)" in flash.missing_for_fa4(128, "auto")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     # Its gradients for this size are wrong.
     assert flash.choose("auto", 16) == "torch"
