@@ -34,10 +34,12 @@ def spawn(
     work = directory / f"spawn-{function.rpartition(':')[2]}-{time.monotonic_ns()}"
     work.mkdir(parents=True)
     (work / "job.pkl").write_bytes(pickle.dumps((function, ranks, arguments)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    # Looking for GPUs must not begin to use them, which outlives no fork. The rest as the launcher.
-    environment |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        # Looking for GPUs must not begin to use them: CUDA outlives no fork.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }  # fmt: skip
     with (work / "log").open("w") as log:
         launcher = subprocess.Popen(
             [sys.executable, "-m", "tests.dist_helpers", str(work)],

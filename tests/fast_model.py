@@ -18,22 +18,18 @@ from torch import Tensor
 from tests.model_fixtures import Tiny, _tiny, hf_model, pack_samples, samples
 
 ROOT = Path(__file__).parents[1]
-# Flash attention wants multiples of 8; a group of two query heads for each key head.
-SMALL = _tiny(
-    "compiled",
-    text={
-        "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2,
-        "initializer_range": 0.1,
-    },
-)  # fmt: skip
-# Sizes that FP8 products take by blocks: multiples of 128.
-WIDE = _tiny(
-    "wide",
-    text={
-        "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2,
-        "initializer_range": 0.1,
-    },
-)  # fmt: skip
+
+
+def _of_sizes(name: str, hidden: int, ffn: int, head_dim: int) -> Tiny:
+    """Two layers, with a group of two query heads for each key head."""
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "head_dim": head_dim}
+    return _tiny(name, text={**sizes, "num_hidden_layers": 2, "initializer_range": 0.1})
+
+
+SMALL = _of_sizes("compiled", 64, 96, 16)
+"""Flash attention wants multiples of 8."""
+WIDE = _of_sizes("wide", 128, 256, 32)
+"""Sizes that FP8 products take by blocks: multiples of 128."""
 
 
 @dataclass(frozen=True)
