@@ -79,6 +79,28 @@ def train(rank: int, room: Room, trainings: Sequence[Training]) -> list[list[flo
     return found
 
 
+def reductions(rank: int, room: Room, training: Training) -> list[str]:
+    """What happens to the gradients of the training, in its order: "start" and "finish" of a
+    bucket's reduction.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    group, events = param_and_grad_buffer._ParamAndGradBucketGroup, []
+    start, finish = group.start_grad_sync, group.finish_grad_sync
+
+    def starting(*args: Any, **kwargs: Any) -> None:
+        events.append("start")
+        start(*args, **kwargs)
+
+    def finishing(*args: Any, **kwargs: Any) -> None:
+        events.append("finish")
+        finish(*args, **kwargs)
+
+    group.start_grad_sync, group.finish_grad_sync = starting, finishing
+    train(rank, room, [training])
+    return events
+
+
 def leave_layout() -> None:
     """Forget the parallel groups, and end their threads too: Megatron only forgets them."""
     parallel_state.destroy_model_parallel()

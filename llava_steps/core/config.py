@@ -296,7 +296,9 @@ class Stage(StepConfig):
         False, "data parallel: send gradients while the backward pass goes on"
     )
     overlap_param_gather: bool = value(
-        False, "data parallel: fetch updated weights while the next forward pass goes on"
+        False,
+        "data parallel: fetch updated weights while the next forward pass goes on; layers are not "
+        "compiled then",
     )
     bucket_size: Count = value(
         0,
@@ -456,7 +458,7 @@ class Stage(StepConfig):
             return f"tensor_model_parallel 1, not {self.tensor_model_parallel}"
         if self.recompute == "core_attn":
             return "recompute none or full: compiled attention keeps no scores"
-        for name in ("lora_rank", "overlap_grad_reduce", "overlap_param_gather"):
+        for name in ("lora_rank", "overlap_param_gather"):
             if getattr(self, name, False):
                 return f"no {name}: compiled layers pass over the hooks that it works with"
         return ""

@@ -32,6 +32,7 @@ class Packed:
     int64 [T], or None where the row is its own dense batch (one sample) or needs none.
     kernel: that of flash.py, or None for the dense batch.
     longest int64 [] on the host: max_seqlen, in the form in which it is no constant to a compiler.
+    chosen int64 [n]: positions that are asked of the model's last layer; None for all of them.
     """
 
     # Read by megatron-core's attention: "sbhd" keeps [T, 1, heads, head_dim] as it is.
@@ -45,6 +46,11 @@ class Packed:
     to_dense: Tensor | None
     to_packed: Tensor | None
     longest: Tensor
+    chosen: Tensor | None = None
+
+    def chosen_by(self, layer: Any) -> Tensor | None:
+        """The positions that go on behind the attention of a megatron-core layer; None for all."""
+        return self.chosen if layer.layer_number == layer.config.num_layers else None
 
     @property
     def samples(self) -> int:
@@ -58,10 +64,11 @@ def pack(
     sin: Tensor,
     compiled: bool = False,
     kernel: flash.Kernel = "torch",
+    chosen: Tensor | None = None,
 ) -> Packed:
     """The `Packed` of a row of T tokens; cos and sin are [T, head_dim] in the compute dtype.
     Layers with kernels of their own (`compiled`) need no dense indices. `kernel` is used where
-    flash attention can be.
+    flash attention can be. `chosen` is on the device of cos.
 
     Boundaries are checked where reading them costs nothing (on CPU): InputError if they do not
     cover the row or if a sample is longer than max_seqlen.
@@ -90,6 +97,7 @@ def pack(
         to_dense,
         to_packed,
         torch.tensor(max_seqlen, device="cpu"),
+        chosen,
     )
 
 

@@ -11,7 +11,7 @@ into pieces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from llava_steps.core.geometry import Geometry
 from llava_steps.model.attention import Packed
 from llava_steps.model.decoder import decoder_layer
-from llava_steps.model.kernels import attention, linear
+from llava_steps.model.kernels import Words, attention, linear
 from llava_steps.model.vision import plain_layer
 
 Function = Callable[..., Any]
@@ -52,6 +52,35 @@ def main_grad(weight: Tensor) -> Tensor:
     return found.data
 
 
+class Announce(torch.autograd.Function):
+    """Its input, in whose backward pass it is told of gradients that are complete by then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, complete: Sequence[Callable[[], None]]) -> Tensor:
+        ctx.complete = complete
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        for tell in ctx.complete:
+            tell()
+        return grad, None
+
+
+def announced(x: Tensor, *weights: Tensor) -> Tensor:
+    """x, of which a function of x and `weights` is about to be computed.
+
+    Once the backward pass is through that function, whoever waits for the gradients of `weights` is
+    told (`complete`, see `training.optimizer.wrap`): autograd, which does not know of the weights,
+    would not.
+    """
+    complete = [w.complete for w in weights if w.requires_grad and hasattr(w, "complete")]
+    if not (complete and torch.is_grad_enabled()):
+        return x
+    out: Tensor = Announce.apply(x, complete)  # type: ignore[no-untyped-call]
+    return out
+
+
 def symbolic(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors, whose first size is any number to the compiler."""
     for tensor in tensors:
@@ -69,8 +98,8 @@ def layer_function(geometry: Geometry, kernel: str) -> Function:
 
     Takes hidden [T, hidden]; cos and sin [T, head_dim]; borders and longest as in
     `kernels.attention`; the four (weight, main_grad) pairs of qkv, proj, fc1 and fc2; the weights
-    of both norms; biases of the four products and the weights of the query and key norms, or None.
-    Returns [T, hidden].
+    of both norms; biases of the four products and the weights of the query and key norms, or None;
+    the chosen positions, or None. Returns [T, hidden], or that at the chosen positions.
     """
     g = geometry
     heads, eps, scale = (g.kv_heads, g.heads // g.kv_heads, g.head_dim), g.rms_eps, g.head_dim**-0.5
@@ -87,6 +116,7 @@ def layer_function(geometry: Geometry, kernel: str) -> Function:
         qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor], fc1: tuple[Tensor, Tensor],
         fc2: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor],
         biases: tuple[Tensor | None, ...], qk_norms: tuple[Tensor | None, ...],
+        chosen: Tensor | None,
     ) -> Tensor:  # fmt: skip
         of_query, of_key = qk_norms
         return decoder_layer(
@@ -103,6 +133,7 @@ def layer_function(geometry: Geometry, kernel: str) -> Function:
             else (lambda x: norm(x, of_query), lambda x: norm(x, of_key)),
             lambda mixed: attention(mixed, cos, sin, borders, longest, scale, kernel)[0],
             heads,
+            chosen,
         )
 
     return layer
@@ -112,12 +143,16 @@ class CompiledLayer(TransformerLayer):  # type: ignore[misc]
     """megatron-core's layer, its parameters and its checkpoint, with a forward of our own."""
 
     function: Function
-    """Set by `install`; the same for all layers of a model."""
+    plain: Function
+    """Set by `install`; the same for all layers of a model, and that not compiled."""
 
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Packed, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """hidden_states [T, 1, hidden] -> the same."""
+        """hidden_states [T, 1, hidden] -> the same; of the last layer the chosen positions.
+
+        That would be one function more to compile, for few positions of one layer: it runs as is.
+        """
         attend, mlp, packed = self.self_attention, self.mlp, packed_seq_params
         linears = (attend.linear_qkv, attend.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
         if any(x._forward_hooks or x._forward_pre_hooks for x in linears):
@@ -127,9 +162,11 @@ class CompiledLayer(TransformerLayer):  # type: ignore[misc]
         if any(x.weight.requires_grad for x in linears) and torch.is_grad_enabled():
             # Autograd knows of the weights only through what flows into the layer.
             assert hidden_states.requires_grad
-        out = self.function(
+        chosen = packed.chosen_by(self)
+        function = self.function if chosen is None else self.plain
+        out = function(
             *symbolic(
-                hidden_states.squeeze(1),
+                announced(hidden_states.squeeze(1), *(x.weight for x in linears)),
                 packed.cos.flatten(1),
                 packed.sin.flatten(1),
                 packed.cu_seqlens,
@@ -141,15 +178,29 @@ class CompiledLayer(TransformerLayer):  # type: ignore[misc]
             tuple(
                 getattr(norm, "weight", None) for norm in (attend.q_layernorm, attend.k_layernorm)
             ),
+            chosen,
         )
         return out.unsqueeze(1), None
 
 
 def install(block: torch.nn.Module, geometry: Geometry, kernel: str) -> None:
     """Give the `CompiledLayer`s of a block their function."""
-    function = compile_function(layer_function(geometry, kernel))
+    plain = layer_function(geometry, kernel)
+    function = compile_function(plain)
     for layer in block.layers:  # type: ignore[union-attr]
-        layer.function = function
+        layer.function, layer.plain = function, plain
+
+
+def embed(
+    weight: Tensor, features: Tensor, tokens: Tensor, texts: Tensor, images: Tensor
+) -> Tensor:
+    """Embeddings [T, hidden] of a row with image features in place; see `kernels.Words`."""
+    # Stands for the weight, of which autograd must know nothing but that it is trained.
+    trained = weight.new_empty(0).requires_grad_(weight.requires_grad)
+    out: Tensor = Words.apply(  # type: ignore[no-untyped-call]
+        announced(trained, weight), *with_main_grad(weight), features, tokens, texts, images
+    )
+    return out
 
 
 def head_losses(hidden: Tensor, weight: Tensor, main: Tensor, labels: Tensor) -> Tensor:
@@ -166,7 +217,7 @@ def head_losses(hidden: Tensor, weight: Tensor, main: Tensor, labels: Tensor) ->
 
 def losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """`head_losses`, compiled, for any n above 1."""
-    hidden, labels = symbolic(hidden, labels)
+    hidden, labels = symbolic(announced(hidden, weight), labels)
     out: Tensor = _head()(hidden, *with_main_grad(weight), labels)
     return out
 

@@ -23,12 +23,16 @@ def decoder_layer(
     qk_norms: tuple[Map, Map] | None,
     attend: Map,
     heads: tuple[int, int, int],
+    chosen: Tensor | None = None,
 ) -> Tensor:
-    """hidden [T (/tp), hidden] -> the same.
+    """hidden [T (/tp), hidden] -> the same; with `chosen`, int64 [n], these positions [n, hidden].
 
     `norms` before attention and MLP; `products` qkv, proj, fc1 and fc2, biases included; `attend`
     from [T, groups, shared + 2, head_dim] (see `kernels.attention`) to [T, groups * shared,
     head_dim]; `heads`: groups, query heads of each, head_dim, of this rank.
+
+    Behind attention no position needs another one: the last layer goes on with those that the loss
+    looks at.
     """
     groups, shared, width = heads
     qkv, proj, fc1, fc2 = products
@@ -36,5 +40,8 @@ def decoder_layer(
     if qk_norms is not None:
         q, k, v = mixed[:, :, :shared], mixed[:, :, shared:-1], mixed[:, :, -1:]
         mixed = torch.cat((qk_norms[0](q), qk_norms[1](k), v), dim=2)
-    hidden = hidden + proj(attend(mixed).flatten(1))
+    attended = attend(mixed).flatten(1)
+    if chosen is not None:
+        hidden, attended = (x.index_select(0, chosen) for x in (hidden, attended))
+    hidden = hidden + proj(attended)
     return hidden + fc2(swiglu(fc1(norms[1](hidden))))

@@ -1,11 +1,45 @@
-"""What logits say beside their loss, when each rank holds a part of the vocabulary."""
+"""Which positions the head looks at, and what their logits say beside the loss.
+
+Each tensor-parallel rank holds a part of the vocabulary.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state as ps
 from torch import Tensor
+
+from llava_steps.model.attention import upload
+
+IGNORED = -100
+ROUND = 128
+"""Supervised positions are filled up to a multiple of this in the compiled head."""
+
+
+class Targets(NamedTuple):
+    """The positions of a row that have a label."""
+
+    places: Tensor
+    """int64 [n] on the model's device, and so are their labels."""
+    ids: Tensor
+    number: int
+    """How many there are; the others fill up, and their losses count for nothing."""
+    alone: bool
+    """Behind the attention of the last layer nothing but these is computed."""
+
+
+def targets_of(labels: Tensor, device: torch.device, alone: bool) -> Targets:
+    """From labels int64 [1, T] on the host; filled up if they are `alone`."""
+    places = (labels[0] != IGNORED).nonzero().squeeze(1)
+    count = places.numel()
+    fill = 0 if not alone else -count % ROUND if count else ROUND
+    ids = F.pad(labels[0, places], (0, fill))
+    places, ids = (upload(x, device) for x in (F.pad(places, (0, fill)), ids))
+    return Targets(places, ids, count, alone)
 
 
 @torch.no_grad()

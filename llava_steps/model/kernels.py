@@ -215,11 +215,12 @@ class Words(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, main: Tensor, features: Tensor, tokens: Tensor, texts: Tensor,
-        images: Tensor,
+        ctx: Any, trained: Tensor, weight: Tensor, main: Tensor, features: Tensor, tokens: Tensor,
+        texts: Tensor, images: Tensor,
     ) -> Tensor:  # fmt: skip
         """weight [vocab, hidden], features [m, hidden], tokens int64 [T]; places int64 in the row
-        of the words `texts` [T - m] and of the image tokens `images` [m] -> [T, hidden].
+        of the words `texts` [T - m] and of the image tokens `images` [m] -> [T, hidden]. `trained`
+        [0] wants a gradient if the weight is trained, and gets none of its own.
         """
         ctx.save_for_backward(tokens, texts, images)
         ctx.main, ctx.dtype = main, features.dtype
@@ -228,9 +229,9 @@ class Words(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """None for the weight, whose gradient is in `main`."""
+        """Nothing for the weight, whose gradient is in `main`."""
         tokens, texts, images = ctx.saved_tensors
         if ctx.main.numel():
             ctx.main.data.index_add_(0, tokens[texts], grad[texts].float())
-        features = grad[images].to(ctx.dtype) if ctx.needs_input_grad[2] else None
-        return None, None, features, None, None, None
+        features = grad[images].to(ctx.dtype) if ctx.needs_input_grad[3] else None
+        return grad.new_empty(0), None, None, features, None, None, None

@@ -24,8 +24,7 @@ from llava_steps.core.geometry import Geometry
 from llava_steps.model import compiled, te_spec
 from llava_steps.model.adapters import Adapters
 from llava_steps.model.attention import pack, upload
-from llava_steps.model.head import best, hits
-from llava_steps.model.kernels import Words
+from llava_steps.model.head import Targets, best, hits, targets_of
 from llava_steps.model.options import ModelOptions, transformer_config
 from llava_steps.model.rope import RotaryTable
 from llava_steps.model.specs import LOCAL, block_spec, mark_tensor_parallel
@@ -35,10 +34,6 @@ from llava_steps.model.vision import (
     plain_layer,
     shared_image_features,
 )
-
-IGNORED = -100
-ROUND = 128
-"""Supervised positions are filled up to a multiple of this in the compiled head."""
 
 
 class Projector(torch.nn.Module):
@@ -156,11 +151,14 @@ class Llava(MegatronModule):  # type: ignore[misc]
                 f"a row of {tokens.shape[1]} tokens does not divide by tp {self.options.tp}; "
                 "pad rows to a multiple of it for sequence_parallel"
             )
-        place = next(self.parameters()).device
-        cos, sin = self.rotary(upload(position_ids[0], place), self.options.dtype)
-        options = self.options
+        place, options = next(self.parameters()).device, self.options
+        cos, sin = self.rotary(upload(position_ids[0], place), options.dtype)
         own = options.compiled or options.spec == "te"
-        packed = pack(cu_seqlens, max_seqlen, cos, sin, own, options.flash)
+        targets = None
+        if self.post_process and labels is not None:
+            targets = targets_of(labels, place, options.compiled and wanted == "loss")
+        chosen = targets.places if targets and targets.alone else None
+        packed = pack(cu_seqlens, max_seqlen, cos, sin, own, options.flash, chosen)
         hidden: Tensor = self.language_model.decoder(
             hidden_states=self._embed(tokens, pixel_values) if self.pre_process else None,
             attention_mask=None,
@@ -168,7 +166,7 @@ class Llava(MegatronModule):  # type: ignore[misc]
         )
         if not self.post_process:
             return hidden
-        return self._logits(hidden) if labels is None else self._judged(hidden, labels, wanted)
+        return self._logits(hidden) if targets is None else self._judged(hidden, targets, wanted)
 
     def _embed(self, tokens: Tensor, pixel_values: Tensor | None) -> Tensor:
         """tokens [1, T] -> [T, 1, hidden] with the image features in place, or this rank's part."""
@@ -192,12 +190,9 @@ class Llava(MegatronModule):  # type: ignore[misc]
         if self.options.compiled:
             texts = (~is_image).nonzero().squeeze(1)
             tokens, texts, places = (upload(x, device) for x in (tokens[0], texts, places))
-            weight = words.weight
-            none = weight.new_empty(0, weight.shape[1])
-            embeddings: Tensor = Words.apply(  # type: ignore[no-untyped-call]
-                weight, compiled.main_grad(weight), none if features is None else features,
-                tokens, texts, places,
-            )  # fmt: skip
+            none = words.weight.new_empty(0, words.weight.shape[1])
+            features = none if features is None else features
+            embeddings: Tensor = compiled.embed(words.weight, features, tokens, texts, places)
         else:
             embeddings = words(upload(tokens, device)).squeeze(0)
             if features is not None:
@@ -269,23 +264,16 @@ class Llava(MegatronModule):  # type: ignore[misc]
         whole: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
         return whole
 
-    def _judged(self, hidden: Tensor, labels: Tensor, wanted: str) -> Tensor:
-        places = (labels[0] != IGNORED).nonzero().squeeze(1)
-        targets, count = labels[0, places], places.numel()
-        fast = self.options.compiled and wanted == "loss"
-        if fast:
-            fill = -count % ROUND if count else ROUND
-            places, targets = F.pad(places, (0, fill)), F.pad(targets, (0, fill))
-        places, targets = (upload(x, hidden.device) for x in (places, targets))
-        chosen = self._whole_row(hidden).index_select(0, places)
-        if fast:
-            return compiled.losses(chosen, self._head_weight(), targets)[:count]
-        logits = self._head(chosen)
+    def _judged(self, hidden: Tensor, targets: Targets, wanted: str) -> Tensor:
+        if targets.alone:
+            losses = compiled.losses(hidden.squeeze(1), self._head_weight(), targets.ids)
+            return losses[: targets.number]
+        logits = self._head(self._whole_row(hidden).index_select(0, targets.places))
         if wanted == "next":
             return best(logits)
         # Before the loss, which overwrites the logits.
-        right = hits(logits, targets) if wanted == "score" else None
-        losses: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
+        right = hits(logits, targets.ids) if wanted == "score" else None
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, targets.ids)
         return losses if right is None else torch.stack([losses, right])
 
     def sharded_state_dict(

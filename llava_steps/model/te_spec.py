@@ -60,7 +60,7 @@ class TeLayer(TransformerLayer):  # type: ignore[misc]
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Packed, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """hidden_states [T (/tp), 1, hidden] -> the same."""
+        """hidden_states [T (/tp), 1, hidden] -> the same; of the last layer chosen positions."""
         attend, mlp, packed = self.self_attention, self.mlp, packed_seq_params
         width, groups = self.config.kv_channels, attend.num_query_groups_per_partition
         cos, sin = packed.cos.flatten(1), packed.sin.flatten(1)
@@ -77,6 +77,7 @@ class TeLayer(TransformerLayer):  # type: ignore[misc]
             None if attend.q_layernorm is None else (attend.q_layernorm, attend.k_layernorm),
             lambda mixed: attention(mixed, *place, width**-0.5, packed.kernel or "torch")[0],
             (groups, attend.num_attention_heads_per_partition // groups, width),
+            packed.chosen_by(self),
         )
         return out.unsqueeze(1), None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def wrap(stage: Stage, chunks: Sequence[Llava]) -> list[DistributedDataParallel]
 
     One bucket each, reduced after the backward; with `overlap_grad_reduce` several for the first
     chunk of the first pipeline rank (what waits for the others is hidden anyway), each on its way
-    as soon as its gradients are there.
+    as soon as its gradients are there. Layers that keep their weights from autograd say so by
+    calling a weight's `complete`.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -58,6 +60,10 @@ def wrap(stage: Stage, chunks: Sequence[Llava]) -> list[DistributedDataParallel]
         )
         for number, chunk in enumerate(chunks)
     ]
+    if stage.overlap_grad_reduce:
+        for chunk in wrapped:
+            for weight, group in chunk.param_to_bucket_group.items():
+                weight.complete = partial(group.register_grad_ready, weight)
     if stage.overlap_param_gather and chunks[-1].post_process:
         _gather_head(wrapped[-1], chunks[-1])
     return wrapped

@@ -1,7 +1,8 @@
 """One timed training with the real loop, in a process of its own: python -m ... SPEC.json.
 
 Two of the loop's functions are replaced: weights are drawn instead of loaded, and nothing is saved.
-Writes SPEC.json's `out`: what train_gpu.py makes its table from.
+Writes SPEC.json's `out`: what train_gpu.py makes its table from. With several GPUs the process
+starts one for each of them, and tells the work of all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -132,9 +134,10 @@ def settings(spec: dict[str, Any]) -> dict[str, Any]:
     """The stage's settings for a spec."""
     steps = spec["warm"] + spec["measured"] + bool(spec["profile"])
     return {
-        "stage": spec["stage"], "gpus": 1, "global_batch_size": spec["batch"], "packing": True,
+        "stage": spec["stage"], "gpus": spec["gpus"], "global_batch_size": spec["batch"],
+        "packing": True,
         "seq_length": 2048 + 128, "pack_length": spec["capacity"], "train_steps": steps,
-        "lr": spec["lr"], "warmup_steps": 2, "weight_decay": 0.05, "clip_grad": 1.0,
+        "lr": spec["lr"], "warmup_steps": min(2, steps - 1), "weight_decay": 0.05, "clip_grad": 1.0,
         "precision": spec["precision"], "compile": spec["compile"],
         "deterministic": spec["deterministic"], "flash_attention": spec["flash_attention"],
         "num_workers": spec["workers"], "save_interval": 10**6, "seed": 7,
@@ -142,13 +145,40 @@ def settings(spec: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def several(spec: dict[str, Any]) -> int:
+    """A process for each GPU; `out` is what the first says, with the work of all replicas."""
+    gpus, out = spec["gpus"], Path(spec["out"])
+    line = [sys.executable, "-m", "tests.benchmarks.gpu_ours", sys.argv[1]]
+    world = {"WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(gpus)}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(gpus)]
+    running = [subprocess.Popen(line, env=os.environ | world | place) for place in places]
+    try:
+        while any(process.poll() is None for process in running):
+            if any(process.poll() for process in running):
+                return 1
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+    found = [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(gpus)]
+    replicas = [*{f["replica"]: f for f in found}.values()]
+    work = {key: sum(f["work"][key] for f in replicas) for key in replicas[0]["work"]}
+    whole = {"work": work, "positions": sum(f["positions"] for f in replicas)}
+    highest = {key: max(f[key] for f in found if key in f) for key in found[0] if "_gib" in key}
+    out.write_text(json.dumps(found[0] | whole | highest))
+    return 0
+
+
 def main() -> int:
     spec = json.loads(Path(sys.argv[1]).read_text())
+    if spec["gpus"] > 1 and "RANK" not in os.environ:
+        return several(spec)
     out = Path(spec["out"])
     entry = out.parent / f"{out.stem}-entry"
-    entry.mkdir(parents=True)
+    entry.mkdir(parents=True, exist_ok=True)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {key: os.environ.get(key, value) for key, value in alone.items()}
     os.environ |= {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
         "LLAVA_STEPS_RENDEZVOUS": f"file://{entry}/rendezvous", "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -189,12 +219,16 @@ def main() -> int:
         for m in batch:
             lengths = m.cu_seqlens.diff()[: len(m.sample_ids)].tolist()
             total += Work.of(lengths, m.num_supervised, m.num_images)
+            row = (m.tokens.shape[1], len(lengths), max(lengths), m.num_images, m.num_supervised)
+            largest[:] = max(largest, [len(batch), *row], key=lambda found: found[1:2])
         rows.append([m.tokens.shape[1] for m in batch])
         sums = inner(wrapped, optimizer, batch, *more)
         work.append(total)
         return sums
 
     rows: list[list[int]] = []
+    largest: list[int] = []
+    """Microbatches of its step; tokens, samples, longest, images, supervised: core/memory.py."""
     meter = Meter(spec, work)
     loop.forward_backward = recorded
     loop.restore_or_start = draw
@@ -202,6 +236,7 @@ def main() -> int:
     loop.state.save = lambda *a, **k: entry
     with parallel.processes(stage):
         loop.train(job, log, StopRequest(), meter)
+        replica = parallel.ps.get_data_parallel_rank()
     lines = [json.loads(line) for line in (entry / "metrics.jsonl").read_text().splitlines()]
     first, last = spec["warm"], spec["warm"] + spec["measured"]
     measured = sum(work[first:last], Work())
@@ -211,8 +246,10 @@ def main() -> int:
         "positions": sum(sum(r) for r in rows[first:last]), "rows": rows[first],
         "data_wait_s": round(sum(line["data_wait_s"] for line in lines[first:last]), 3),
         "data_waits_s": [line["data_wait_s"] for line in lines],
-        "compilations_end": compilations(),
+        "compilations_end": compilations(), "replica": replica, "largest": largest,
     }  # fmt: skip
+    if spec["gpus"] > 1:
+        out = out.with_suffix(f".{os.environ['RANK']}.json")
     out.write_text(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)
@@ -226,4 +263,4 @@ def hash_of(name: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

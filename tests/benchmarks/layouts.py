@@ -50,6 +50,7 @@ TP2 = {"tensor_model_parallel": 2}
 SP = {**TP2, "sequence_parallel": True}
 VP = {**PP2, "virtual_pipeline": 2}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 20_000}
+COMPILED = {"compile": "layers", "overlap_grad_reduce": True, "bucket_size": 20_000}
 FULL = {"recompute": "full"}
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "freeze_vision": True, "vision_lr": None, "lm_lr": 3e-3}
 LAYOUTS = {
@@ -70,6 +71,9 @@ LAYOUTS = {
     "tp2 pp2": Layout(4, {**TP2, **PP2}),
     "tp2 sp pp2 uneven": Layout(4, {**SP, **PP2, "pipeline_split": "3,1"}),
     "tp2 sp pp2 interleaved": Layout(4, {**SP, **VP, **FULL}),
+    "dp2 compiled": Layout(2, {"compile": "layers"}),
+    "dp4 compiled overlap": Layout(4, COMPILED),
+    "pp2 dp2 interleaved compiled overlap": Layout(4, {**VP, **COMPILED}),
     "recompute core_attn": Layout(1, {"recompute": "core_attn"}),
     "recompute full": Layout(1, FULL),
     "lora": Layout(1, LORA),

@@ -32,8 +32,10 @@ ROOT = Path(__file__).parents[2]
 OURS: dict[str, Any] = {
     "module": "gpu_ours", "stage": 2, "compile": "auto", "precision": "bf16", "warm": 3,
     "measured": 5, "profile": False, "deterministic": True,
-    "flash_attention": "auto", "lr": 1e-4, "seconds": 150,
+    "flash_attention": "auto", "lr": 1e-4, "seconds": 150, "gpus": 1,
 }  # fmt: skip
+SPREAD = OURS | {"warm": 2, "measured": 3}
+OVERLAP = {"overlap_grad_reduce": True}
 PEER: dict[str, Any] = {
     "module": "gpu_peers", "stage": 2, "compile": "none", "warm": 1, "measured": 2, "multiple": 8,
     "seconds": 120,
@@ -45,6 +47,12 @@ PARTS: dict[str, dict[str, Any]] = {
     "ours-torch": OURS | {"flash_attention": "torch", "profile": True},
     "ours-stage1-torch": OURS | {"stage": 1, "flash_attention": "torch"},
     "ours-stage1": OURS | {"stage": 1},
+    "ours-dp2": SPREAD | {"gpus": 2, "engine": OVERLAP},
+    "ours-dp4": SPREAD | {"gpus": 4, "engine": OVERLAP},
+    "ours-pp2": SPREAD | {"gpus": 2, "engine": {"pipeline_model_parallel": 2}},
+    "ours-tp2": SPREAD
+    | {"gpus": 2, "engine": {"tensor_model_parallel": 2, "sequence_parallel": True}},
+    "ours-stage1-fp8": OURS | {"stage": 1, "engine": {"fp8": True}},
     "ours-te": OURS | {"engine": {"layer_spec": "te"}, "profile": True},
     "ours-fp8": OURS | {"engine": {"fp8": True}, "profile": True},
     "ours-fp8-blocks": OURS | {"engine": {"fp8": True, "fp8_recipe": "blockwise"}},
@@ -54,8 +62,9 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """Ours as by default, uncompiled, with kernels whose sums may differ from run to run, and with the
 attention that torch ships; peer (a) eager, (b) with compiled layers. `te` and `fp8` need
-Transformer Engine. A further part, `losses`, trains a small model 50 steps in several ways, side by
-side."""
+Transformer Engine. dp, pp and tp need several GPUs: dp has a global batch for each replica, "of
+peak" is of all GPUs together, memory the highest of them. A further part, `losses`, trains a small
+model 50 steps in several ways, side by side."""
 LOSSES = {"warm": 1, "measured": 49, "lr": 1e-3, "batch": 16, "capacity": 8192, "seconds": 150}
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32", "compile": "none"},
@@ -106,11 +115,14 @@ class Bench:
         spec = dict(PARTS[part]) | json.loads(self.args.set)
         if self.args.tiny:
             spec |= {"warm": 1, "measured": 1, "seconds": 3600}
+        engine, gpus = spec.get("engine", {}), spec.get("gpus", 1)
+        alike = engine.get("pipeline_model_parallel", 1) * engine.get("tensor_model_parallel", 1)
         name = f"{shape}-{part}-{number}"
         return spec | {
             "name": name, "shape": shape, "out": str(self.root / f"{name}.json"),
             "hf_dir": str(gpu_work.hf_dir(self.root, shape)), "dataset": str(self.dataset),
-            "batch": self.batch, "workers": self.args.workers, "micro": self.args.micro,
+            "batch": self.batch * gpus // alike,
+            "workers": self.args.workers, "micro": self.args.micro,
             "capacity": spec.get("capacity", self.args.capacity),
         }  # fmt: skip
 
@@ -168,13 +180,13 @@ def figures(result: dict[str, Any], spec: dict[str, Any], peak: float) -> dict[s
     kept = ("peak_gib", "reserved_gib", "first_step_s", "compilations", "microbatch", "profile")
     row = {
         "tokens_per_s": round(work.tokens / seconds), "tflops": round(done / 1e12, 1),
-        "of_peak": round(done / peak, 4) if peak else None,
+        "of_peak": round(done / peak / spec.get("gpus", 1), 4) if peak else None,
         "step_s": round(seconds / spec["measured"], 3),
     } | {k: result[k] for k in kept if k in result}  # fmt: skip
     if "positions" in result:
         row["fill"] = round(work.tokens / result["positions"], 4)
         row["data_wait"] = round(result["data_wait_s"] / seconds, 5)
-        row["rows"] = result["rows"]
+        row["rows"], row["largest_row"] = result["rows"], result["largest"]
         row["data_waits_s"] = result["data_waits_s"]
         row["supervised"] = round(work.supervised / work.tokens, 3)
         row["compilations"] = result["compilations_end"]

@@ -5,19 +5,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from llava_steps.model.dcp import Reader
 from tests import plain_lora, reference
-from tests.benchmarks.layouts import BAR, COMMON, Row, compare
+from tests.benchmarks.layouts import BAR, COMMON, LAYOUTS, Row, compare
 from tests.chain import Chain, metrics, sample_ids
-from tests.layout_workers import Room, deep_model
+from tests.dist_helpers import spawn
+from tests.layout_workers import Room, Training, deep_model
 
 STEPS = 6
 NAMES = (
-    "dp4", "pp2 dp2 interleaved overlap", "pp2 dp2 uneven", "tp2 sp pp2 interleaved",
-    "lora tp2 pp2", "lora tp2 sp pp2 interleaved",
+    "dp4", "dp4 compiled overlap", "pp2 dp2 interleaved overlap", "pp2 dp2 uneven",
+    "tp2 sp pp2 interleaved", "lora tp2 pp2", "lora tp2 sp pp2 interleaved",
 )  # fmt: skip
 PAIRS = (
     ("dp4", "tp2 sp pp2 interleaved"),
@@ -51,6 +54,20 @@ def test_every_layout_has_the_same_losses(tables: tuple[list[Row], list[Row]], n
 def test_each_goes_on_from_the_other(tables: tuple[list[Row], list[Row]], number: int) -> None:
     name, apart = tables[1][number]
     assert name == " -> ".join(PAIRS[number]) and apart <= BAR, apart
+
+
+@pytest.mark.parametrize("compile", ["none", "layers"])
+def test_overlap_reduces_while_the_backward_pass_goes_on(
+    chain: Chain, room: Room, tmp_path: Path, compile: str
+) -> None:
+    _, start = deep_model(chain, room.root)
+    settings = {**COMMON, **LAYOUTS["dp4 compiled overlap"].settings, "compile": compile}
+    training = Training(f"reductions {compile}", {**settings, "train_steps": 3}, start)
+    for events in spawn("tests.layout_workers:reductions", 2, tmp_path, room, training):
+        buckets = events.count("finish") // 3
+        assert buckets > 3
+        # In the first step megatron-core only learns which gradients to wait for.
+        assert events[2 * buckets :] == (["start"] * buckets + ["finish"] * buckets) * 2
 
 
 def test_lora_trains_as_in_plain_pytorch(tables: tuple[list[Row], list[Row]], room: Room) -> None:

@@ -21,6 +21,14 @@ pytestmark = [
 LAYOUTS = {
     "dp": (f"--gpus={min(GPUS, 4)}", "--tp=1", "--dist-optim"),
     "dp compiled": ("--gpus=2", "--tp=1", "--dist-optim", "--packing"),
+    "dp compiled overlap": (
+        f"--gpus={min(GPUS, 4)}",
+        "--tp=1",
+        "--dist-optim",
+        "--packing",
+        "--overlap-grad-reduce",
+        "--bucket-size=20000",
+    ),
     "dp overlap": ("--gpus=2", "--tp=1", "--dist-optim", "--overlap-grad-reduce"),
     "tp sp": ("--gpus=2", "--tp=2", "--sequence-parallel"),
     "pp compiled": ("--gpus=2", "--tp=1", "--pp=2", "--packing"),

@@ -68,12 +68,12 @@ def test_a_weight_gradient_is_added_to_what_is_there() -> None:
 
 
 def test_words_and_features() -> None:
-    weight = torch.randn(9, 4, requires_grad=True)
+    weight, trained = torch.randn(9, 4, requires_grad=True), torch.empty(0, requires_grad=True)
     features = torch.randn(2, 4, requires_grad=True)
     tokens = torch.tensor([3, 8, 8, 3, 5])
     texts, images = torch.tensor([0, 3, 4]), torch.tensor([1, 2])
     main, grad = torch.zeros(9, 4), torch.randn(5, 4)
-    out = kernels.Words.apply(weight, main, features, tokens, texts, images)
+    out = kernels.Words.apply(trained, weight.detach(), main, features, tokens, texts, images)
     plain = torch.nn.functional.embedding(tokens, weight).index_copy(0, images, features)
     torch.testing.assert_close(out, plain)
     out.backward(grad)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def test_it_runs(tmp_path: Path) -> None:
     line = [
         sys.executable, "-m", "tests.benchmarks.train_gpu", "--tiny", "--device=cpu",
-        "--parts=ours,peer-a", "--set", '{"compile": "none"}', f"--keep={tmp_path}",
+        "--parts=ours,ours-pp2,peer-a", "--set", '{"compile": "none"}', f"--keep={tmp_path}",
     ]  # fmt: skip
     ran = subprocess.run(
         line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
