@@ -10,6 +10,7 @@ give the same bytes, whatever the number of workers.
 
 Over several machines, such as a Slurm array of 8 jobs: `--part 1/8 --save-dir parts/1` to
 `--part 8/8 --save-dir parts/8`, then once `--parts parts` without `--part`. The bytes are the same.
+The workflow does so where `cluster.jobs` asks for it.
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ def _shares(ctx: Context, cfg: TarShards, settings: shards.Settings) -> Iterator
     folder = Path(cfg.parts)
     if not folder.is_dir():
         raise InputError(f"parts: {folder} is no directory with the results of the shares")
-    # A limit on what is refused is for the whole; the shares differ in their number alone.
-    wanted = cfg.model_dump(exclude={"source", "part", "parts", "workers", "quarantine_limit"})
+    # The shares differ in their number alone.
+    quiet = {"parts", "remove_parts", "workers"}
+    wanted = cfg.model_dump(exclude={"source", "part", *quiet, *_LIMITS})
     chunks = settings.source.chunks(settings.samples_per_shard)
     code = code_version("llava_steps.shard_tars")
     return shardparts.read_shares(folder, wanted, ctx.inputs["source"].digest, code, chunks)
@@ -89,12 +91,34 @@ def _source_files(path: Path, cfg: TarShards) -> tuple[Path, Iterable[Path]]:
     return content_files(path, cfg.source_format, _options(cfg))
 
 
+_LIMITS = ("quarantine_limit",)
+"""What decides about the whole, but nothing about a share of it."""
+
+
+def _idle(cfg: TarShards) -> tuple[str, ...]:
+    return _LIMITS if cfg.part else ()
+
+
+def _whole(cfg: TarShards) -> TarShards | None:
+    return cfg.model_copy(update={"part": ""}) if cfg.part else None
+
+
+def _published(cfg: TarShards) -> None:
+    if cfg.remove_parts:
+        from llava_steps.data.shardparts import remove_shares
+
+        remove_shares(Path(cfg.parts))
+
+
 STEP = Step(
     name="tar_shards",
     config=TarShards,
     run=run,
     doc=__doc__,
     parts={"source": _source_files},
+    idle=_idle,
+    whole=_whole,
+    published=_published,
 )
 
 if __name__ == "__main__":

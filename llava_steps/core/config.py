@@ -125,6 +125,9 @@ class TarShards(StepConfig):
         pattern=r"^([1-9]\d*/[1-9]\d*)?$",
     )
     parts: str = quiet("", "directory of the results of all calls with `part`: put them together")
+    remove_parts: bool = quiet(
+        False, "remove what is in `parts`, in the store too, once the whole is there"
+    )
     workers: PositiveInt = quiet(2, "processes that read and check images")
 
     @model_validator(mode="after")
@@ -134,6 +137,8 @@ class TarShards(StepConfig):
             raise ValueError(f"part {self.part}: there are shares 1/{count} to {count}/{count}")
         if self.part and self.parts:
             raise ValueError("part makes one share, parts puts all of them together: give one")
+        if self.remove_parts and not self.parts:
+            raise ValueError("remove_parts is for parts; name their directory, or leave it out")
         return self
 
 
@@ -751,6 +756,17 @@ class Cluster(BaseModel):
         description="memory of a node, MB",
     )
     cpus: PerRule = Field({}, description="CPUs of a task; unless given what its processes need")
+    jobs: PerRule = Field(
+        {},
+        description="jobs that share the work of tar_shards; without Slurm they run side by side",
+    )
+
+    @field_validator("jobs")
+    @classmethod
+    def _shared(cls, asked: PerRule) -> PerRule:
+        if others := sorted({*asked} - {"tar_shards"}):
+            raise ValueError(f"{others[0]} is one job: only the work of tar_shards can be shared")
+        return asked
 
     @field_validator("runtime", "mem_mb", "cpus")
     @classmethod
@@ -807,6 +823,14 @@ class Config(BaseModel):
         if any(len(name.encode()) > 255 for name in path.split("/")):
             raise ValueError("no file system takes a name of more than 255 bytes")
         return path
+
+    @model_validator(mode="after")
+    def _shared_in_one_way(self) -> Config:
+        if self.cluster.jobs and (self.tar_shards.part or self.tar_shards.parts):
+            raise ValueError(
+                "cluster.jobs sets part and parts of tar_shards for each job: leave them out"
+            )
+        return self
 
     @field_validator("audit")
     @classmethod

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from llava_steps.core import cli, fsio
 from llava_steps.core.blend import read_blend
@@ -166,6 +167,36 @@ def chain(config: Config, image: str = "") -> dict[str, Rule]:
     return rules
 
 
+def shares(config: Config, rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The calls that share the work of `tar_shards`, by name; none where it is one job.
+
+    Each has the name of the rule whose work it shares: it is forced with it.
+    """
+    count = config.cluster.jobs.get("tar_shards", 1)
+    whole = rules["tar_shards"]
+    return {
+        f"{number}-of-{count}": replace(
+            whole,
+            settings=whole.settings.model_copy(
+                update={"part": f"{number}/{count}", "parts": "", "remove_parts": False}
+            ),
+            out=share_out(whole, f"{number}-of-{count}"),
+            where=(f"--save-dir={share_out(whole, f'{number}-of-{count}')}", *whole.where[1:]),
+        )
+        for number in range(1, count + 1)
+        if count > 1
+    }
+
+
+def share_out(whole: Rule, name: str) -> Path:
+    """Directory that shows a share of a rule's work until the whole is there."""
+    return _parts(whole.out) / name
+
+
+def _parts(out: Path) -> Path:
+    return out.with_name(f"{out.name}_parts")
+
+
 def _asked(config: Config, name: str) -> bool:
     """Whether a run has one of the rules that it may leave out."""
     if name == "demo_assets":
@@ -192,7 +223,7 @@ def _rule(name: str, config: Config, run: Path, image: str, feeds: Mapping[str, 
         stage: Stage = config.stage1 if name == "stage1_audit" else config.stage2
         taken = {key: getattr(stage, key) for key in AUDITED}
         settings = settings.model_copy(update={"stage": int(name[5]), **taken})
-    filled: dict[str, str] = {}
+    filled: dict[str, Any] = {}
     upstream: list[str] = []
     files: list[str] = []
     for key, info in type(settings).model_fields.items():
@@ -215,6 +246,8 @@ def _rule(name: str, config: Config, run: Path, image: str, feeds: Mapping[str, 
     if isinstance(settings, Report) and not settings.title:
         filled["title"] = config.run
     out = run / name
+    if config.cluster.jobs.get(name, 1) > 1:
+        filled |= {"parts": str(_parts(out)), "remove_parts": True}
     where = [f"--save-dir={out}", f"--store={config.store}"]
     return Rule(
         name=name,

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -87,6 +87,13 @@ class Step(Generic[C]):
     """For a source field outside the store: (root, files) that its content consists of."""
     members: Mapping[str, Callable[[Path], Sequence[Path]]] = field(default_factory=dict)
     """For a source field that may be a file: what the file names, whose content counts as well."""
+    idle: Callable[[C], Collection[str]] = lambda config: ()
+    """Value fields that decide nothing with these settings: not part of the fingerprint."""
+    whole: Callable[[C], C | None] = lambda config: None
+    """For settings that make a share of a value, those of the whole one: once it is sealed, a share
+    that was not begun is not computed, and the whole is shown in its place."""
+    published: Callable[[C], None] = lambda config: None
+    """Called after the value was published, whether it was computed or found."""
     follows: Callable[[C], bool] = lambda config: False
     """Whether this process only takes part in a computation that another one leads: it calls `run`
     without a lease and leaves sealing and publishing to the lead."""
@@ -189,6 +196,15 @@ def _evaluate(
             step, module, config, entry, inputs, given["force"] or (out / FORCE_REQUEST).exists()
         )
         return
+    forced = given["force"] or (out / FORCE_REQUEST).exists()
+    whole = step.whole(config)
+    if whole is not None and not (forced or entry.exists()):
+        contents = {key: item.digest for key, item in inputs.items()}
+        found = store.fingerprint(name, _values(step, whole), contents, code, image)
+        if (root / name / found / store.MANIFEST).exists():
+            store.publish(root / name / found, out)
+            log.info("%s %s, the whole, is there already; no share of it is needed", name, found)
+            return
     _take_aside(entry, out, given["force"])
     (work / "logs").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -200,6 +216,7 @@ def _evaluate(
             store.check(entry, manifest, known.file)
             known.save()
             store.publish(entry, out)
+            step.published(config)
             log.info("%s %s is there already; nothing to compute", name, print_)
             return
         attempt = 1 + len(list((work / "logs").glob("attempt-*.log")))
@@ -237,6 +254,7 @@ def _evaluate(
         store.seal(entry, description, step.volatile, known.file)
         known.save()
         store.publish(entry, out)
+        step.published(config)
         log.info("%s is done: %s", name, out)
 
 
@@ -270,13 +288,20 @@ def identify(step: Step[C], module: str, config: C, digests: Digests, image: str
     """
     inputs = _inputs(step, config, digests)
     name = step.named(config)
-    fields = step.config.model_fields
-    slice_ = {k: getattr(config, k) for k in fields if cli.role(fields[k]) == "value"}
+    slice_ = _values(step, config)
     code = code_version(module)
     contents = {key: item.digest for key, item in inputs.items()}
     return Identity(
         name, slice_, inputs, code, store.fingerprint(name, slice_, contents, code, image)
     )
+
+
+def _values(step: Step[C], config: C) -> dict[str, Any]:
+    """The settings that are part of the fingerprint by value."""
+    fields, idle = step.config.model_fields, step.idle(config)
+    return {
+        k: getattr(config, k) for k in fields if cli.role(fields[k]) == "value" and k not in idle
+    }
 
 
 def _follow(

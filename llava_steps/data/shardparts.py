@@ -7,6 +7,7 @@ same as those of an undivided call, in every byte.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -15,8 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio, store
-from llava_steps.core.errors import InputError
+from llava_steps.core import fsio, lease, store
+from llava_steps.core.errors import InputError, LockedError
+from llava_steps.core.run import FORCE_REQUEST
 from llava_steps.data import pool, shards
 from llava_steps.data.shardplan import Part, Refused, Written
 from llava_steps.data.sources import Chunk
@@ -84,14 +86,19 @@ def read_shares(
         chunks: all chunks of the source.
 
     Raises:
-        InputError: a share is missing, or was made from other data or with other settings.
+        InputError: records are in no share that was made from these data, with these settings.
         IntegrityError: a share is not what its manifest says.
     """
     found: dict[int, Part] = {}
+    useless = []
     for directory in sorted(path for path in folder.iterdir() if path.is_dir()):
         manifest = store.read_manifest(directory)
         if manifest is None:
-            raise InputError(f"{directory} is not finished: run that share again")
+            useless.append(f"{directory} is not finished")
+            continue
+        if not manifest["config"].get("part"):
+            useless.append(f"{directory} is no share")
+            continue
         made = {key: manifest["config"].get(key) for key in config}
         differing = sorted(key for key in config if made[key] != config[key])
         if manifest.get("inputs", {}).get("source", {}).get("digest") != digest:
@@ -99,10 +106,10 @@ def read_shares(
         if manifest.get("code") != code:
             differing.append("the code")
         if differing:
-            raise InputError(
-                f"{directory} was made from something else: {', '.join(differing)} differ; run "
-                "that share again, or remove it"
-            )
+            # Of an earlier try: shares of another number of jobs can stand beside those of now.
+            why = f"was made from something else: {', '.join(differing)} differ"
+            useless.append(f"{directory} {why}")
+            continue
         entry = store.entry_of(directory, manifest)
         store.check(entry, manifest)
         for row in json.loads((entry / BOOKS).read_bytes()):
@@ -118,6 +125,50 @@ def read_shares(
         if part is None or part.records != chunk.size:
             raise InputError(
                 f"{folder} has no share with the records from {chunk.start} on; run the shares "
-                "that are missing"
+                "that are missing (with Snakemake: --forcerun tar_shards)"
+                + "".join(f"; {reason}" for reason in useless)
             )
         yield part
+
+
+def remove_shares(folder: Path) -> None:
+    """Remove the results of shares below `folder` and their store entries, if there are any.
+
+    What a live process writes stays, and so does what is no share.
+    """
+    for shown in sorted(path for path in folder.glob("*") if path.is_dir()):
+        links = [path for path in shown.iterdir() if path.is_symlink()]
+        removed = [_removed(entry) for entry in {*map(_entry, links)} if _is_share(entry)]
+        if all(removed):
+            for path in (*links, shown / store.MANIFEST, shown / FORCE_REQUEST):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something of somebody else is in it
+            shown.rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _removed(entry: Path) -> bool:
+    """Remove an entry, unless a live process writes it."""
+    try:
+        with lease.Lease(entry / store.WORK):
+            for item in sorted(entry.iterdir(), key=lambda path: path.name != store.MANIFEST):
+                if item.name != store.WORK:
+                    fsio.remove(item)
+    except LockedError:
+        return False
+    fsio.remove(entry)
+    return True
+
+
+def _entry(link: Path) -> Path:
+    """The store entry that a published link leads to, or the link `work` of an unfinished one."""
+    target = link.resolve()
+    return target if link.name == "work" else target.parent
+
+
+def _is_share(entry: Path) -> bool:
+    manifest = store.read_manifest(entry)
+    if manifest is not None:
+        return bool(manifest["config"].get("part"))
+    return any(entry.glob("part-*.tar")) or any(entry.glob(f"{fsio.TEMPORARY}part-*"))

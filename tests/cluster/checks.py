@@ -10,10 +10,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from tests.cluster.machine import processes, sh, tasks_of, until
-from tests.cluster.project import NASTY, SECRETS, Project
+from tests.cluster.machine import processes, sh, tasks_of
+from tests.cluster.project import NASTY, SECRETS, SHARES, Project
 
-SHARES = 4
+NUMBERS = range(1, SHARES + 1)
 
 
 def check_result(project: Project) -> None:
@@ -58,33 +58,23 @@ def check_doctor(project: Project) -> None:
     assert "nodes of stage 2: 2 processes met and added up by gloo" in told, told
 
 
-def check_array(project: Project) -> None:
-    """Sharding by a job array, and the job that puts the shares together: the same bytes."""
-    step = (
-        "cd {place} && exec apptainer exec --home={place} --cleanenv cpu.sif python -m "
-        "llava_steps.shard_tars --source=results/tiny/demo_assets/raw/train.json "
-        "--samples-per-shard=500 --store=shares/store {rest}"
-    )
-    share = f"--part=$SLURM_ARRAY_TASK_ID/{SHARES} --save-dir=shares/parts/$SLURM_ARRAY_TASK_ID"
-    (project.place / "shares").mkdir(exist_ok=True)
-
-    def submit(rest: str, *options: str) -> str:
-        return sh(
-            "sbatch", "--parsable", "--account=test", "--mem=1500", *options,
-            f"--output={project.place}/shares/%A_%a.log",
-            "--wrap", step.format(place=project.place, rest=rest),
-        ).strip()  # fmt: skip
-
-    array = submit(share, f"--array=1-{SHARES}")
-    together = "--parts=shares/parts --save-dir=shares/all"
-    last = submit(together, f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes")
-    until("the shares", lambda: not sh("squeue", "-h", "-j", last, "-t", "PENDING,RUNNING"))
-    made = json.loads((project.place / "shares/all/manifest.json").read_text())
-    wanted = project.manifest("tar_shards")
-    logs = [path.read_text()[-2000:] for path in (project.place / "shares").glob("*.log")]
-    assert made["content"] == wanted["content"], logs
-    assert [row["sha256"] for row in made["files"]] == [row["sha256"] for row in wanted["files"]]
-    assert len(list((project.place / "shares/parts").glob("*/manifest.json"))) == SHARES
+def check_shares(project: Project) -> None:
+    """Sharding in several jobs: the bytes of one call, and nothing else is left."""
+    jobs = sh("sacct", "-nXP", "-S", "now-2hours", "-o", "Comment,State").split()
+    wanted = {f"rule_tar_shards_part_wildcards_{k}-of-{SHARES}|COMPLETED" for k in NUMBERS}
+    assert {job for job in jobs if "tar_shards_part" in job} == wanted, jobs
+    sh(
+        "apptainer", "exec", f"--home={project.place}", "--cleanenv", project.image,
+        "python", "-m", "llava_steps.shard_tars", "--samples-per-shard=500",
+        "--source=results/tiny/demo_assets/raw/train.json",
+        "--store=alone/store", "--save-dir=alone/shown", cwd=project.place,
+    )  # fmt: skip
+    alone = json.loads((project.place / "alone/shown/manifest.json").read_text())
+    made = project.manifest("tar_shards")
+    assert made["content"] == alone["content"] and made["files"] == alone["files"]
+    assert made["metrics"] == alone["metrics"] and made["metrics"]["shards"] >= SHARES
+    assert len(list((project.store / "tar_shards").iterdir())) == 1
+    assert not list(project.out.glob("*parts*"))
 
 
 def check_secrets_travel(job: str) -> None:

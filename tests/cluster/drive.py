@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.cluster.checks import check_array, check_doctor, check_result, secrets_found
+from tests.cluster.checks import check_doctor, check_result, check_shares, secrets_found
 from tests.cluster.disturb import WAYS, disturbed
 from tests.cluster.machine import left_running, missing, sh
 from tests.cluster.project import SECRETS, Project
@@ -84,8 +84,8 @@ def main() -> None:
             project.end(project.start("all"))
             if not arguments.go_on:
                 check_result(project)
-        with lap("array"):
-            check_array(project)
+        with lap("shares"):
+            check_shares(project)
         with lap("doctor"):
             check_doctor(project)
         for how in WAYS:

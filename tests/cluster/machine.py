@@ -42,11 +42,11 @@ def missing() -> str:
     return ""
 
 
-def sh(*words: str | Path, check: bool = True) -> str:
+def sh(*words: str | Path, check: bool = True, cwd: Path | None = None) -> str:
     """stdout of a command; one that fails tells the end of what it wrote."""
     process = subprocess.Popen(
         [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, process_group=0,
+        stderr=subprocess.PIPE, text=True, process_group=0, cwd=cwd,
     )  # fmt: skip
     try:
         out, error = process.communicate()

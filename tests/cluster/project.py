@@ -20,22 +20,25 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NASTY = " ".join(HOSTILE)
 """The label of stage 2 and the title of the report, which must arrive as they are."""
-OVERLAY = """
+SHARES = 4
+"""Jobs that make the tar shards."""
+OVERLAY = f"""
 run: tiny
 image: cpu.sif
-demo_assets: {pretrain_vision_steps: 0, pretrain_text_steps: 0, text_layers: 2, vision_layers: 2}
+demo_assets: {{pretrain_vision_steps: 0, pretrain_text_steps: 0, text_layers: 2, vision_layers: 2}}
 cluster:
+  jobs: {{tar_shards: {SHARES}}}
   gres: gpu
-  mem_mb: {stage1_checkpoint: 3000, stage2_checkpoint: 3000}
-  runtime: {stage1_checkpoint: 20, stage2_checkpoint: 20}
+  mem_mb: {{stage1_checkpoint: 3000, stage2_checkpoint: 3000}}
+  runtime: {{stage1_checkpoint: 20, stage2_checkpoint: 20}}
 stage1:
-  {gpus: 1, tensor_model_parallel: 1, micro_batch_size: 4, global_batch_size: 4, train_steps: 4,
-   warmup_steps: 1, save_interval: 2, wandb: true}
+  {{gpus: 1, tensor_model_parallel: 1, micro_batch_size: 4, global_batch_size: 4, train_steps: 4,
+   warmup_steps: 1, save_interval: 2, wandb: true}}
 stage2:
-  {nodes: 2, gpus: 2, tensor_model_parallel: 2, micro_batch_size: 2, global_batch_size: 4,
-   train_steps: 60, warmup_steps: 2, save_interval: 5, stall_timeout: 600}
-audit: {samples: 20}
-evaluation: {max_new_tokens: 2}
+  {{nodes: 2, gpus: 2, tensor_model_parallel: 2, micro_batch_size: 2, global_batch_size: 4,
+   train_steps: 60, warmup_steps: 2, save_interval: 5, stall_timeout: 600}}
+audit: {{samples: 20}}
+evaluation: {{max_new_tokens: 2}}
 """
 SITE = (
     "slurm_account=test", "slurm_partition=batch", "runtime=20", "mem_mb=3000",

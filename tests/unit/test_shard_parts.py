@@ -12,6 +12,7 @@ from data_fixtures import jpeg
 
 from llava_steps.core import store
 from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.core.lease import Lease
 from llava_steps.core.run import execute
 from llava_steps.shard_tars import STEP
 
@@ -66,6 +67,29 @@ def test_shares_put_together_are_the_undivided_value(here: Path, bad: tuple[int,
     # The shares are still whole, and the same call finds its value again.
     assert call("--save-dir=again") == 0
     assert (here / "again/000000.tar").resolve() == (here / "together/000000.tar").resolve()
+
+
+def test_shares_are_removed_once_the_whole_is_there(here: Path) -> None:
+    make(here, (0,))
+    assert call("--part=1/2", "--save-dir=parts/1") == 0
+    assert call("--parts=parts", "--remove-parts", "--save-dir=all") == InputError.exit_code
+    assert call("--part=2/2", "--save-dir=parts/2") == 0
+    assert call("--part=1/3", "--save-dir=parts/other", "--quarantine-limit=0") == 0
+    (here / "parts/2/mine.txt").write_text("a file of the user")
+    (other,) = (here / "parts/other").glob("part-000000000.tar")
+    with Lease(other.resolve().parent / store.WORK):
+        assert call("--parts=parts", "--remove-parts", "--save-dir=all") == 0
+    assert sorted(path.name for path in (here / "parts").iterdir()) == ["2", "other"]
+    assert [path.name for path in (here / "parts/2").iterdir()] == ["mine.txt"]
+    assert value(here / "parts/other") and len(list((here / "store/tar_shards").iterdir())) == 2
+    # A share of it shows the whole, and that is not removed with the shares.
+    assert call("--part=2/2", "--save-dir=parts/again") == 0
+    assert value(here / "parts/again") == value(here / "all")
+    assert call("--parts=parts", "--remove-parts", "--save-dir=all") == 0
+    assert [path.name for path in (here / "store/tar_shards").iterdir()] == [
+        (here / "all/shards.json").resolve().parent.name
+    ]
+    assert value(here / "all")
 
 
 def test_shares_that_do_not_belong_together_are_refused(

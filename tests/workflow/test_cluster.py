@@ -15,7 +15,7 @@ from tests.workflow.values import VALUES
 
 SBATCH = """#!/bin/sh
 # Notes its arguments and refuses: what is asked for is all that the tests look at.
-for word; do printf '%s\\0' "$word"; done >>"$NOTES/sbatch"
+printf '%s\\0' "$@" >"$NOTES/sbatch-$$"
 exit 1
 """
 SRUN = """#!/bin/sh
@@ -52,16 +52,23 @@ def cluster(finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return finished
 
 
-def submitted(project: Project, tmp_path: Path, *arguments: str) -> list[str]:
-    """The words of the one sbatch call that a run makes."""
+def calls(
+    project: Project, tmp_path: Path, *arguments: str, target: str = "stage2_checkpoint"
+) -> list[list[str]]:
+    """The words of each sbatch call that a run makes before it knows that all are refused."""
     site = ("slurm_account=a", "slurm_partition=p", "runtime=9", "mem_mb=500",
             "slurm_extra='--signal=TERM@300'")  # fmt: skip
     at_once = ("--slurm-init-seconds-before-status-checks", "1")
-    options = (*at_once, "--retries", "0", "--default-resources", *site, "--", "stage2_checkpoint")
+    options = (*at_once, "--retries", "0", "--default-resources", *site, "--", target)
     output = project.snakemake("--profile", "slurm", *arguments, *options, code=1)
-    assert (tmp_path / "sbatch").exists(), output
-    words = (tmp_path / "sbatch").read_text().split("\0")[:-1]
-    assert words.count("--parsable") == 1
+    found = [path.read_text().split("\0")[:-1] for path in tmp_path.glob("sbatch-*")]
+    assert found, output
+    return found
+
+
+def submitted(project: Project, tmp_path: Path, *arguments: str) -> list[str]:
+    """The words of the one sbatch call that a run makes."""
+    (words,) = calls(project, tmp_path, *arguments)
     return words
 
 
@@ -90,27 +97,40 @@ def test_several_nodes(cluster: Project, tmp_path: Path) -> None:
     assert "canary" not in " ".join(words) and not list(cluster.root.rglob("canary*"))
 
 
+def test_shares_of_sharding_are_jobs_of_their_own(cluster: Project, tmp_path: Path) -> None:
+    overlay = cluster.overlay(
+        "tar_shards: {samples_per_shard: 7, workers: 4}\n"
+        "cluster: {jobs: {tar_shards: 3}, runtime: {tar_shards: 33}, mem_mb: {tar_shards: 777}}\n"
+    )
+    found = calls(cluster, tmp_path, "--configfile", overlay, target="tar_shards")
+    comments = {words[words.index("--comment") + 1] for words in found}
+    assert comments == {f"rule_tar_shards_part_wildcards_{k}-of-3" for k in (1, 2, 3)}
+    for words in found:
+        assert words[words.index("-t") + 1] == "33" and words[words.index("--mem") + 1] == "777"
+        assert {"--ntasks=1", "--cpus-per-task=4", "--requeue", "--signal=TERM@300"} <= {*words}
+        assert not [word for word in words if word.startswith(("--array", "--gres"))]
+
+
 def test_the_plan_shows_what_each_job_asks_for(cluster: Project) -> None:
     (cluster.root / "image.sif").write_text("an image")
     overlay = cluster.overlay(
         "image: image.sif\n"
         "stage2: {nodes: 2, tensor_model_parallel: 2}\n"
-        "cluster: {gres: 'gpu:h100', runtime: {stage2_checkpoint: 99}}\n"
+        "tar_shards: {samples_per_shard: 7}\n"
+        "cluster: {gres: 'gpu:h100', runtime: {stage2_checkpoint: 99}, jobs: {tar_shards: 8}}\n"
     )
     text = cluster.snakemake("--profile", "slurm", "-n", "all", "--configfile", overlay)
     rows = [line.split() for line in text.splitlines() if "image.sif" in line]
     table = {row[0]: row[1:] for row in rows if row[-1] == "image.sif"}
-    assert table["stage2_checkpoint"] == ["2", "gpu:h100:2", "2", "200000", "99", "-", "image.sif"]
-    assert table["stage1_checkpoint"] == [
-        "1",
-        "gpu:h100:2",
-        "2",
-        "200000",
-        "1440",
-        "-",
-        "image.sif",
-    ]
-    assert table["hf_model"] == ["1", "-", "1", "16000", "240", "-", "image.sif"]
+    for rule, row in {
+        "stage2_checkpoint": "1 2 gpu:h100:2 2 200000 99 - image.sif",
+        "stage1_checkpoint": "1 1 gpu:h100:2 2 200000 1440 - image.sif",
+        "hf_model": "1 1 - 1 16000 240 - image.sif",
+        "tar_shards_part": "8 1 - 2 16000 240 - image.sif",
+        "tar_shards": "1 1 - 2 16000 240 - image.sif",
+    }.items():
+        assert table[rule] == row.split(), rule
+    assert len(re.findall(r"^Shell command: .*shard_tars .*--part=\d/8", text, flags=re.M)) == 8
     (line,) = re.findall(r"^Shell command: (srun .*?)$", text, flags=re.M)
     words = shlex.split(line)
     assert words[:5] == [

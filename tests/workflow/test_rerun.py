@@ -58,6 +58,7 @@ def test_labels_logs_and_resources_recompute_nothing(finished: Project) -> None:
     overlay = finished.overlay(
         "stage2: {log_interval: 7, save_interval: 3, name: x, wandb: true}\n"
         "tar_shards: {workers: 1}\n"
+        "cluster: {jobs: {tar_shards: 3}, mem_mb: {tar_shards: 9}}\n"
     )
     assert finished.planned("--configfile", overlay) == []
 

@@ -33,8 +33,11 @@ def configuration():
 try:
     cfg = configuration()
     steps = pipeline.chain(cfg, image_digest(cfg.image, Path(cfg.store)))
+    shares = pipeline.shares(cfg, steps)
     flags = {rule.name: rule.flags for rule in steps.values()}
     quiet = {rule.name: rule.quiet for rule in steps.values()}
+    if shares:
+        quiet["tar_shards_part"] = next(iter(shares.values())).quiet
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
@@ -120,11 +123,11 @@ def request_forced():
     """Ask the steps of forced rules to compute again, although the store knows their value."""
     dag = workflow.dag
     forced = {
-        job.rule.name
+        "tar_shards" if job.rule.name == "tar_shards_part" else job.rule.name
         for job in dag.needrun_jobs()
         if job.rule in dag.forcerules or dag.forcefiles.intersection(job.output)
     }
-    for rule in steps.values():
+    for rule in (*steps.values(), *shares.values()):
         request = rule.out / run.FORCE_REQUEST
         if rule.name in forced:
             request.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +170,7 @@ def hold_run():
 
 def wait_for_jobs():
     """A controller that was killed leaves its jobs running: wait for those that write this run."""
-    for name, rule in steps.items():
+    for name, rule in (*steps.items(), *shares.items()):
         held = rule.out / "work/.work/lease.json"
         try:
             job = json.loads(held.read_bytes())["slurm_job_id"]
@@ -196,15 +199,20 @@ def show_jobs():
     if not (workflow.is_main_process and on_cluster):
         return
     columns = ("nodes", "gres", "cpus_per_task", "mem_mb", "runtime", "slurm_partition")
-    rows = [("rule", "nodes", "GPUs a node", "cpus", "MB", "min", "partition", "image")]
-    for name in steps:
+    titles = "rule,jobs,nodes,GPUs a node,cpus,MB,min,partition,image"
+    rows = [tuple(titles.split(","))]
+    jobs = dict.fromkeys(steps, 1)
+    if shares:
+        jobs["tar_shards_part"] = len(shares)
+    for name, count in jobs.items():
         found = workflow.get_rule(name).resources
         asked = {key: plain(found.get(key), name) for key in columns}
         asked["cpus_per_task"] = asked["cpus_per_task"] or plain(
             found.get("_cores"), name
         )
         asked["nodes"] = asked["nodes"] or 1
-        rows.append((name, *(asked[key] or "-" for key in columns), cfg.image or "-"))
+        cells = [asked[key] or "-" for key in columns]
+        rows.append((name, count, *cells, cfg.image or "-"))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = (str(cell).ljust(width) for cell, width in zip(row, widths))
