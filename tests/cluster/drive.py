@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from tests.cluster.checks import check_doctor, check_result, check_shares, secrets_found
 from tests.cluster.disturb import WAYS, disturbed
-from tests.cluster.machine import left_running, missing, sh
+from tests.cluster.machine import SLURM_CONF, left_running, missing, sh
 from tests.cluster.project import SECRETS, Project
 
 HERE = Path(__file__).resolve().parent
@@ -46,15 +46,15 @@ def main() -> None:
     parser.add_argument("--go-on", action="store_true", help=f"use what --keep left in {PLACE}")
     parser.add_argument("--keep", action="store_true", help=f"leave {PLACE} behind")
     arguments = parser.parse_args()
-    if why := missing():
+    state = Path(os.environ.setdefault("STATE", "/var/lib/llava-steps-cluster"))
+    if why := missing(state):
         print(f"test-cluster is skipped: {why}", file=sys.stderr)
         print(json.dumps({"skipped": why}))
         return
     for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     signal.alarm(round(60 * arguments.minutes))
-    state = Path(os.environ.setdefault("STATE", "/var/lib/llava-steps-cluster"))
-    os.environ |= SECRETS | {"SLURM_CONF": "/etc/slurm/slurm.conf", "PYTHON": sys.executable}
+    os.environ |= SECRETS | {"SLURM_CONF": str(SLURM_CONF), "PYTHON": sys.executable}
     # Bytecode is kept: each of the many processes would compile all it imports anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     began = time.monotonic()

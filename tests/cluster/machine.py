@@ -18,8 +18,11 @@ PATIENCE = 900.0
 """Seconds that anything may take; a loaded machine is slow."""
 
 
-def missing() -> str:
-    """Why there can be no cluster here; empty if there can."""
+SLURM_CONF = Path("/etc/slurm/slurm.conf")
+
+
+def missing(state: Path) -> str:
+    """Why there can be no cluster here, with its files in `state`; empty if there can."""
     if os.geteuid():
         return "not root: packages are installed and daemons started"
     system = platform.freedesktop_os_release() if Path("/etc/os-release").exists() else {}
@@ -30,6 +33,8 @@ def missing() -> str:
     for words in (("--mount", "--pid", "--fork"), ("--user", "--map-root-user")):
         if subprocess.run(["unshare", *words, "true"], capture_output=True).returncode:
             return f"the kernel allows no unshare {' '.join(words)}, as containers need it"
+    if SLURM_CONF.exists() and f"StateSaveLocation={state}/ctld\n" not in SLURM_CONF.read_text():
+        return f"{SLURM_CONF} is there: this machine is part of another cluster"
     known = Path("/proc/filesystems").read_text().split()
     if not Path("/dev/fuse").exists() and not {"squashfs", "overlay"} <= {*known}:
         return "neither FUSE nor squashfs and overlay in the kernel, which show an image's files"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # slurm.sh up|down: a real Slurm with accounting on this Debian machine, as root, without systemd.
 # NODES slurmd run side by side, each with GPUs made of twins of /dev/null. State, sockets, pids and
-# logs lie in STATE; `up` ends what an aborted run left, `down` ends everything by its pid file.
+# logs lie in STATE; `up` ends what an aborted run left, `down` ends everything by its pid file and
+# takes the configuration away: programs of a Slurm that is down would wait for it.
 set -euo pipefail
 NODES=${NODES:-3}
 STATE=${STATE:-/var/lib/llava-steps-cluster}
@@ -125,6 +126,9 @@ down() {
     if [ -e "$STATE/slurmctld.pid" ] && scontrol ping 2>/dev/null | grep -q UP; then
         scancel -u root 2>/dev/null || true
         left=100; while [ -n "$(squeue -h 2>/dev/null)" ] && [ $left -gt 0 ]; do left=$((left - 1)); sleep 0.2; done
+    fi
+    if grep -qs "^StateSaveLocation=$STATE/ctld$" "$SLURM_CONF"; then # that of a real cluster stays
+        rm -f "$SLURM_CONF" /etc/slurm/gres.conf /etc/slurm/slurmdbd.conf
     fi
     for file in "$STATE"/slurmd-*.pid "$STATE"/{slurmctld,slurmdbd,mariadbd,munged}.pid; do
         pid=$(cat "$file" 2>/dev/null) || continue

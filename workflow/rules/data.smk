@@ -22,7 +22,12 @@ if shares:
         input:
             needs("tar_shards"),
         output:
-            temp(str(pipeline.share_out(steps["tar_shards"], "{share}") / "manifest.json")),
+            temp(
+                str(
+                    pipeline.share_out(steps["tar_shards"], "{share}")
+                    / "manifest.json"
+                )
+            ),
         threads: cfg.tar_shards.workers
         resources:
             **asks("tar_shards"),
