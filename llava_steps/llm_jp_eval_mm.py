@@ -3,12 +3,12 @@
     python -m llava_steps.llm_jp_eval_mm --model results/x/hf_export --tasks ja-vg-vqa-500=rougel \\
         --python ~/eval-mm/bin/python --save-dir results/x/llm_jp_eval_mm
 
-llm-jp-eval-mm (https://github.com/llm-jp/llm-jp-eval-mm, package eval_mm) is not installed with
+llm-jp-eval-mm (https://github.com/llm-jp/llm-jp-eval-mm, package eval-mm) is not installed with
 this project: --python names the Python of an environment that has it, with torch and transformers.
-A task is given with its metrics, separated by commas. Questions and scores are its own, answers
-are greedy and those of `evaluate`. A metric that asks a judge needs --judge-model, the network, and
-the keys that eval_mm reads from the environment. Writes scores.json and raw/TASK.jsonl with all
-answers.
+A task is given with its metrics, separated by commas; --tasks may be repeated. Questions and scores
+are its own, answers are greedy and those of `evaluate`. A metric that asks a judge needs
+--judge-model, the network, and the keys that eval_mm reads from the environment. Writes scores.json
+and raw/TASK.jsonl with all answers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
     if not cfg.tasks:
         raise ConfigError(f"{SECTION}.tasks: name at least one task of llm-jp-eval-mm")
     found = harness.find(PACKAGE, SECTION, cfg.python)
+    log = ctx.work / "llm_jp_eval_mm.log"
     ctx.log.info("llm-jp-eval-mm %s in %s: %s", found.version, found.python, ", ".join(cfg.tasks))
+    ctx.log.info("what it says goes to %s", log)
     raw = ctx.entry / "raw"
     fsio.remove(raw)
     raw.mkdir(parents=True)
@@ -52,7 +54,7 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
     }
     fsio.write_json(ctx.work / "job.json", job)
     line = [str(eval_mm_driver.__file__), str(ctx.work / "job.json")]
-    harness.run(found, line, ctx.work / "llm_jp_eval_mm.log")
+    harness.run(found, line, log)
     path = raw / eval_mm_driver.SCORES
     try:
         scores = [Score(**row) for row in json.loads(path.read_bytes())]

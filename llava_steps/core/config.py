@@ -679,11 +679,12 @@ class LmmsEval(StepConfig):
     """Tasks of lmms-eval on the export, where it is installed. Left out of a run without tasks."""
 
     model: str = source("", "HF LLaVA directory")
-    tasks: list[str] = value([], "tasks of lmms-eval, as mme or pope; empty: the step is left out")
+    tasks: list[str] = value(
+        [], "tasks of lmms-eval, as mme or pope, groups and tags too; empty: the step is left out"
+    )
     task_files: str = source("", "folder with tasks of your own, for its --include_path")
     limit: Count = value(0, "questions of each task; 0: all")
     model_args: dict[str, str] = value({}, "more for its --model_args, as NAME=VALUE")
-    batch_size: PositiveInt = quiet(1, "questions answered together")
     python: str = quiet("", "Python of the environment that has lmms-eval; empty: this one")
 
 

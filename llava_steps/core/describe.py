@@ -17,11 +17,13 @@ from llava_steps.core import cli, fsio
 from llava_steps.core.config import Config, Stage
 from llava_steps.core.former import ELSEWHERE, OPTIONS, field_of
 from llava_steps.core.load import STANDALONE, sections
+from llava_steps.core.pipeline import UPSTREAM
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"
 README = ROOT / "config/README.md"
 OPTIONS_PAGE = ROOT / "docs/options.md"
+FILLED = {field for fields in UPSTREAM.values() for field in fields}
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
 
@@ -60,9 +62,8 @@ def _table(fields: dict[str, FieldInfo], top_level: bool = False) -> str:
         if name == "stage":
             continue
         role = "" if top_level or cli.role(info) != "quiet" else " *(quiet)*"
-        rows.append(
-            f"| `{name}` | {_type(info.annotation)} | {_default(info)} | {info.description}{role} |"
-        )
+        kind, default = _type(info.annotation), _default(name, info)
+        rows.append(f"| `{name}` | {kind} | {default} | {info.description}{role} |")
     return "\n".join(rows) + "\n"
 
 
@@ -81,13 +82,13 @@ def _type(annotation: Any) -> str:
     return {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}[annotation]
 
 
-def _default(info: FieldInfo) -> str:
+def _default(name: str, info: FieldInfo) -> str:
     if info.is_required():
         return "**required**"
     value = info.get_default(call_default_factory=True)
     assert value is not PydanticUndefined
     if value == "":
-        return "filled in" if cli.role(info) == "source" else "empty"
+        return "filled in" if name in FILLED and cli.role(info) == "source" else "empty"
     return f"`{fsio.dump_json(value, indent=None).strip()}`"
 
 
@@ -104,7 +105,7 @@ def options_table() -> str:
         flags = ", ".join(f"`{f}`" for f in (f"--{option}", cli.SHORT.get(name)) if f)
         key = "" if option == "stage" else f"`{name}`"
         meaning = "; ".join(filter(None, (info.description, note)))
-        rows.append(f"| {flags} | {key} | {_default(info)} | {meaning} |")
+        rows.append(f"| {flags} | {key} | {_default(name, info)} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 

@@ -18,7 +18,7 @@ SCORES = "scores.json"
 
 
 def main(path: str) -> None:
-    """Run the job; errors are left to the caller, who shows the last lines of the traceback."""
+    """Run the job; what is raised is left to the caller, who shows the last lines of it."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     sys.path.append(str(Path(__file__).parents[2]))
     from llava_steps.evaluation.ask import Model
@@ -33,7 +33,10 @@ def run(job: dict[str, Any], model: Any, name: str, metrics: list[str]) -> list[
     """Answers of one task to its file; its numbers as keyword arguments of `harness.Score`."""
     from eval_mm import ScorerConfig, ScorerRegistry, TaskConfig, TaskRegistry
 
-    task = TaskRegistry.load_task(name, TaskConfig(max_dataset_len=job["limit"] or None))
+    task = TaskRegistry.load_task(name, TaskConfig())
+    if job["limit"]:
+        # Its own max_dataset_len fails on a task with fewer.
+        task.dataset = task.dataset.select(range(min(job["limit"], len(task.dataset))))
     docs = list(task.dataset)
     questions = [question(task, name, doc) for doc in docs]
     answers = model.answers(questions, job["batch_size"], job["max_new_tokens"])
@@ -44,20 +47,47 @@ def run(job: dict[str, Any], model: Any, name: str, metrics: list[str]) -> list[
             file.write(json.dumps(told, ensure_ascii=False, default=str) + "\n")
     found = []
     for metric in metrics:
-        options: dict[str, Any] = {"docs": task.dataset}
-        if job["judge_model"]:
-            from eval_mm import OpenAIChatAPI
-
-            options |= {"judge_model": job["judge_model"], "client": OpenAIChatAPI()}
-        scorer = ScorerRegistry.load_scorer(metric, ScorerConfig(**options))
+        options = {"docs": task.dataset, "judge_model": job["judge_model"]}
+        judge = judged(metric) if job["judge_model"] else Unjudged(metric)
+        scorer = ScorerRegistry.load_scorer(metric, ScorerConfig(**options, client=judge))
         total = scorer.aggregate(scorer.score(references, answers))
         found.append({"task": name, "metric": metric, "value": float(total.overall_score)})
         found += [
             {"task": name, "metric": f"{metric}, {part}", "value": float(value)}
             for part, value in (total.details or {}).items()
-            if part != metric and isinstance(value, int | float)
+            if part.replace("_", "-") != metric and isinstance(value, int | float)
         ]
     return found
+
+
+def judged(metric: str) -> Any:
+    """The judge of eval_mm, of which an answer that did not come is an error.
+
+    eval_mm takes an empty text for it, which scores nothing.
+    """
+    from eval_mm import OpenAIChatAPI
+
+    class Judge(OpenAIChatAPI):  # type: ignore[misc]
+        def batch_generate_chat_response(self, *args: Any, **kwargs: Any) -> list[str]:
+            found: list[str] = super().batch_generate_chat_response(*args, **kwargs)
+            if missing := sum(not text for text in found):
+                raise RuntimeError(
+                    f"{metric}: the judge gave no answer to {missing} of {len(found)} questions; "
+                    "what its service said stands above"
+                )
+            return found
+
+    return Judge()
+
+
+class Unjudged:
+    """Stands where a judge would: a metric that asks it says what is missing."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"{self._metric} asks a judge: set llm_jp_eval_mm.judge_model")
 
 
 def question(task: Any, name: str, doc: Any) -> Any:

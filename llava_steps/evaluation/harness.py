@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +19,8 @@ from llava_steps.core.errors import ConfigError, InputError
 
 TAIL = 12
 """Lines of a harness's output that an error shows."""
+_PR_SET_PDEATHSIG = 1
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PROBE = (
     "import importlib.metadata as m, importlib.util as u, json, sys; name = sys.argv[1]\n"
     "if u.find_spec(name) is None: sys.exit(3)\n"
@@ -73,21 +78,37 @@ def find(package: str, section: str, python: str = "") -> Harness:
     return Harness(package, python, version, cuda)
 
 
-def run(harness: Harness, arguments: Sequence[str], log: Path) -> None:
+def run(
+    harness: Harness,
+    arguments: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run the harness's Python with `arguments`; what it says goes to the file `log`.
 
-    Whatever ends the wait, a signal to the step say, ends the harness and all of its processes.
+    Whatever ends the wait, a signal to the step say, ends the harness and all of its processes; a
+    step that is killed takes the harness with it.
+
+    Returns:
+        What it said, without colours.
 
     Raises:
         InputError: it failed; the message ends with its last lines.
     """
-    with log.open("ab") as file:
+    libc = ctypes.CDLL(None)
+
+    def follow() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    with log.open("wb") as file:
         process = subprocess.Popen(
             [harness.python, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
+            env=environment,
             start_new_session=True,
+            preexec_fn=follow,
         )
         try:
             code = process.wait()
@@ -95,12 +116,19 @@ def run(harness: Harness, arguments: Sequence[str], log: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
+    said = _COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     if code:
-        said = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-        raise InputError(
-            f"{harness.package} {harness.version} ended with code {code}; all it said is in {log}, "
-            "the last lines are:\n" + "\n".join(said[-TAIL:])
-        )
+        raise failure(harness, f"ended with code {code}", said, log)
+    return said
+
+
+def failure(harness: Harness, what: str, said: str, log: Path) -> InputError:
+    """An error that shows the last lines of what the harness said."""
+    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
+    return InputError(
+        f"{harness.package} {harness.version} {what}; all it said is in {log}, the last lines "
+        "are:\n" + "\n".join(lines[-TAIL:])
+    )
 
 
 def summary(
@@ -112,19 +140,20 @@ def summary(
         InputError: a task that was asked for has no score.
     """
     scored = {score.task for score in scores}
-    if silent := [task for task in asked if task not in scored]:
+    silent = [task for task in asked if task not in scored]
+    if silent or not scored:
         raise InputError(
             f"{section}.tasks: {harness.package} {harness.version} gave no number for "
-            f"{', '.join(silent)}; see its own files in raw/"
+            f"{', '.join(silent) or 'any task'}; see its own files in raw/"
         )
     rows = [asdict(score) for score in scores]
     return {"harness": harness.package, "version": harness.version, "scores": rows}
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that are numbers; a bool is none."""
+    """The entries that are numbers; a bool is none, and neither are nan and infinity."""
     return {
         key: float(value)
         for key, value in row.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
