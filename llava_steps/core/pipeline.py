@@ -19,7 +19,7 @@ from llava_steps.core.blend import read_blend
 from llava_steps.core.codeversion import code_version
 from llava_steps.core.config import Audit, Config, Report, Stage, StepConfig
 from llava_steps.core.load import DEMO
-from llava_steps.core.store import MANIFEST
+from llava_steps.core.store import MANIFEST, read_manifest
 
 UPSTREAM: dict[str, dict[str, str]] = {
     "demo_assets": {},
@@ -109,8 +109,8 @@ OPTIONAL = ("demo_assets", "lmms_eval", "llm_jp_eval_mm")
 AUDITED = ("tokenizer_load_dir", "data_path", "seq_length", "too_long")
 """Settings of a stage that its audit takes over."""
 
-DATA_FILES = ("source", "data", "chat_template")
-"""Source fields that name a file of data; the others may name a directory or a hub id."""
+DATA_FILES = ("source", "data", "chat_template", "task_files")
+"""Source fields that name data of the user; the others may name a result or a hub id."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,25 @@ def chain(config: Config, image: str = "") -> dict[str, Rule]:
             feeds = {key: rule for key, rule in feeds.items() if rule in told}
         rules[name] = _rule(name, config, run, image, feeds)
     return rules
+
+
+def lost(rules: Mapping[str, Rule]) -> list[str]:
+    """Files of the user that are not there, as messages, where a result was made from others.
+
+    Snakemake would keep such a result without a word: what cannot be made again, it leaves.
+    """
+    found = []
+    for rule in rules.values():
+        shown = read_manifest(rule.out)
+        for key in DATA_FILES:
+            text = getattr(rule.settings, key, "")
+            if shown and text in rule.files and not os.path.exists(text):
+                before = shown["inputs"].get(key, {}).get("path", "")
+                if before != text:
+                    section = SECTIONS.get(rule.name, rule.name)
+                    made = f"{rule.out} was made from {before}" if before else "was empty before"
+                    found.append(f"{section}.{key}: {text} does not exist; {made}")
+    return found
 
 
 def shares(config: Config, rules: Mapping[str, Rule]) -> dict[str, Rule]:

@@ -101,10 +101,14 @@ def _difference(shown: Mapping[str, Any] | None, found: run.Identity) -> str:
         for key, item in found.inputs.items()
         if before.get(key) != item.digest
     ]
+    changed += [f"{key} is not read any more" for key in before if key not in found.inputs]
     if shown["code"] != found.code:
         changed.append("code of the step")
+    if not changed:
+        gone = shown["fingerprint"] == found.fingerprint
+        return "its value is not in the store any more" if gone else "changed: the container image"
     more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
-    return ("changed: " + ", ".join(changed[:LISTED]) + more) if changed else "asked for again"
+    return "changed: " + ", ".join(changed[:LISTED]) + more
 
 
 def audit_of(found: Mapping[str, State], stage: int) -> Mapping[str, Any] | None:

@@ -184,3 +184,29 @@ def test_a_dry_run_ends_with_the_plan_of_what_it_takes(finished: Project) -> Non
     assert re.search(r"done +stage1_audit", text), "another run's values are found in the store"
     assert re.search(r"run +stage1_checkpoint +not computed with these settings", text)
     assert "Plan of run" not in finished.snakemake("-n", "--quiet", "--cores", "1")
+
+
+def test_a_mistyped_path_is_told_where_results_of_another_file_are_there(finished: Project) -> None:
+    """Snakemake alone keeps the old result and ends well."""
+    overlay = finished.overlay("evaluation: {data: no such.json}\n")
+    arguments = ("-n", "--cores", "1", "--configfile", overlay)
+    text = finished.snakemake(*arguments, code=1)
+    assert "evaluation.data: no such.json does not exist; results/demo/evaluation was made" in text
+    data = finished.root / "mine.json"
+    data.write_text("[]")
+    finished.overlay("evaluation: {data: mine.json}\n")
+    assert "evaluation" in finished.run("--configfile", "overlay.yaml")
+    data.unlink()
+    finished.overlay("evaluation: {data: mine.json}\n")
+    assert finished.run("--configfile", "overlay.yaml") == [], "what it was made from may be gone"
+
+
+def test_the_plan_says_what_a_result_no_longer_reads(finished: Project) -> None:
+    asked = finished.overlay("llm_jp_eval_mm: {tasks: {a: rougel}}\n")
+    finished.run("--configfile", asked)
+    shown = finished.manifest("report")["fingerprint"]
+    for entry in (finished.root / "store/report").iterdir():
+        if entry.name != shown:
+            shutil.rmtree(entry)
+    text = finished.snakemake("-n", "--cores", "1")
+    assert re.search(r"run +report +changed: llm_jp_eval_mm is not read any more\n", text)

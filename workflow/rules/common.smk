@@ -33,12 +33,14 @@ def configuration():
 try:
     cfg = configuration()
     steps = pipeline.chain(cfg, image_digest(cfg.image, Path(cfg.store)))
+    if missing := pipeline.lost(steps) if workflow.is_main_process else []:
+        raise ConfigError("\n".join(missing))
     shares = pipeline.shares(cfg, steps)
     flags = {rule.name: rule.flags for rule in steps.values()}
     quiet = {rule.name: rule.quiet for rule in steps.values()}
     if shares:
         quiet["tar_shards_part"] = next(iter(shares.values())).quiet
-except ConfigError as error:
+except StepError as error:
     raise WorkflowError(str(error)) from None
 
 # Steps run in the Python that runs Snakemake, activated or not (an image has a PATH of its own).
