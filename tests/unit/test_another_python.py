@@ -1,0 +1,35 @@
+"""A Python that the project is not installed for says so in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("command", ["plan", "train", "doctor"])
+def test_a_command_names_the_environment(command: str, tmp_path: Path) -> None:
+    bare = [sys.executable, "-S", "-m", f"llava_steps.{command}"]  # without site-packages
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(bare, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("No module named '") and f"for {sys.executable}; use the" in line
+
+
+def test_what_a_mistake_in_the_code_ends_with_stays() -> None:
+    script = (
+        "import sys; sys.argv[0] = '-m'\n"
+        "import llava_steps\n"
+        "assert sys.excepthook is not sys.__excepthook__\n"
+        "import llava_steps.nothing"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    bare = [sys.executable, "-c", script]
+    done = subprocess.run(bare, env=env, capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr and "llava_steps.nothing" in done.stderr
