@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             if given.words:
                 raise ConfigError("--page takes questions and images on the page itself")
             page(given.model, given.max_new_tokens, given.port)
-        elif not given.words:
+        elif not given.words or not given.words[-1].strip():
             parser().error("a question is needed, or --page")
         else:
             *images, question = given.words

@@ -6,8 +6,8 @@
 
 Looks at the image and its digest; two processes that meet on this machine, inside the image; what
 the file systems of results and store do, and their room; what jobs ask for against Slurm's
-partitions (with --profile); W&B. --on-nodes asks Slurm for the nodes of each stage, waits for
-them, and has a process on each see its GPUs and reach the others.
+partitions (with --profile); W&B; the harnesses of benchmarks. --on-nodes asks Slurm for the nodes
+of each stage, waits for them, and has a process on each see its GPUs and reach the others.
 
 Exit codes: 0 nothing is in the way · 3 something is; the line says what to do about it.
 """
@@ -27,6 +27,7 @@ from llava_steps.checks.finding import Finding
 from llava_steps.core import load, pipeline
 from llava_steps.core.config import Config
 from llava_steps.core.errors import ConfigError, InputError, StepError, tell
+from llava_steps.evaluation import harness
 from llava_steps.planning import stages
 from llava_steps.planning.models import model_of
 
@@ -85,6 +86,7 @@ def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
     if store.is_dir():
         yield disk.room("store", store, needed(config))
     yield from tracking.check([config.stage1, config.stage2])
+    yield from harnesses(config)
     yield from processes.image(config)
     if given.profile:
         profile = given.profile / "config.yaml" if given.profile.is_dir() else given.profile
@@ -93,6 +95,24 @@ def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
     if given.on_nodes:
         for stage in (config.stage1, config.stage2):
             yield from processes.on_nodes(config, stage, srun, inside)
+
+
+def harnesses(config: Config) -> Iterator[Finding]:
+    """Whether the harnesses of the benchmarks that a run asks for are there: it needs them last."""
+    for section, package in harness.PACKAGES.items():
+        settings = getattr(config, section)
+        if not settings.tasks:
+            continue
+        if config.image:
+            yield Finding("note", section, "runs in the image, where it was not looked for")
+            continue
+        try:
+            found = harness.find(package, section, settings.python)
+        except ConfigError as error:
+            yield Finding("fail", section, str(error))
+        else:
+            device = "a GPU" if found.cuda else "no GPU"
+            yield Finding("ok", section, f"{package} {found.version} in {found.python}, {device}")
 
 
 def words(flag: str, text: str) -> list[str]:

@@ -24,7 +24,8 @@ from llava_steps.core.run import Context, Step, main
 from llava_steps.evaluation import eval_mm_driver, harness
 from llava_steps.evaluation.harness import Score
 
-PACKAGE, SECTION = "eval_mm", "llm_jp_eval_mm"
+SECTION = "llm_jp_eval_mm"
+PACKAGE = harness.PACKAGES[SECTION]
 
 
 def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:

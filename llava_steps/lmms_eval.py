@@ -27,7 +27,8 @@ from llava_steps.core.run import Context, Step, main
 from llava_steps.evaluation import harness
 from llava_steps.evaluation.harness import Score
 
-PACKAGE, SECTION = "lmms_eval", "lmms_eval"
+SECTION = "lmms_eval"
+PACKAGE = harness.PACKAGES[SECTION]
 RESULTS = "*_results.json"
 _UNANSWERED = re.compile(r"Error (.*) (?:in generating|when loading video)")
 """What llava_hf says when it takes an empty text for an answer that it could not get."""

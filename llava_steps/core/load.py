@@ -210,6 +210,8 @@ def _validate(source: Source) -> Config | None:
 def _explain(problem: Any, key: Key) -> str:
     """What is wrong with a key and what to write instead."""
     given, kind = problem["input"], problem["type"]
+    if given is None and kind not in ("missing", "model_type", "model_attributes_type"):
+        return "has no value; write one behind the colon, or leave the key out"
     if kind == "extra_forbidden":
         section = _section(key[:-1])
         known = sorted(section.model_fields) if section else []

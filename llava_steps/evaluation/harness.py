@@ -21,11 +21,16 @@ TAIL = 12
 """Lines of a harness's output that an error shows."""
 _PR_SET_PDEATHSIG = 1
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+PACKAGES = {"lmms_eval": "lmms_eval", "llm_jp_eval_mm": "eval_mm"}
+"""Section of the configuration -> package."""
+_BESIDE = {"lmms_eval": ("decord",), "eval_mm": ("transformers", "PIL")}
+"""What a package that is installed without its extras may lack, and is used here."""
 _PROBE = (
-    "import importlib.metadata as m, importlib.util as u, json, sys; name = sys.argv[1]\n"
-    "if u.find_spec(name) is None: sys.exit(3)\n"
+    "import importlib.metadata as m, importlib.util as u, json, sys\n"
+    "missing = [name for name in sys.argv[1:] if u.find_spec(name) is None]\n"
+    "if missing: sys.exit('no ' + ', '.join(missing))\n"
     "import torch\n"
-    "print(json.dumps([m.version(name), torch.cuda.is_available()]))"
+    "print(json.dumps([m.version(sys.argv[1]), torch.cuda.is_available()]))"
 )
 
 
@@ -63,14 +68,17 @@ def find(package: str, section: str, python: str = "") -> Harness:
     )
     try:
         found = subprocess.run(
-            [python, "-c", _PROBE, package], capture_output=True, text=True, check=False
+            [python, "-c", _PROBE, package, *_BESIDE[package]],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError as error:
         raise ConfigError(f"{section}.python: {python}: {error}; {hint}") from error
     try:
         version, cuda = json.loads(found.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        said = found.stderr.strip().splitlines()[-1:] if found.returncode != 3 else []
+        said = found.stderr.strip().splitlines()[-1:]
         detail = f": {said[0]}" if said else ""
         raise ConfigError(
             f"{section}.tasks: {python} has no {package} that works{detail}; {hint}"

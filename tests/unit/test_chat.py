@@ -112,5 +112,6 @@ def test_without_gradio_the_page_says_what_to_install(
     assert chat.main([str(directory), "--page"]) == ConfigError.exit_code
     assert "pip install gradio" in capsys.readouterr().err
     assert chat.main([str(directory), "What?", "--page"]) == ConfigError.exit_code
-    with pytest.raises(SystemExit):
-        chat.main([str(directory)])
+    for words in ([], [""], [" "]):
+        with pytest.raises(SystemExit):
+            chat.main([str(directory), *words])

@@ -100,6 +100,8 @@ def test_a_standalone_file_takes_nothing_from_the_demo(write) -> None:
         ("train_steps: 1e3", "stage2.train_steps: '1e3' is text in YAML"),
         ("freeze_lm: 'no'", "stage2.freeze_lm: expected true or false, got 'no'"),
         ("freeze_lm: 1", "stage2.freeze_lm: expected true or false, got 1"),
+        ("name:", "stage2.name: has no value; write one behind the colon, or leave the key out"),
+        ("lr:", "stage2.lr: has no value"),
         ("name: 2024", "stage2.name: expected text, got 2024; put it in quotes: '2024'"),
         ("precision: fp8", "stage2.precision: Input should be 'bf16' or 'fp32', got 'fp8'"),
         ("train_stepps: 8", "stage2.train_stepps: unknown key; did you mean train_steps?"),

@@ -151,6 +151,21 @@ def test_wandb() -> None:
     assert "offline" in told(closed | {"WANDB_MODE": "offline"}, wandb=True, wandb_mode="online")
 
 
+def test_harnesses(tmp_path: Path) -> None:
+    assert [*doctor.harnesses(config())] == []
+    asked = config(lmms_eval={"tasks": ["mme"], "python": "/none/python"})
+    (found,) = failures([*doctor.harnesses(asked)])
+    assert "lmms_eval.python: /none/python" in found
+    program(tmp_path, "python", "echo 'no decord' >&2; exit 1")
+    asked = config(lmms_eval={"tasks": ["mme"], "python": str(tmp_path / "python")})
+    (found,) = failures([*doctor.harnesses(asked)])
+    assert "has no lmms_eval that works: no decord; install it" in found
+    program(tmp_path, "python", """echo '["0.4.1", false]'""")
+    asked = config(llm_jp_eval_mm={"tasks": {"a": "b"}, "python": str(tmp_path / "python")})
+    (ok,) = doctor.harnesses(asked)
+    assert ok.level == "ok" and ok.found.startswith("eval_mm 0.4.1 in ")
+
+
 def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image, store = tmp_path / "image.sif", str(tmp_path / "store")
     (line,) = processes.image(config(image=str(image), store=store))
