@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -157,13 +158,20 @@ def page(model: Path, max_new_tokens: int, port: int) -> None:
     """Serve a page on this machine until it is interrupted.
 
     Raises:
-        ConfigError: gradio is not installed.
+        ConfigError: gradio is not installed, or the port cannot be had.
         InputError: the directory is no LLaVA model.
     """
     try:
         import gradio
     except ImportError:
         raise ConfigError("--page needs gradio: pip install gradio") from None
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--port {port}: {error.strerror}; give another") from None
+    except OverflowError:
+        raise ConfigError(f"--port {port}: give one from 1 to 65535") from None
     if not (model / "config.json").is_file():
         raise InputError(f"{model / 'config.json'} is not there")
     from llava_steps.evaluation import ask
@@ -172,7 +180,8 @@ def page(model: Path, max_new_tokens: int, port: int) -> None:
     chat: Any = gradio.ChatInterface(
         reply, multimodal=True, title=model.name, analytics_enabled=False
     )
-    chat.launch(server_name="127.0.0.1", server_port=port, share=False)
+    print(f"http://127.0.0.1:{port} answers until Ctrl-C", flush=True)
+    chat.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True)
 
 
 def replier(model: Model, max_new_tokens: int) -> Callable[[dict[str, Any], Any], Iterator[str]]:
