@@ -79,12 +79,20 @@ def answer(
     Raises:
         InputError: a file that is not there or no image, or a question that says `<image>`.
     """
-    if not (model / "config.json").is_file():
-        raise InputError(f"{model / 'config.json'} is not there")
+    refuse_absent(model)
     asked = as_question(images, question)
     from llava_steps.evaluation import ask
 
     return _stripped(_pieces(ask.Model(model), asked, max_new_tokens))
+
+
+def refuse_absent(model: Path) -> None:
+    """InputError unless there is a config.json."""
+    path = model / "config.json"
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} leads to {path.readlink()}, which is gone: was the store moved?")
+    if not path.is_file():
+        raise InputError(f"{path} is not there")
 
 
 def as_question(images: Sequence[Path], question: str) -> Question:
@@ -172,8 +180,7 @@ def page(model: Path, max_new_tokens: int, port: int) -> None:
         raise ConfigError(f"--port {port}: {error.strerror}; give another") from None
     except OverflowError:
         raise ConfigError(f"--port {port}: give one from 1 to 65535") from None
-    if not (model / "config.json").is_file():
-        raise InputError(f"{model / 'config.json'} is not there")
+    refuse_absent(model)
     from llava_steps.evaluation import ask
 
     reply = replier(ask.Model(model), max_new_tokens)
