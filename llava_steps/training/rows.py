@@ -23,7 +23,9 @@ Step = Callable[[Iterator[MicroBatch], Any], tuple[Tensor, Any]]
 
 def compiles(stage: Stage) -> bool:
     """Whether this training compiles its layers."""
-    return stage.compiles(torch.cuda.is_available())
+    if stage.compile != "auto":
+        return stage.compile == "layers"
+    return torch.cuda.is_available() and stage.precision == "bf16" and not stage.not_compiled()
 
 
 def row_multiple(stage: Stage) -> int:

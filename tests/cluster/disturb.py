@@ -59,9 +59,17 @@ def killed_step(project: Project, process: Run) -> Run:
 
 def killed_controller(project: Project, process: Run) -> Run:
     """snakemake is killed, and started again while its job runs on."""
+    job = project.job()
+    # Held by one of its workers: the job must not end before the new snakemake has found it.
+    worker = until("a worker", lambda: tasks_of(job, 1, b"training.worker"))[0]
+    os.kill(worker, signal.SIGSTOP)
     process.kill()
     process.wait()
-    return project.start("stage2_checkpoint")
+    again = project.start("stage2_checkpoint")
+    waits = f"waiting for Slurm job {job}, which computes stage2_checkpoint"
+    until("the new one to wait", lambda: waits in project.log() or again.poll() is not None)
+    os.kill(worker, signal.SIGCONT)
+    return again
 
 
 WAYS: tuple[Callable[[Project, Run], Run], ...] = (

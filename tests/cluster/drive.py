@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +39,13 @@ def stop(number: int, _: object) -> NoReturn:
     raise AssertionError(why)
 
 
+def skip(why: str) -> NoReturn:
+    """End well, and say why there is no cluster."""
+    print(f"test-cluster is skipped: {why}", file=sys.stderr)
+    print(json.dumps({"skipped": why}))
+    sys.exit()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1, help="disturbances of each kind")
@@ -48,9 +57,12 @@ def main() -> None:
     arguments = parser.parse_args()
     state = Path(os.environ.setdefault("STATE", "/var/lib/llava-steps-cluster"))
     if why := missing(state):
-        print(f"test-cluster is skipped: {why}", file=sys.stderr)
-        print(json.dumps({"skipped": why}))
-        return
+        skip(why)
+    lock = open(f"{state}.lock", "w")  # noqa: SIM115  held to the end
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        skip("another run of this test has its cluster on this machine")
     for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     signal.alarm(round(60 * arguments.minutes))
@@ -84,8 +96,9 @@ def main() -> None:
             project.end(project.start("all"))
             if not arguments.go_on:
                 check_result(project)
-        with lap("shares"):
-            check_shares(project)
+        if not arguments.go_on:
+            with lap("shares"):
+                check_shares(project)
         with lap("doctor"):
             check_doctor(project)
         for how in WAYS:
@@ -98,7 +111,9 @@ def main() -> None:
             report["secrets_found"] = secrets_found(project, state)
             assert not report["secrets_found"], report["secrets_found"]
         report["ok"] = True
-    except (AssertionError, subprocess.SubprocessError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, AssertionError | subprocess.SubprocessError | OSError):
+            traceback.print_exc()
         message = str(error) or repr(error)
         print(message[-9000:], file=sys.stderr)
         report["error"] = message[:300]

@@ -94,9 +94,13 @@ class Project:
         self.running = None
         assert code == 0, self.logs()
 
+    def log(self) -> str:
+        """What snakemake has told so far, in all its runs."""
+        return (self.place / "snakemake.log").read_text()
+
     def logs(self) -> str:
         """The end of every log of a run that failed."""
-        texts = [(self.place / "snakemake.log").read_text()[-6000:]]
+        texts = [self.log()[-6000:]]
         found = [*self.place.glob(".snakemake/slurm_logs/**/*.log")]
         for path in sorted(found, key=lambda p: p.stat().st_mtime)[-3:]:
             texts.append(f"--- {path}\n{path.read_text()[-4000:]}")

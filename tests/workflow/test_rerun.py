@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -124,6 +125,22 @@ def test_a_request_left_by_a_broken_run_is_forgotten(finished: Project) -> None:
     request.touch()
     finished.snakemake("tar_shards", "--cores", "1", "--force")
     assert steps(finished) == ["tar_shards"] and not request.exists()
+
+
+def test_an_end_that_snakemake_did_not_see_computes_nothing_again(fresh: Project) -> None:
+    """Its job published the value and was killed before Snakemake took back its mark."""
+    hold = fresh.root / "hold-demo_assets"
+    hold.touch()
+    process = fresh.start("demo_assets", "--cores", "1")
+    marks, kept = fresh.root / ".snakemake/incomplete", fresh.root / "kept"
+    wait_for(lambda: "demo_assets" in steps(fresh) and any(marks.iterdir()), process)
+    shutil.copytree(marks, kept)
+    hold.unlink()
+    assert process.wait(PATIENCE) == 0
+    shutil.copytree(kept, marks, dirs_exist_ok=True)
+    assert "Forced execution" in fresh.snakemake("demo_assets", "--cores", "1")
+    assert steps(fresh) == ["demo_assets"]
+    assert "Nothing to be done" in fresh.snakemake("demo_assets", "--cores", "1")
 
 
 def test_killed_in_the_middle_then_run_again(fresh: Project) -> None:

@@ -25,12 +25,6 @@ def configuration():
         raise ConfigError(
             "--replace-workflow-config is not supported; put `standalone: true` into your file"
         )
-    told = [word.partition("=")[0] for word in sys.argv].count("--configfile")
-    if told > 1 and workflow.is_main_process:
-        raise ConfigError(
-            "--configfile is there twice, of which Snakemake would take the last alone; name all "
-            "files behind one: --configfile a.yaml b.yaml"
-        )
     overlays = [*workflow.overwrite_configfiles]
     shipped = [file for file in workflow.configfiles if file not in overlays]
     return load.load([*shipped, *overlays], workflow.config_settings.config)
@@ -128,12 +122,19 @@ def asks(name):
 
 
 def request_forced():
-    """Ask the steps of forced rules to compute again, although the store knows their value."""
-    dag = workflow.dag
+    """Ask the steps of forced rules to compute again, although the store knows their value.
+
+    Only what the user forces: Snakemake itself forces an output whose job it did not see end, as
+    when a controller was killed, and the store knows best whether that value is whole.
+    """
+    asked = workflow.dag_settings
+    named = {os.path.normpath(name) for name in asked.forcerun}
     forced = {
         "tar_shards" if job.rule.name == "tar_shards_part" else job.rule.name
-        for job in dag.needrun_jobs()
-        if job.rule in dag.forcerules or dag.forcefiles.intersection(job.output)
+        for job in workflow.dag.needrun_jobs()
+        if asked.forceall
+        or (asked.forcetargets and job in workflow.dag.targetjobs)
+        or named & {job.rule.name, *map(os.path.normpath, job.output)}
     }
     for rule in (*steps.values(), *shares.values()):
         request = rule.out / run.FORCE_REQUEST
@@ -162,17 +163,6 @@ def refuse_nodes_without_slurm():
             f"{several[0]}: several nodes need Slurm's srun, which is not here; use --profile "
             "slurm on a cluster, set nodes to 1, or start a launcher on each node by hand"
         )
-
-
-def refuse_layouts():
-    """What stage 2 could not be cut into is told before stage 1 has cost its time."""
-    from llava_steps import plan
-
-    running = {job.rule.name for job in workflow.dag.needrun_jobs()}
-    try:
-        plan.refuse(cfg, [n for n in (1, 2) if f"stage{n}_checkpoint" in running])
-    except StepError as error:
-        raise WorkflowError(str(error)) from None
 
 
 def hold_run():
@@ -269,7 +259,6 @@ onstart:
     if workflow.is_main_process:
         refuse_host_for_image()
         refuse_nodes_without_slurm()
-        refuse_layouts()
         hold_run()
         wait_for_jobs()
         request_forced()
