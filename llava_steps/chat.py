@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -78,12 +79,20 @@ def answer(
     Raises:
         InputError: a file that is not there or no image, or a question that says `<image>`.
     """
-    if not (model / "config.json").is_file():
-        raise InputError(f"{model / 'config.json'} is not there")
+    refuse_absent(model)
     asked = as_question(images, question)
     from llava_steps.evaluation import ask
 
     return _stripped(_pieces(ask.Model(model), asked, max_new_tokens))
+
+
+def refuse_absent(model: Path) -> None:
+    """InputError unless there is a config.json."""
+    path = model / "config.json"
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} leads to {path.readlink()}, which is gone: was the store moved?")
+    if not path.is_file():
+        raise InputError(f"{path} is not there")
 
 
 def as_question(images: Sequence[Path], question: str) -> Question:
@@ -157,22 +166,29 @@ def page(model: Path, max_new_tokens: int, port: int) -> None:
     """Serve a page on this machine until it is interrupted.
 
     Raises:
-        ConfigError: gradio is not installed.
+        ConfigError: gradio is not installed, or the port cannot be had.
         InputError: the directory is no LLaVA model.
     """
     try:
         import gradio
     except ImportError:
         raise ConfigError("--page needs gradio: pip install gradio") from None
-    if not (model / "config.json").is_file():
-        raise InputError(f"{model / 'config.json'} is not there")
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--port {port}: {error.strerror}; give another") from None
+    except OverflowError:
+        raise ConfigError(f"--port {port}: give one from 1 to 65535") from None
+    refuse_absent(model)
     from llava_steps.evaluation import ask
 
     reply = replier(ask.Model(model), max_new_tokens)
     chat: Any = gradio.ChatInterface(
         reply, multimodal=True, title=model.name, analytics_enabled=False
     )
-    chat.launch(server_name="127.0.0.1", server_port=port, share=False)
+    print(f"http://127.0.0.1:{port} answers until Ctrl-C", flush=True)
+    chat.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True)
 
 
 def replier(model: Model, max_new_tokens: int) -> Callable[[dict[str, Any], Any], Iterator[str]]:

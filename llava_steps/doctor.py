@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--configfile", type=Path, action="append", default=[], help="overlay")
+    made.add_argument(
+        "--configfile", type=Path, nargs="+", action="extend", default=[], help="overlays"
+    )
     made.add_argument(
         "--profile", type=Path, metavar="DIR", help="profile whose jobs Slurm would get"
     )

@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llava_steps.core import container, load, pipeline
 from llava_steps.core.config import Config, Stage
-from llava_steps.core.errors import ConfigError, tell
+from llava_steps.core.errors import ConfigError, InputError, tell
 from llava_steps.core.hardware import GPUS, Gpu
 from llava_steps.planning import cached, stages, text
 from llava_steps.planning.models import Model, model_of
@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--configfile", type=Path, action="append", default=[], help="overlay")
+    made.add_argument(
+        "--configfile", type=Path, nargs="+", action="extend", default=[], help="overlays"
+    )
     made.add_argument(
         "--gpu", choices=[*GPUS, "none"], default="H100", help="GPU; none: processes on a CPU"
     )
@@ -107,6 +109,24 @@ def lines(config: Config, given: argparse.Namespace) -> Iterator[str]:
                 model.geometry, plan.stage, plan.data, given.search, gpu, given.efficiency
             )
             yield from text.search_text(plan.stage, ranked, given.show)
+
+
+def refuse(config: Config, numbers: Container[int]) -> None:
+    """ConfigError unless the stages of these numbers can be cut as the configuration says.
+
+    Without a word where the model is not at hand yet: then training says so when it starts.
+    """
+    try:
+        model = model_of(config)
+    except InputError:
+        return
+    for stage in (config.stage1, config.stage2):
+        if stage.stage in numbers:
+            data = stages.Data.assumed(model.geometry, 200, stage.seq_length)
+            try:
+                stages.stage_plan(model.geometry, stage, data)
+            except ConfigError as error:
+                raise ConfigError(f"stage{stage.stage}: {error}") from None
 
 
 def _stage(

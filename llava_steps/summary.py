@@ -44,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--configfile", type=Path, action="append", default=[], help="overlay")
+    made.add_argument(
+        "--configfile", type=Path, nargs="+", action="extend", default=[], help="overlays"
+    )
     made.add_argument("--started", type=float, default=None, help="when the run began")
     return made
 

@@ -75,6 +75,7 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         "tokens": sum(row["tokens"] for row in rows),
         "first_loss": rows[0]["loss"],
         "last_loss": rows[-1]["loss"],
+        "computed": job.noted(),
     }
 
 

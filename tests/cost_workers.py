@@ -119,10 +119,10 @@ class Kept:
 
 
 class Saved:
-    """Bytes of the storages that autograd holds, parameters left out: now and at most."""
+    """Bytes of the storages that autograd holds, now and at most, without those to be ignored."""
 
-    def __init__(self, parameters: set[int]) -> None:
-        self._ignored, self._held, self._now, self.most = parameters, Counter[int](), 0, 0
+    def __init__(self, ignored: set[int]) -> None:
+        self._ignored, self._held, self._now, self.most = ignored, Counter[int](), 0, 0
 
     def pack(self, tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
@@ -181,6 +181,7 @@ def _keep(training: Training) -> Kept:
             freeze_vision=stage.freeze_vision,
             freeze_projector=stage.freeze_projector,
             freeze_lm=bool(stage.freeze_lm),
+            compiled=stage.compiles(cuda=False),
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
         ),
@@ -192,7 +193,11 @@ def _keep(training: Training) -> Kept:
     optimizer = Optimizer(stage, [wrapped])
     optimizer.reload_weights()
     wrapped.zero_grad_buffer()
-    saved = Saved({p.untyped_storage().data_ptr() for p in model.parameters()})
+    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+    gradients = [b.grad_data for b in buffers]
+    # What lasts: compiled layers keep the gradients that they add to.
+    ignored = [*model.parameters(), *gradients]
+    saved = Saved({t.untyped_storage().data_ptr() for t in ignored})
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, unpack):
         run_schedule(wrapped, training.rows[parallel_state.get_data_parallel_rank()], True)
     finalize_model_grads([wrapped], torch.tensor(1, dtype=torch.int))
@@ -203,10 +208,9 @@ def _keep(training: Training) -> Kept:
         states = [t for s in inner.optimizer.state.values() for t in s.values() if t.dim()]
         states += [p for group in inner.optimizer.param_groups for p in group["params"]]
     lasting = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
     return Kept(
         weights=storages(list(model.parameters()), set()),
-        gradients=storages([b.grad_data for b in buffers], set()),
+        gradients=storages(gradients, set()),
         optimizer=storages(states, lasting),
         saved=saved.most,
     )

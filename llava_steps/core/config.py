@@ -457,6 +457,12 @@ class Stage(StepConfig):
         """Whether the decoder layers have Transformer Engine's linears."""
         return self.fp8 or self.layer_spec == "te"
 
+    def compiles(self, cuda: bool) -> bool:
+        """Whether layers are compiled, on a machine with GPUs (`cuda`) or without."""
+        if self.compile != "auto":
+            return self.compile == "layers"
+        return cuda and self.precision == "bf16" and not self.not_compiled()
+
     def not_compiled(self) -> str:
         """What these settings would need for compiled layers; empty when nothing is in the way."""
         if self.tensor_model_parallel > 1:

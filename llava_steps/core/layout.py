@@ -76,6 +76,15 @@ def check_fp8(geometry: Geometry, tp: int, recipe: str) -> None:
             )
 
 
+LABELS = 128
+"""Compiled heads see a multiple of this."""
+
+
+def filled(labels: int) -> int:
+    """Positions that a compiled head sees of a row with so many labels; never none."""
+    return max(-(-labels // LABELS), 1) * LABELS
+
+
 def even_split(layers: int, chunks: int) -> tuple[int, ...]:
     """Layers of each chunk; where they cannot be equal the later ones take one less, for the last
     one has the head to carry.

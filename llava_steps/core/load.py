@@ -55,7 +55,13 @@ class Source:
 
 
 def with_overlays(overlays: Sequence[Path]) -> Config:
-    """The shipped configuration with overlays on it, as a command beside the workflow takes it."""
+    """The shipped configuration with overlays on it, as a command beside the workflow takes it.
+
+    Raises:
+        ConfigError: as `load`, or this is not the directory of the project.
+    """
+    if not SHIPPED.exists():
+        raise ConfigError(f"{SHIPPED} is not here; run this in the directory of the project")
     return load([SHIPPED, *overlays])
 
 

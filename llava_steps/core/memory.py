@@ -1,6 +1,8 @@
 """Memory of one training process by part, predicted from shapes and layout. No torch.
 
-What is kept is what the `local` layer spec keeps, layer by layer. Sizes are bytes. Temporary
+What is kept is what each kind of layer keeps for its backward pass: plain ones of the `local`
+spec, or those over the kernels of model/kernels.py (compiled, or with Transformer Engine's
+linears). Sizes are bytes. Temporary
 tensors of single kernels, the CUDA context and the buffers of communication libraries are not in
 it; `core/hardware.py` sets a share of a GPU aside for them.
 """
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llava_steps.core.costs import Sum, Trained, kv_width, parameters, q_width
 from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import even_split, pipeline_split
+from llava_steps.core.layout import even_split, filled, pipeline_split
 
 if TYPE_CHECKING:
     from llava_steps.core.config import Stage
@@ -33,10 +35,17 @@ class Layout:
     recompute: Literal["none", "core_attn", "full"] = "none"
     precision: Literal["fp32", "bf16"] = "bf16"
     cuda: bool = True
+    kernels: bool = False
+    """Layers over model/kernels.py."""
+    compiled: bool = False
+    """Layers and head compiled; or the head alone, with Transformer Engine's linears."""
+    fp8: bool = False
+    """Products of the layers in FP8."""
 
     @classmethod
     def by(cls, geometry: Geometry, stage: Stage, cuda: bool = True) -> Layout:
         """The layout of a stage; ConfigError when the model cannot be cut so."""
+        compiled = stage.compiles(cuda)
         return cls(
             stage.tensor_model_parallel,
             stage.pipeline_model_parallel,
@@ -47,6 +56,9 @@ class Layout:
             stage.recompute,
             stage.precision,
             cuda,
+            compiled or stage.transformer_engine,
+            compiled,
+            stage.fp8,
         )
 
 
@@ -109,7 +121,7 @@ def of_stage(
     # The distributed optimizer: fp32 masters (in fp32 the weights themselves) and two moments.
     states = 12 if layout.precision == "bf16" else 8
     return Memory(
-        weights=weights * size,
+        weights=weights * size + layout.fp8 * 2 * _products(g, layout, number),
         gradients=learned * 4,
         optimizer=-(-learned * states // layout.dp),
         activations=kept,
@@ -147,6 +159,12 @@ def _weights(g: Geometry, trained: Trained, layout: Layout, number: int) -> tupl
     return weights, learned
 
 
+def _products(g: Geometry, layout: Layout, number: int) -> int:
+    """Weights of a stage's layers that have an FP8 copy of each orientation."""
+    widths = 2 * q_width(g) + 2 * kv_width(g) + 3 * g.ffn
+    return stage_layers(g, layout, number) * g.hidden * widths // layout.tp
+
+
 def _layers(
     g: Geometry, trained: Trained, layout: Layout, row: Row, number: int
 ) -> tuple[int, int]:
@@ -157,6 +175,11 @@ def _layers(
     wide = row.tokens // (tp if layout.sequence_parallel else 1)
     dense = row.tokens if layout.cuda else row.samples * row.longest
     lm = trained.language_model
+    if not (lm or trained.adapters or trained.projector or trained.vision):
+        return 0, 0
+    layers = stage_layers(g, layout, number)
+    if layout.kernels:
+        return _over_kernels(g, layout, row, lm, layers, number == layout.pp - 1)
     # The output of a norm is kept by the product behind it.
     norm = _norm(g, trained, layout, row) + lm * wide * g.hidden * b
     if layout.cuda or row.samples > 1:
@@ -168,10 +191,7 @@ def _layers(
         attention = dense * ((3 * q + 3 * kv) * b + heads * 4)
     # The fused gate and up, the activated gate, up, and their product.
     mlp = row.tokens * ffn * b * (4 + lm)
-    if not (lm or trained.adapters or trained.projector or trained.vision):
-        return 0, 0
     whole = 2 * norm + attention + mlp
-    layers = stage_layers(g, layout, number)
     tables = row.tokens * 2 * g.head_dim * b
     if not layout.cuda and row.samples > 1:
         tables += 8 * (dense + row.tokens)
@@ -182,6 +202,34 @@ def _layers(
         lean = row.tokens * (2 * q + 2 * kv) * b
         return layers * (2 * norm + lean + mlp) + tables, attention
     return layers * whole + tables, 0
+
+
+def _over_kernels(
+    g: Geometry, layout: Layout, row: Row, lm: bool, layers: int, last: bool
+) -> tuple[int, int]:
+    """As `_layers`; in the last layer of a compiled model only the row's labels go on."""
+    b, tp = _bytes(layout), layout.tp
+    # What a product keeps of its input.
+    kept = lm * (1 if layout.fp8 else b)
+    q, kv, ffn = q_width(g) // tp, kv_width(g) // tp, g.ffn // tp
+    scattered = tp if layout.sequence_parallel else 1
+    wide = row.tokens // scattered
+    # A norm's input and one number a position; its output is kept by the product behind it.
+    norm = g.hidden * (b + kept) + 4
+    # The fused projection, rotated queries and keys, the result and its normalisation.
+    attention = row.tokens * ((3 * q + 3 * kv) * b + g.heads // tp * 4)
+    attention += layout.fp8 * row.tokens * q * kept
+    mlp = ffn * (2 * b + kept)  # gate and up, and their product
+    whole = wide * 2 * norm + attention + row.tokens * mlp
+    tables = row.tokens * 2 * g.head_dim * b
+    if layout.recompute == "full":
+        given = wide * g.hidden * b
+        return layers * given + tables, whole - given
+    found = layers * whole + tables
+    if last and layout.compiled:
+        found -= (row.tokens - filled(row.supervised)) * (norm + mlp)
+        found += filled(row.supervised) * q * kept
+    return found, 0
 
 
 def _front(g: Geometry, trained: Trained, layout: Layout, row: Row) -> int:
@@ -208,6 +256,10 @@ def _head(g: Geometry, trained: Trained, layout: Layout, row: Row) -> tuple[int,
     b, lm = _bytes(layout), trained.language_model
     rows = row.supervised
     selected = lm * g.hidden * b + 8 + 1 + 8
+    if layout.compiled:
+        # The logits once, and on a GPU their gradient for a moment; the final norm sees no more.
+        size, rows = b * (2 if layout.cuda else 1), filled(rows)
+        return rows * (g.hidden * b + 4), rows * (g.vocab * size + selected)
     # Softmax in fp32; on a GPU in bf16 the logits themselves are there beside it for a moment.
     passing = 2 if layout.cuda and layout.precision == "bf16" else 0
     head = rows * (g.vocab // layout.tp * (4 + passing) + selected)

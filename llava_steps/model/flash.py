@@ -13,7 +13,6 @@ if torch is asked for deterministic algorithms.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import warnings
 from functools import cache
 from typing import Any, Literal
@@ -21,35 +20,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llava_steps.core import flash4
 from llava_steps.core.errors import ConfigError
+from llava_steps.core.flash4 import Asked
 
-FA4 = "4.0.0b36"
-"""The release of flash-attn-4 that was tested."""
-HEAD_DIMS = (64, 128)
-"""Those whose gradients were compared with float64. On Hopper those of 16 are wrong, silently."""
 Kernel = Literal["torch", "fa4"]
-Asked = Literal["auto", "torch", "fa4"]
 
 
 def missing_for_fa4(head_dim: int, asked: Asked = "fa4") -> str:
     """What FlashAttention 4 lacks here to be taken when so `asked`; empty when it is taken."""
-    if head_dim not in HEAD_DIMS:
-        return f"a head_dim of {' or '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    try:
-        found = importlib.metadata.version("flash-attn-4")
-    except importlib.metadata.PackageNotFoundError:
-        return f"the package flash-attn-4=={FA4} (pip install 'llava-steps[flash]')"
-    if found != FA4:
-        return f"flash-attn-4=={FA4}, and {found} is installed"
-    if not torch.cuda.is_available():
-        return "a GPU"
-    major, minor = torch.cuda.get_device_capability()
-    # Measured and compared on Hopper alone: on Blackwell it has to be asked for.
-    able = {9: "Hopper"} if asked == "auto" else {9: "Hopper", 10: "Blackwell"}
-    if major not in able:
-        wanted = f"{' or '.join(map(str, able))} ({', '.join(able.values())})"
-        return f"compute capability {wanted}, and this GPU has {major}.{minor}"
-    return ""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return flash4.missing(head_dim, capability, asked)
 
 
 def choose(asked: Asked, head_dim: int) -> Kernel:
@@ -102,7 +83,12 @@ def attend_backward(
 
 def takes(x: Tensor) -> bool:
     """Whether a flash kernel computes on tensors like x."""
-    return x.is_cuda and x.dtype != torch.float32
+    return x.is_cuda and used(x.dtype)
+
+
+def used(dtype: torch.dtype) -> bool:
+    """Whether a flash kernel computes in `dtype` on this machine."""
+    return torch.cuda.is_available() and dtype != torch.float32
 
 
 @cache

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
+from llava_steps.core.layout import filled
 from llava_steps.model.attention import upload
 
 IGNORED = -100
-ROUND = 128
-"""Supervised positions are filled up to a multiple of this in the compiled head."""
 
 
 class Targets(NamedTuple):
@@ -36,7 +35,7 @@ def targets_of(labels: Tensor, device: torch.device, alone: bool) -> Targets:
     """From labels int64 [1, T] on the host; filled up if they are `alone`."""
     places = (labels[0] != IGNORED).nonzero().squeeze(1)
     count = places.numel()
-    fill = 0 if not alone else -count % ROUND if count else ROUND
+    fill = filled(count) - count if alone else 0
     ids = F.pad(labels[0, places], (0, fill))
     places, ids = (upload(x, device) for x in (F.pad(places, (0, fill)), ids))
     return Targets(places, ids, count, alone)

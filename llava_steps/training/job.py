@@ -6,6 +6,7 @@ import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from llava_steps.core import fsio
 from llava_steps.core.config import Stage
@@ -29,6 +30,7 @@ class Job:
     dataset: Path
     """Energon dataset."""
     fingerprint: str
+    HOW: ClassVar[str] = "how.json"
 
     def write(self, launcher: int = 0) -> Path:
         """Write the job for the workers of one launcher; returns the file."""
@@ -36,6 +38,16 @@ class Job:
         path = self.work / (f"node-{launcher:04d}.json" if launcher else FILE)
         fsio.write_json(path, values | {"stage": self.stage.model_dump()})
         return path
+
+    def note(self, **how: object) -> None:
+        """Leave how the processes compute, for the manifest; the first speaks for all."""
+        fsio.write_json(self.work / self.HOW, how)
+
+    def noted(self) -> dict[str, object]:
+        """What `note` left in the last attempt; empty when none came that far."""
+        path = self.work / self.HOW
+        found: dict[str, object] = json.loads(path.read_bytes()) if path.exists() else {}
+        return found
 
     @classmethod
     def read(cls, path: Path) -> Job:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from llava_steps.core import flash4
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.layout import pipeline_split
-from llava_steps.training import te_check
+from llava_steps.training import gpus, te_check
 
 
 def check(stage: Stage, hf_dir: Path) -> None:
@@ -18,6 +19,7 @@ def check(stage: Stage, hf_dir: Path) -> None:
     geometry = Geometry.load(hf_dir)
     pipeline_split(geometry, stage)
     te_check.check(stage, geometry)
+    check_flash(stage, geometry)
     if stage.image_token_id is not None and stage.image_token_id != geometry.image_token_id:
         raise ConfigError(
             f"--image-token-id {stage.image_token_id}: {hf_dir} has {geometry.image_token_id} for "
@@ -34,6 +36,17 @@ def check(stage: Stage, hf_dir: Path) -> None:
             f"--no-add-class-token: {hf_dir} was built with vision_feature_select_strategy full, "
             "which keeps the class token; build it with default"
         )
+
+
+def check_flash(stage: Stage, geometry: Geometry) -> None:
+    """ConfigError when FlashAttention 4 is asked for by name and a GPU here cannot have it."""
+    if stage.flash_attention != "fa4":
+        return
+    found = gpus.probe(stage.gpu_ids)
+    weakest = min(found["gpus"], default=None)
+    if lacking := flash4.missing(geometry.head_dim, weakest):
+        why = f" ({found['error']})" if "error" in found else ""
+        raise ConfigError(f"flash_attention fa4 needs {lacking}{why}; or set it to auto or torch")
 
 
 def check_trackers(stage: Stage) -> None:

@@ -23,9 +23,7 @@ Step = Callable[[Iterator[MicroBatch], Any], tuple[Tensor, Any]]
 
 def compiles(stage: Stage) -> bool:
     """Whether this training compiles its layers."""
-    if stage.compile != "auto":
-        return stage.compile == "layers"
-    return torch.cuda.is_available() and stage.precision == "bf16" and not stage.not_compiled()
+    return stage.compiles(torch.cuda.is_available())
 
 
 def row_multiple(stage: Stage) -> int:

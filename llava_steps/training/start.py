@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
 from llava_steps.core import commit
@@ -51,6 +52,14 @@ def build(job: Job, log: logging.Logger) -> list[Llava]:
         fp8=stage.fp8_recipe if stage.fp8 else None,
         flash=flash.choose(stage.flash_attention, geometry.head_dim),
     )
+    if dist.get_rank() == 0:
+        job.note(
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            flash_attention=options.flash if flash.used(options.dtype) else "none",
+            compiled=options.compiled,
+            layer_spec=options.spec,
+            fp8=options.fp8 or "none",
+        )
     if torch.cuda.is_available() and stage.precision == "bf16":
         auto = stage.flash_attention == "auto"
         lacking = flash.missing_for_fa4(geometry.head_dim, "auto") if auto else ""

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.layout import check_fp8
+from llava_steps.training.gpus import probe
 
 OLDEST = (2, 3)
 """The first Transformer Engine with both recipes."""
 CAPABILITY = (8, 9)
 """Of the first GPUs with FP8 products (Ada); FP8 by blocks begins with Hopper, (9, 0)."""
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.3'"
-PROBE = """
-import json, torch
-found = {"gpus": [torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())]}
-if found["gpus"]:
-    try:
-        import transformer_engine.pytorch
-        from importlib.metadata import version
-        found["version"] = version("transformer_engine")
-    except Exception as error:
-        found["error"] = f"{type(error).__name__}: {error}"
-print(json.dumps(found))
-"""
-"""In a process of its own: it loads torch and asks the GPUs, which the launcher never does."""
 
 
 def check(stage: Stage, geometry: Geometry) -> None:
@@ -46,20 +30,7 @@ def check(stage: Stage, geometry: Geometry) -> None:
             f"{asked} needs Transformer Engine, and the package is not installed: {INSTALL}; or "
             f"leave {asked} out"
         )
-    refuse(stage, asked, probe(stage.gpu_ids))
-
-
-def probe(gpu_ids: str) -> dict[str, Any]:
-    """What `PROBE` finds, on the GPUs of `gpu_ids` or all visible ones."""
-    chosen = {"CUDA_VISIBLE_DEVICES": gpu_ids} if gpu_ids else {}
-    ran = subprocess.run(
-        [sys.executable, "-c", PROBE], env=os.environ | chosen, capture_output=True, text=True
-    )
-    if ran.returncode:
-        last = (ran.stderr.strip() or f"exit code {ran.returncode}").splitlines()[-1]
-        return {"gpus": [], "error": last}
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
+    refuse(stage, asked, probe(stage.gpu_ids, engine=True))
 
 
 def refuse(stage: Stage, asked: str, found: dict[str, Any]) -> None:

@@ -70,8 +70,10 @@ class Training:
 
     def steps(self) -> int:
         """Steps that were reported so far."""
-        path = self.entry / "metrics.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
+        try:
+            return (self.entry / "metrics.jsonl").read_bytes().count(b"\n")
+        except FileNotFoundError:  # not there yet, or on its way from .work to its place
+            return 0
 
     def saving(self) -> bool:
         """Whether a save is under way."""

@@ -49,6 +49,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "ours-stage1": OURS | {"stage": 1},
     "ours-dp2": SPREAD | {"gpus": 2, "engine": OVERLAP},
     "ours-dp4": SPREAD | {"gpus": 4, "engine": OVERLAP},
+    "ours-dp4-late": SPREAD | {"gpus": 4},
     "ours-pp2": SPREAD | {"gpus": 2, "engine": {"pipeline_model_parallel": 2}},
     "ours-tp2": SPREAD
     | {"gpus": 2, "engine": {"tensor_model_parallel": 2, "sequence_parallel": True}},
@@ -62,9 +63,10 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """Ours as by default, uncompiled, with kernels whose sums may differ from run to run, and with the
 attention that torch ships; peer (a) eager, (b) with compiled layers. `te` and `fp8` need
-Transformer Engine. dp, pp and tp need several GPUs: dp has a global batch for each replica, "of
-peak" is of all GPUs together, memory the highest of them. A further part, `losses`, trains a small
-model 50 steps in several ways, side by side."""
+Transformer Engine. dp, pp and tp need several GPUs: dp has a global batch for each replica and
+sends gradients during the backward pass (`late`: after it); "of peak" is of all GPUs together,
+memory the highest of them. A further part, `losses`, trains a small model 50 steps in several ways,
+side by side."""
 LOSSES = {"warm": 1, "measured": 49, "lr": 1e-3, "batch": 16, "capacity": 8192, "seconds": 150}
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32", "compile": "none"},

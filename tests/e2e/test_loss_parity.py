@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests import reference
@@ -58,6 +60,8 @@ def test_losses_agree(chain: Chain, expected, stage: int, layout: str) -> None:
     rows = metrics(out)
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert sample_ids(out) == ids, "the same samples in the same global batches"
+    computed = json.loads((out / "manifest.json").read_bytes())["metrics"]["computed"]
+    assert computed["compiled"] == ("compiled" in layout) and computed["layer_spec"] == "local"
     deviations = [abs(r["loss"] - e) / e for r, e in zip(rows, losses, strict=True)]
     print(f"stage {stage} {layout}: largest relative deviation {max(deviations):.2e}")
     assert max(deviations) <= 1e-5, deviations

@@ -132,8 +132,11 @@ int ftruncate64(int fd, off64_t n) { REAL(ftruncate64); MEET(fd, NULL); return r
 int rename(const char *a, const char *b) { REAL(rename); MEET(AT_FDCWD, b); return real(a, b); }
 int renameat(int x, const char *a, int y, const char *b)
 { REAL(renameat); MEET(y, b); return real(x, a, y, b); }
-int mkdir(const char *p, mode_t m) { REAL(mkdir); MEET(AT_FDCWD, p); return real(p, m); }
-int mkdirat(int at, const char *p, mode_t m) { REAL(mkdirat); MEET(at, p); return real(at, p, m); }
+/* A directory that is there already is not made: no operation, and nobody minds why that failed. */
+int mkdirat(int at, const char *p, mode_t m)
+{ REAL(mkdirat); if (faccessat(at, p, F_OK, 0)) MEET(at, p); return real(at, p, m); }
+int mkdir(const char *p, mode_t m)
+{ REAL(mkdir); if (access(p, F_OK)) MEET(AT_FDCWD, p); return real(p, m); }
 int unlink(const char *p) { REAL(unlink); MEET(AT_FDCWD, p); return real(p); }
 int unlinkat(int at, const char *p, int f) { REAL(unlinkat); MEET(at, p); return real(at, p, f); }
 int rmdir(const char *p) { REAL(rmdir); MEET(AT_FDCWD, p); return real(p); }

@@ -31,3 +31,12 @@ def test_gradients(tmp_path: Path, precision: str, bar: float) -> None:
         assert graphs == (3 if compiled else 0)
         found[compiled] = gradient
     assert found[True] <= 1.2 * found[False], "compiled layers are as near as the others"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_in_bf16_with_usual_weights(tmp_path: Path, compiled: bool) -> None:
+    from tests import fast_model
+
+    loss, gradient, _ = fast_model.compare(tmp_path, "bf16", compiled, usual=True)
+    print(f"bf16 {compiled}: loss {loss:.2e}, gradient {gradient:.2e}")
+    assert loss <= 1e-3 and gradient <= 1e-2

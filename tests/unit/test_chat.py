@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -83,8 +84,9 @@ def test_white_space_at_the_ends_is_left_out() -> None:
 
 
 def test_the_page_answers_and_stays_on_this_machine(
-    directory: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    directory: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     opened: dict[str, Any] = {}
 
     class Interface:
@@ -95,11 +97,17 @@ def test_the_page_answers_and_stays_on_this_machine(
             opened.update(options)
 
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(ChatInterface=Interface))
-    assert chat.main([str(directory), "--page", "--port=7000", "--max-new-tokens=12"]) == 0
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for wrong, said in ((port, "in use"), (99999, "give one from 1")):
+            assert chat.main([str(directory), "--page", f"--port={wrong}"]) == ConfigError.exit_code
+            assert f"--port {wrong}: " in (told := capsys.readouterr().err) and said in told
+    assert chat.main([str(directory), "--page", f"--port={port}", "--max-new-tokens=12"]) == 0
+    assert f"http://127.0.0.1:{port} answers" in capsys.readouterr().out
     assert opened["server_name"] == "127.0.0.1" and opened["share"] is False
-    assert opened["server_port"] == 7000 and opened["multimodal"] is True
-    said: Iterator[str] = opened["reply"]({"text": "What?", "files": [str(images[0])]}, [])
-    grown = list(said)
+    assert opened["server_port"] == port and opened["multimodal"] is True
+    answers: Iterator[str] = opened["reply"]({"text": "What?", "files": [str(images[0])]}, [])
+    grown = list(answers)
     expected = "".join(chat.answer(directory, images[:1], "What?", 12))
     assert grown[-1] == expected and all(b.startswith(a) for a, b in pairwise(grown))
     assert "stands for an image" in next(opened["reply"]({"text": "<image>", "files": []}, []))

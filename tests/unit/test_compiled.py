@@ -120,6 +120,12 @@ def test_a_compiled_model_has_the_gradients_of_transformers(tmp_path: Path) -> N
     assert graphs == 3, "layers, tower and head, whatever the lengths"
 
 
+def test_gradients_in_bf16(tmp_path: Path) -> None:
+    loss, gradient, _ = fast_model.compare(tmp_path, "bf16", compiled=True, usual=True)
+    print(f"bf16: loss {loss:.1e}, gradient {gradient:.1e}")
+    assert loss <= 1e-3 and gradient <= 1e-2
+
+
 def test_the_fused_optimizer_clips_and_updates_as_the_other(tmp_path: Path) -> None:
     fast_model.command("updates", tmp_path)
     plain, fused = (load_file(tmp_path / f"{kind}.safetensors") for kind in ("plain", "fused"))

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 torch = pytest.importorskip("torch")
 
+from llava_steps.core import flash4  # noqa: E402
 from llava_steps.core.config import Stage  # noqa: E402
 from llava_steps.core.errors import ConfigError  # noqa: E402
 from llava_steps.model import flash, kernels  # noqa: E402
@@ -37,7 +38,7 @@ def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    installed(flash.FA4)
+    installed(flash4.VERSION)
     assert flash.choose("auto", 128) == "fa4" and flash.choose("torch", 128) == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     assert flash.choose("auto", 128) == "torch" and flash.choose("fa4", 128) == "fa4"
@@ -48,8 +49,8 @@ def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, capability, head_dim, wanted in (
         (None, (9, 0), 128, "pip install"),
         ("4.0.0b1", (9, 0), 128, "4.0.0b1 is installed"),
-        (flash.FA4, (8, 0), 128, "this GPU has 8.0"),
-        (flash.FA4, (9, 0), 16, "not 16"),
+        (flash4.VERSION, (8, 0), 128, "this GPU has 8.0"),
+        (flash4.VERSION, (9, 0), 16, "not 16"),
     ):
         installed(version)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)

@@ -66,6 +66,25 @@ def test_files_that_are_no_configuration(
     assert code == ConfigError.exit_code and line.startswith(f"{name}: ") and message in line
 
 
+@pytest.mark.parametrize("module", [plan, doctor, summary])
+def test_another_directory(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, line = said(capsys, module)
+    assert code == ConfigError.exit_code
+    assert "config/config.yaml is not here; run this in the directory of the project" in line
+
+
+def test_a_model_whose_store_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").symlink_to("../store/hf_export/0/config.json")
+    code, line = said(capsys, chat, str(tmp_path), "What?")
+    assert code == InputError.exit_code and "hf_export/0/config.json, which is gone" in line
+
+
 @pytest.mark.parametrize(
     "flags",
     ["--search=0", "--search=-3", "--show=0", "--text-tokens=-5", "--efficiency=nan",

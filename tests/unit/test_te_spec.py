@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from llava_steps.core import flash4
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
@@ -18,7 +19,7 @@ cpu_shim.install()
 
 from llava_steps.model.lora import Lora  # noqa: E402
 from llava_steps.model.options import ModelOptions, transformer_config  # noqa: E402
-from llava_steps.training import rows, te_check  # noqa: E402
+from llava_steps.training import gpus, preflight, rows, te_check  # noqa: E402
 from tests import fast_model  # noqa: E402
 from tests.dist_helpers import spawn  # noqa: E402
 from tests.model_fixtures import config_of  # noqa: E402
@@ -62,7 +63,37 @@ def test_what_the_machine_lacks(
 
 
 def test_the_probe_answers_without_a_gpu() -> None:
-    assert te_check.probe("") == {"gpus": []}
+    assert gpus.probe("", engine=True) == gpus.probe("") == {"gpus": []}
+
+
+def test_a_probe_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "PROBE", "import time; time.sleep(600)  # %(engine)r")
+    found = gpus.probe("", limit=0.1)
+    with pytest.raises(ConfigError, match=r"torch did not answer within 0.1 seconds\); leave fp8"):
+        te_check.refuse(Stage(fp8=True), "fp8", found)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"gpus": []}, "fa4 needs a GPU; or set it to auto or torch"),
+        ({"gpus": [], "error": "no torch"}, r"fa4 needs a GPU \(no torch\); or set"),
+        ({"gpus": [[9, 0], [8, 0]]}, "Blackwell.*, and this GPU has 8.0"),
+    ],
+)
+def test_flash_attention_4_by_name_is_refused_before_any_process_starts(
+    found: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: flash4.VERSION)
+    monkeypatch.setattr(gpus, "probe", lambda gpu_ids: found)
+    asked, able = Stage(flash_attention="fa4"), replace(GEOMETRY, head_dim=64)
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_flash(asked, able)
+    with pytest.raises(ConfigError, match="head_dim of 64 or 128, not 32"):
+        preflight.check_flash(asked, replace(GEOMETRY, head_dim=32))
+    preflight.check_flash(Stage(), able)
+    monkeypatch.setattr(gpus, "probe", lambda gpu_ids: H200)
+    preflight.check_flash(asked, able)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,3 +210,24 @@ def test_the_plan_says_what_a_result_no_longer_reads(finished: Project) -> None:
             shutil.rmtree(entry)
     text = finished.snakemake("-n", "--cores", "1")
     assert re.search(r"run +report +changed: llm_jp_eval_mm is not read any more\n", text)
+
+
+def test_files_are_named_behind_one_configfile(fresh: Project) -> None:
+    """Of two, Snakemake would take the second alone."""
+    files = [
+        fresh.overlay("stage2: {lr: 3.0e-4}\n", "a.yaml"),
+        fresh.overlay("stage2: {warmup_steps: 7}\n", "b.yaml"),
+    ]
+    twice = ("-n", "--cores", "1", "--configfile", files[0], "--configfile", files[1])
+    assert "--configfile is there twice" in fresh.snakemake(*twice, code=1)
+    text = fresh.snakemake("-n", "--cores", "1", "--configfile", *files)
+    assert "--lr=0.0003" in text and "--warmup-steps=7" in text
+
+
+def test_a_layout_of_stage_2_that_cannot_be_is_told_before_stage_1(fresh: Project) -> None:
+    overlay = fresh.overlay("stage2: {gpus: 16, tensor_model_parallel: 8}\n")
+    arguments = ("--cores", "2", "--configfile", overlay)
+    text = fresh.snakemake(*arguments, code=1)
+    assert "stage2: tensor_model_parallel 8 does not divide num_attention_heads 4" in text
+    assert fresh.calls() == []
+    assert fresh.snakemake("stage1_checkpoint", *arguments)

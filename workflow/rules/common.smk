@@ -25,6 +25,12 @@ def configuration():
         raise ConfigError(
             "--replace-workflow-config is not supported; put `standalone: true` into your file"
         )
+    told = [word.partition("=")[0] for word in sys.argv].count("--configfile")
+    if told > 1 and workflow.is_main_process:
+        raise ConfigError(
+            "--configfile is there twice, of which Snakemake would take the last alone; name all "
+            "files behind one: --configfile a.yaml b.yaml"
+        )
     overlays = [*workflow.overwrite_configfiles]
     shipped = [file for file in workflow.configfiles if file not in overlays]
     return load.load([*shipped, *overlays], workflow.config_settings.config)
@@ -165,6 +171,17 @@ def refuse_nodes_without_slurm():
         )
 
 
+def refuse_layouts():
+    """What stage 2 could not be cut into is told before stage 1 has cost its time."""
+    from llava_steps import plan
+
+    running = {job.rule.name for job in workflow.dag.needrun_jobs()}
+    try:
+        plan.refuse(cfg, [n for n in (1, 2) if f"stage{n}_checkpoint" in running])
+    except StepError as error:
+        raise WorkflowError(str(error)) from None
+
+
 def hold_run():
     """One run of a name at a time: what a run shows must not change under its own steps."""
     place = Path(cfg.results, cfg.run, ".work")
@@ -259,6 +276,7 @@ onstart:
     if workflow.is_main_process:
         refuse_host_for_image()
         refuse_nodes_without_slurm()
+        refuse_layouts()
         hold_run()
         wait_for_jobs()
         request_forced()

@@ -1,8 +1,9 @@
-"""A Python that the project is not installed for says so in one line."""
+"""What ends a command and is no mistake in its code ends it without a traceback."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,30 @@ def test_a_command_names_the_environment(command: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("No module named '") and f"for {sys.executable}; use the" in line
+
+
+def test_a_reader_that_goes_away_is_no_news(tmp_path: Path) -> None:
+    line = [sys.executable, "-u", "-m", "llava_steps.completion", "bash"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        line, cwd=tmp_path, env=env, stdout=writes, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writes)
+    assert done.returncode == 1 and done.stderr == ""
+
+
+def test_ctrl_c_is_no_news() -> None:
+    script = (
+        "import os, signal, sys; sys.argv[0] = '-m'\n"
+        "import llava_steps\n"
+        "os.kill(os.getpid(), signal.SIGINT)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    bare = [sys.executable, "-c", script]
+    done = subprocess.run(bare, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
 def test_what_a_mistake_in_the_code_ends_with_stays() -> None:

@@ -1,0 +1,48 @@
+"""The GPUs of this machine, as torch sees them, asked in a process of its own.
+
+The launcher of a training never loads torch and never touches a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+LIMIT = 300
+"""Seconds: torch and Transformer Engine may have to come over a network."""
+PROBE = """
+import json, torch
+found = {"gpus": [torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())]}
+if found["gpus"] and %(engine)r:
+    try:
+        import transformer_engine.pytorch
+        from importlib.metadata import version
+        found["version"] = version("transformer_engine")
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
+
+
+def probe(gpu_ids: str, engine: bool = False, limit: float = LIMIT) -> dict[str, Any]:
+    """`gpus`: the compute capability of each of `gpu_ids`, or of all visible ones.
+
+    With `engine` also the `version` of Transformer Engine. `error` says why something is missing;
+    an answer that does not come within `limit` seconds is one.
+    """
+    chosen = {"CUDA_VISIBLE_DEVICES": gpu_ids} if gpu_ids else {}
+    line = [sys.executable, "-c", PROBE % {"engine": engine}]
+    try:
+        ran = subprocess.run(
+            line, env=os.environ | chosen, capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return {"gpus": [], "error": f"torch did not answer within {limit:g} seconds"}
+    if ran.returncode:
+        last = (ran.stderr.strip() or f"exit code {ran.returncode}").splitlines()[-1]
+        return {"gpus": [], "error": last}
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
