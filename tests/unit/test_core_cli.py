@@ -23,6 +23,7 @@ MODELS = [
 ]
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+text = text.filter(lambda found: found != "--")  # refused, see below
 number = st.floats(min_value=1e-300, max_value=1e300)
 
 
@@ -52,6 +53,11 @@ def test_numbers_and_switches_survive(lr: float, seed: int, switch: bool, split:
         config.HfModel(vision_tower="a", text_model="b", vision_feature_layer=-seed),
     ):
         assert cli.parse(type(given_), cli.flags(given_)) == given_
+
+
+def test_two_dashes_alone_are_refused() -> None:
+    with pytest.raises(ConfigError, match="name: '--' alone is dropped by argparse"):
+        cli.flags(config.Stage(name="--"))
 
 
 def test_defaults_are_left_out_and_one_word_per_flag() -> None:
