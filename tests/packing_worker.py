@@ -11,7 +11,8 @@ from llava_steps.core.commit import latest_commit
 from llava_steps.core.geometry import Geometry
 from llava_steps.data.loader import TrainLoader
 from llava_steps.model.checkpoint import load_weights
-from llava_steps.model.llava import IGNORED, build_llava
+from llava_steps.model.head import IGNORED
+from llava_steps.model.llava import build_llava
 from llava_steps.model.options import ModelOptions
 from tests.dist_helpers import model_parallel
 
