@@ -2,9 +2,8 @@
 
 What is kept is what each kind of layer keeps for its backward pass: plain ones of the `local`
 spec, or those over the kernels of model/kernels.py (compiled, or with Transformer Engine's
-linears). Sizes are bytes. Temporary
-tensors of single kernels, the CUDA context and the buffers of communication libraries are not in
-it; `core/hardware.py` sets a share of a GPU aside for them.
+linears). Sizes are bytes. Temporary tensors of single kernels, the CUDA context and the buffers of
+communication libraries are not in it; `core/hardware.py` sets a share of a GPU aside for them.
 """
 
 from __future__ import annotations

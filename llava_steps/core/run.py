@@ -191,12 +191,10 @@ def _evaluate(
     name, slice_, inputs, code, print_ = identify(step, module, config, known, image)
     entry = root / name / print_
     work = entry / store.WORK
-    if step.follows(config):
-        _follow(
-            step, module, config, entry, inputs, given["force"] or (out / FORCE_REQUEST).exists()
-        )
-        return
     forced = given["force"] or (out / FORCE_REQUEST).exists()
+    if step.follows(config):
+        _follow(step, module, config, entry, inputs, forced)
+        return
     whole = step.whole(config)
     if whole is not None and not (forced or entry.exists()):
         contents = {key: item.digest for key, item in inputs.items()}
@@ -205,7 +203,7 @@ def _evaluate(
             store.publish(root / name / found, out)
             log.info("%s %s, the whole, is there already; no share of it is needed", name, found)
             return
-    _take_aside(entry, out, given["force"])
+    _take_aside(entry, out, forced)
     (work / "logs").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if not (entry / store.MANIFEST).exists():
@@ -328,13 +326,12 @@ def _follow(
 
 def _take_aside(entry: Path, out: Path, force: bool) -> None:
     """Set a finished value aside when asked to compute it again; an unfinished one resumes."""
-    request = out / FORCE_REQUEST
-    if (force or request.exists()) and (entry / store.MANIFEST).exists():
+    if force and (entry / store.MANIFEST).exists():
         number = 1
         while (aside := entry.with_name(f"{entry.name}.replaced-{number}")).exists():
             number += 1
         os.rename(entry, aside)
-    request.unlink(missing_ok=True)
+    (out / FORCE_REQUEST).unlink(missing_ok=True)
 
 
 def _inputs(step: Step[C], config: C, digests: Digests) -> dict[str, Input]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.orphan import die_with_parent
 
 TAIL = 12
 """Lines of a harness's output that an error shows."""
-_PR_SET_PDEATHSIG = 1
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PACKAGES = {"lmms_eval": "lmms_eval", "llm_jp_eval_mm": "eval_mm"}
 """Section of the configuration -> package."""
@@ -103,11 +102,6 @@ def run(
     Raises:
         InputError: it failed; the message ends with its last lines.
     """
-    libc = ctypes.CDLL(None)
-
-    def follow() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
     with log.open("wb") as file:
         process = subprocess.Popen(
             [harness.python, *arguments],
@@ -116,7 +110,7 @@ def run(
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=follow,
+            preexec_fn=die_with_parent,
         )
         try:
             code = process.wait()

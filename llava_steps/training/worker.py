@@ -5,21 +5,18 @@ Started by `launch`. Ends with the exit code of the error it met, after leaving 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 from llava_steps.core.errors import StepError, of_surroundings
 from llava_steps.core.log import ignore_known_warnings, logger
+from llava_steps.core.orphan import die_with_parent
 from llava_steps.training.job import Failure, Job
 from llava_steps.training.stop import StopRequest
 from llava_steps.training.watch import Beat
-
-PR_SET_PDEATHSIG = 1
 
 
 def follow_launcher() -> None:
@@ -27,9 +24,7 @@ def follow_launcher() -> None:
 
     An orphan would train on beside the attempt that takes over its store entry.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    die_with_parent()
     if os.getppid() != int(os.environ["LLAVA_STEPS_LAUNCHER"]):
         sys.exit("the launcher is gone already")
 

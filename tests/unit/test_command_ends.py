@@ -35,26 +35,19 @@ def test_a_reader_that_goes_away_is_no_news(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr == ""
 
 
-def test_ctrl_c_is_no_news() -> None:
-    script = (
-        "import os, signal, sys; sys.argv[0] = '-m'\n"
-        "import llava_steps\n"
-        "os.kill(os.getpid(), signal.SIGINT)"
-    )
+def ended(*lines: str) -> subprocess.CompletedProcess[str]:
+    """How a command ends that does `lines` once the package is imported."""
+    script = "\n".join(("import os, signal, sys; sys.argv[0] = '-m'", "import llava_steps", *lines))
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     bare = [sys.executable, "-c", script]
-    done = subprocess.run(bare, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(bare, env=env, capture_output=True, text=True, check=False)
+
+
+def test_ctrl_c_is_no_news() -> None:
+    done = ended("os.kill(os.getpid(), signal.SIGINT)")
     assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
 def test_what_a_mistake_in_the_code_ends_with_stays() -> None:
-    script = (
-        "import sys; sys.argv[0] = '-m'\n"
-        "import llava_steps\n"
-        "assert sys.excepthook is not sys.__excepthook__\n"
-        "import llava_steps.nothing"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    bare = [sys.executable, "-c", script]
-    done = subprocess.run(bare, env=env, capture_output=True, text=True, check=False)
+    done = ended("assert sys.excepthook is not sys.__excepthook__", "import llava_steps.nothing")
     assert "Traceback" in done.stderr and "llava_steps.nothing" in done.stderr
