@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import pkgutil
 import shlex
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import llava_steps
-from llava_steps.core import run
+from llava_steps.core import cli, run
 
 PYTHONS = ("python", "python3", *(f"python3.{minor}" for minor in range(11, 15)))
 
@@ -40,12 +38,6 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("shell", choices=["bash", "zsh"], help="who is to read the script")
     return made
-
-
-def commands() -> list[str]:
-    """The modules that `python -m` runs."""
-    found = pkgutil.iter_modules(llava_steps.__path__, f"{llava_steps.__name__}.")
-    return [module.name for module in found if not module.ispkg]
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -77,7 +69,7 @@ def arguments_of(made: argparse.ArgumentParser) -> Iterator[Argument]:
 def script(shell: str) -> str:
     """The script for `bash` or `zsh`."""
     flags, values = [], []
-    for command in commands():
+    for command in cli.commands():
         found = list(arguments_of(parser_of(command)))
         words = " ".join(flag for argument in found for flag in argument.flags)
         flags.append(f"    {command}) echo {shlex.quote(words)} ;;")
@@ -86,7 +78,7 @@ def script(shell: str) -> str:
                 keys = "|".join(f'"{command} {flag}"' for flag in argument.flags or ("",))
                 values.append(f"    {keys}) echo {shlex.quote(' '.join(argument.choices))} ;;")
     parts = {
-        "@MODULES@": " ".join(commands()),
+        "@MODULES@": " ".join(cli.commands()),
         "@FLAGS@": "\n".join(flags),
         "@VALUES@": "\n".join(values),
         "@PYTHONS@": " ".join(PYTHONS),

@@ -1,11 +1,12 @@
-"""python -m llava_steps.train --stage 2 --tp 2 --megatron-load-dir results/demo/stage1_checkpoint
---tokenizer-load-dir results/demo/hf_model --data-path results/demo/energon_dataset
---save-dir results/demo/stage2_checkpoint
+"""Train one stage: 1 for the projector, 2 for projector and language model.
 
-Trains one stage: 1 for the projector, 2 for projector and language model. An interrupted training
-goes on from its last checkpoint when it is started again with the same settings. SIGTERM saves
-and ends with exit code 75. Progress: metrics.jsonl in the store entry, linked as `work` in
---save-dir while it runs.
+    python -m llava_steps.train --stage 2 --tp 2 --save-dir results/demo/stage2_checkpoint \\
+        --megatron-load-dir results/demo/stage1_checkpoint \\
+        --tokenizer-load-dir results/demo/hf_model --data-path results/demo/energon_dataset
+
+An interrupted training goes on from its last checkpoint when it is started again with the same
+settings. SIGTERM saves and ends with exit code 75. Progress: metrics.jsonl in the store entry,
+linked as `work` in --save-dir while it runs.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps import completion
+from llava_steps.core import cli
 from llava_steps.core.pipeline import MODULES
 
 ROOT = Path(__file__).parents[2]
@@ -64,14 +65,14 @@ def in_help(command: str) -> list[tuple[set[str], set[str]]]:
 
 
 def test_every_command_is_offered(script: Path) -> None:
-    commands = completion.commands()
+    commands = cli.commands()
     assert set(MODULES.values()) <= set(commands) and "llava_steps.plan" in commands
     assert offered(script, "python", "-m", "llava_steps.") == commands
     assert offered(script, "python", "-m", "llava_steps.tr") == ["llava_steps.train"]
     assert offered(script, ".venv/bin/python", "-X", "dev", "-m", "llava_steps") == commands
 
 
-@pytest.mark.parametrize("command", completion.commands())
+@pytest.mark.parametrize("command", cli.commands())
 def test_a_command_runs_and_has_the_flags_of_its_help(script: Path, command: str) -> None:
     assert "__main__" in (ROOT / f"{command.replace('.', '/')}.py").read_text()
     explained = in_help(command)

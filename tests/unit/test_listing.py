@@ -1,0 +1,27 @@
+"""`python -m llava_steps` names every command, steps first and in their order."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_steps.core.pipeline import MODULES
+
+PACKAGE = Path(__file__).parents[2] / "llava_steps"
+
+
+@pytest.mark.parametrize("flags", [(), ("--help",)])
+def test_every_command_with_its_first_sentence(flags: tuple[str, ...]) -> None:
+    line = [sys.executable, "-m", "llava_steps", *flags]
+    told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    named = dict(re.findall(r"^  (\w+) +(\S.*)$", told, flags=re.M))
+    there = {path.stem for path in PACKAGE.glob("[!_]*.py")}
+    assert set(named) == there
+    steps = [module.rpartition(".")[2] for module in dict.fromkeys(MODULES.values())]
+    assert list(named)[: len(steps)] == steps
+    for name, sentence in named.items():
+        assert (PACKAGE / f"{name}.py").read_text().startswith(f'"""{sentence}\n'), name
