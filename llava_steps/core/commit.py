@@ -87,14 +87,19 @@ def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
     return info
 
 
+def iterations(root: Path) -> list[tuple[int, Path]]:
+    """All `iter_*` of `root` as (iteration, path), oldest first.
+
+    One without a marker is what `prune` was killed at, if a committed one is newer. Otherwise it
+    has lost its marker, for it got its name with one.
+    """
+    matches = [(_ITERATION.match(p.name), p) for p in (root.iterdir() if root.is_dir() else ())]
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
 def committed(root: Path) -> list[tuple[int, Path]]:
-    """Committed `iter_*` directories of `root` as (iteration, path), oldest first."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = _ITERATION.match(path.name)
-        if match and (path / MARKER).is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
+    """Those of `iterations` that have their marker."""
+    return [(number, path) for number, path in iterations(root) if (path / MARKER).is_file()]
 
 
 def latest_commit(root: Path) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -72,12 +72,15 @@ class Failure:
     def write(self, work: Path) -> None:
         """Keep the first report of an attempt; later ones are consequences.
 
-        On a full disk there is no report; the exit code still tells the kind of error.
+        On a full disk there is no report; then it is said here, and the exit code still tells the
+        kind of error.
         """
         path = work / self.FILE
         if not path.exists():
-            with contextlib.suppress(OSError):
+            try:
                 fsio.write_json(path, asdict(self))
+            except OSError:
+                print(f"rank {self.rank}: {self.message}", file=sys.stderr)
 
     @classmethod
     def forget(cls, work: Path) -> None:

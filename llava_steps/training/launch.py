@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from llava_steps.core.config import Stage
-from llava_steps.core.errors import BY_CODE, StepError, StoppedError
+from llava_steps.core.errors import BY_CODE, StepError
 from llava_steps.training.job import Failure, Job
 from llava_steps.training.nodes import (
     LISTENING,
@@ -31,7 +31,7 @@ from llava_steps.training.nodes import (
     Place,
     interface_environment,
 )
-from llava_steps.training.stop import SIGNALS
+from llava_steps.training.stop import SIGNALS, held_back
 from llava_steps.training.watch import BEATS, Watch
 
 GRACE = 10.0
@@ -51,20 +51,22 @@ def launch(job: Job, party: Party | None = None) -> None:
         Failure.forget(job.work)
     path = job.write(place.index)
     with _scratch(job.work, place.index) as scratch, _Forward() as forward:
-        workers = [
-            forward.add(
-                subprocess.Popen(
-                    [sys.executable, "-m", "llava_steps.training.worker", str(path)],
-                    env=_environment(stage, party, number, scratch),
-                    pass_fds=[] if party.socket is None or number else [party.socket.fileno()],
+        # A worker that does not listen yet finds a stop waiting for it, instead of dying of it.
+        with held_back():
+            workers = [
+                forward.add(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "llava_steps.training.worker", str(path)],
+                        env=_environment(stage, party, number, scratch),
+                        pass_fds=[] if party.socket is None or number else [party.socket.fileno()],
+                    )
                 )
-            )
-            for number in range(place.workers)
-        ]
+                for number in range(place.workers)
+            ]
         watch = Watch(scratch, workers, (stage.stall_timeout, stage.io_timeout), place.first)
         codes = _wait(workers, watch, job.work / "logs", party)
     if any(codes) or party.others_failed():
-        raise _error(job.work, codes, forward.asked, party)
+        raise _error(job.work, codes, party)
 
 
 @contextlib.contextmanager
@@ -175,7 +177,7 @@ def _kill(workers: list[subprocess.Popen[bytes]]) -> None:
             worker.wait()
 
 
-def _error(work: Path, codes: list[int], asked: bool, party: Party) -> StepError:
+def _error(work: Path, codes: list[int], party: Party) -> StepError:
     """Why the job failed: a lost node, else the first report, else what is known of the ends."""
     unclear = party.place.count > 1 and any(code == 1 or code < 0 for code in codes)
     until = time.monotonic() + (HEAR if unclear else 0.0)
@@ -190,8 +192,6 @@ def _error(work: Path, codes: list[int], asked: bool, party: Party) -> StepError
     if other is not None:
         return other
     rank, code = next((r, c) for r, c in enumerate(codes, party.place.first) if c)
-    if asked and code == -signal.SIGTERM:
-        return StoppedError("stopped by a signal while the workers started; run me again")
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     kind = BY_CODE.get(code, StepError)
     return kind(

@@ -67,7 +67,8 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
         stop.set_aside(time.monotonic() - began)
         log.info("saved %s" if not stage.async_save else "committing %s", path.name)
 
-    with reports, commits:
+    # Behind the last step the last commit and the trackers are waited for.
+    with reports, commits, beat.ending():
         saved = done.step
         while done.step < stage.train_steps and not parallel.on_any_rank(stop.requested):
             began = time.monotonic()

@@ -7,9 +7,12 @@ that each data-parallel replica consumed.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +37,50 @@ class Lines:
         kept = []
         if path.exists():
             for line in path.read_bytes().splitlines(keepends=True):
-                # A killed writer may leave half a line at the end; its step is done again.
-                if not line.endswith(b"\n") or json.loads(line)["step"] >= start:
+                if not line.endswith(b"\n") or _step(line) >= start:
                     break
                 kept.append(line)
         fsio.write_bytes(path, b"".join(kept))
-        self._file = path.open("a")
+        # Unbuffered: what a full disk did not take must not be tried again when it is closed.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line; visible to readers at once."""
-        self._file.write(fsio.dump_json(row, indent=None))
-        self._file.flush()
+        rest = memoryview(fsio.dump_json(row, indent=None).encode())
+        with self._named():
+            while rest:  # a disk that is nearly full takes a part of it
+                rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
         """Put all lines on stable storage."""
-        os.fsync(self._file.fileno())
+        with self._named():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flush, sync and close."""
-        self.sync()
-        self._file.close()
+        """Sync and close."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Of a failed write the system does not say where; whoever has to make room wants to."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or self._file.name
+            raise
+
+
+def _step(line: bytes) -> float:
+    """The step of a line. What a killed writer or a lost machine left in the place of one that was
+    not on the disk yet is of no step that is done.
+    """
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class Speed:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -57,6 +59,11 @@ def sample_line(step: int, batch: list[MicroBatch]) -> dict[str, Any]:
     }
 
 
+def finite(row: Mapping[str, float]) -> dict[str, float | None]:
+    """What JSON can say of it: of a weight that is not finite the loss on held-out data is none."""
+    return {key: value if math.isfinite(value) else None for key, value in row.items()}
+
+
 class Reports:
     """Metrics, sample ids, tracker and progress of a training; a context manager."""
 
@@ -86,9 +93,10 @@ class Reports:
     def __exit__(self, *error: Any) -> None:
         if self._progress:
             self._progress.__exit__(*error)
-        for part in (self._samples, self._metrics, self._answers, self._trackers):
-            if part:
-                part.close()
+        with contextlib.ExitStack() as stack:  # each is closed, whatever becomes of the others
+            for part in (self._trackers, self._answers, self._metrics, self._samples):
+                if part:
+                    stack.callback(part.close)
 
     def sync(self) -> None:
         """Have all lines on stable storage before a checkpoint says that their steps are done."""
@@ -109,9 +117,12 @@ class Reports:
         """Report a step that left the weights as they were, and what validation saw after it."""
         if self._samples:
             self._samples.write(sample_line(step, batch))
-        if self._metrics and self._progress:
-            self._metrics.write({"step": step, "skipped": reason} | seen)
-            self._progress.advance(1, due=(step + 1) % self._interval == 0)
+        if self._metrics and self._trackers and self._progress:
+            row: dict[str, Any] = {"step": step, "skipped": reason, **finite(seen)}
+            self._metrics.write(row)
+            if seen:
+                self._trackers.write(row)
+            self._advance(step, f"skipped: {reason}", seen)
 
     def update(
         self, step: int, sums: Sums, batch: list[MicroBatch], seconds: float, more: dict[str, float]
@@ -121,18 +132,21 @@ class Reports:
             self._samples.write(sample_line(step, batch))
         if not (self._metrics and self._trackers and self._progress and self._speed):
             return
-        row = {"step": step, "loss": sums.mean, "loss_hex": sums.mean.hex()}
-        row |= self._speed(sums, seconds) | more
+        row: dict[str, Any] = {"step": step, "loss": sums.mean, "loss_hex": sums.mean.hex()}
+        row |= self._speed(sums, seconds) | finite(more)
         if self._datasets:
             row["loss_by_dataset"] = sums.by_dataset
         self._metrics.write(row)
         self._trackers.write(row)
+        note = f"loss {sums.mean:.4f}, lr {row['lr']:.2e}, {row['tokens_per_s']:.0f} tokens/s"
+        note += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        self._advance(step, note, more)
+
+    def _advance(self, step: int, note: str, seen: Mapping[str, float]) -> None:
+        """One step more on the progress line: its note where one is due, and what was validated."""
+        assert self._progress
         due = (step + 1) % self._interval == 0
-        note = ""
-        if due:
-            note = f"loss {sums.mean:.4f}, lr {row['lr']:.2e}, {row['tokens_per_s']:.0f} tokens/s"
-            note += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
-        if "val_loss" in row:
-            note += f", val loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.3f}"
-            note, due = note.removeprefix(", "), True
-        self._progress.advance(1, note, due)
+        notes = [note] if due else []
+        if "val_loss" in seen:
+            notes += [f"val loss {seen['val_loss']:.4f}, accuracy {seen['val_accuracy']:.3f}"]
+        self._progress.advance(1, ", ".join(notes), due or "val_loss" in seen)

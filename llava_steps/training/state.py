@@ -28,7 +28,7 @@ from torch import Tensor
 
 from llava_steps.core import commit, fsio
 from llava_steps.core.config import Stage
-from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.core.errors import InputError, IntegrityError, StepError
 from llava_steps.model.checkpoint import (
     load_weights,
     save_sharded,
@@ -133,11 +133,11 @@ def find(root: Path, log: logging.Logger) -> Path | None:
 
 
 def _newest_valid(root: Path, log: logging.Logger) -> Path | None:
-    damaged: list[tuple[Path, IntegrityError]] = []
-    for _, path in reversed(commit.committed(root)):
+    damaged: list[tuple[Path, StepError]] = []
+    for _, path in reversed(commit.iterations(root)):
         try:
             commit.read_commit(path)
-        except IntegrityError as error:
+        except (IntegrityError, InputError) as error:  # the second: its marker is lost
             damaged.append((path, error))
             continue
         for bad, reason in damaged:

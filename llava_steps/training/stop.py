@@ -5,11 +5,23 @@ Imports nothing heavy: a worker listens from its first moment on, before torch i
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
+from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """While it lasts these signals wait; for processes started meanwhile until they listen."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopRequest:
@@ -23,6 +35,8 @@ class StopRequest:
         self._aside = 0.0
         for number in SIGNALS:
             signal.signal(number, self._request)
+        # What was held back since this process was started comes now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _request(self, number: int, frame: object) -> None:
         self.signalled = True

@@ -106,7 +106,7 @@ class TensorBoard:
     def open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._place), purge_step=self._start or None)
+        self._writer = SummaryWriter(str(self._place), purge_step=self._start)
         text = "".join(f"    {key}: {value}\n" for key, value in self._settings.items())
         self._writer.add_text("settings", text, self._start)
 

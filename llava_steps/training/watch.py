@@ -52,6 +52,15 @@ class Beat:
         finally:
             self._end("busy")
 
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """What comes behind it may take long without a beat, to the end of this process."""
+        try:
+            yield
+        finally:
+            self._tasks.add("end")
+            self._busy.touch()
+
     def _end(self, task: str) -> None:
         self()
         self._tasks.discard(task)

@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from llava_steps.core.errors import StepError, of_surroundings
+from llava_steps.core.errors import StepError, StoppedError, of_surroundings
 from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.core.orphan import die_with_parent
 from llava_steps.training.job import Failure, Job
@@ -29,6 +29,15 @@ def follow_launcher() -> None:
         sys.exit("the launcher is gone already")
 
 
+def leave_if_asked(stop: StopRequest) -> None:
+    """StoppedError after a stop signal. Not for ranks that have met: these agree on when to stop.
+
+    To be noticed before the model is built, which takes longer than some clusters wait.
+    """
+    if stop.signalled:
+        raise StoppedError("stopped by a signal while the workers started; run me again")
+
+
 def main() -> int:
     """Run one rank of the job in argv[1]; returns the exit code."""
     stop = StopRequest()
@@ -41,11 +50,13 @@ def main() -> int:
     if rank:
         log.setLevel(logging.WARNING)
     try:
+        leave_if_asked(stop)
         from llava_steps.model import cpu_shim
 
         cpu_shim.import_megatron()
         from llava_steps.training import loop, parallel
 
+        leave_if_asked(stop)
         with parallel.processes(job.stage):
             loop.train(job, log, stop, beat)
     except StepError as error:

@@ -63,7 +63,7 @@ def test_a_rejected_step_changes_nothing(
 ) -> None:
     entry = train(
         chain, tmp_path / "entry", monkeypatch, train_steps=STEPS, spike_factor=8.0,
-        max_rejected_steps=len(CASES),
+        max_rejected_steps=len(CASES), eval_interval=2, eval_samples=2,
     )  # fmt: skip
     for rank in (0, 1):
         lines = (entry / f"work/verdict_{rank}.jsonl").read_text().splitlines()
@@ -78,6 +78,9 @@ def test_a_rejected_step_changes_nothing(
     for (kind, _, _), reason in zip(CASES, rejected.values(), strict=True):
         assert reason == ("spike" if kind == "100x loss" else "not finite")
     assert all("loss" in row for row in rows if row["step"] not in poisoned)
+    # Each of them is looked at while its poison is there; JSON has no word for what comes of a NaN.
+    for (kind, _, _), step in zip(CASES, sorted(poisoned), strict=True):
+        assert (rows[step]["val_loss"] is None) == (kind == "nan weight"), rows[step]
     (state,) = entry.glob("iter_*/train_state.json")
     counters = json.loads(state.read_text())
     assert counters["rejected"] == len(CASES) and counters["updates"] == STEPS - len(CASES)

@@ -128,6 +128,56 @@ def test_without_a_whole_checkpoint_nothing_starts_over(chain: Chain) -> None:
         assert "no older checkpoint is whole" in result.stderr and only.is_dir()
 
 
+def test_a_checkpoint_without_its_marker_is_a_damaged_one(chain: Chain) -> None:
+    """Not none: nothing goes back to an older one, or to the beginning, without saying so."""
+    flags = (*FLAGS, "--seed=12", "--save-interval=2")
+    entry = stopped(chain, "unmarked", *flags)
+    line = ("train", *chain.train_flags("unmarked"), *flags)
+    old, new = sorted(entry.glob("iter_*"))
+    for path in (old, new):
+        (path / "commit.json").rename(entry / ".work" / path.name)
+    result = run_step(*line, cwd=chain.root, check=False)
+    assert result.returncode == 4 and f"{new} " in result.stderr and new.is_dir(), result.stderr
+    assert "has no commit.json; no older checkpoint is whole" in result.stderr
+    (entry / ".work" / old.name).rename(old / "commit.json")
+    result = run_step(*line, cwd=chain.root)
+    assert f"DAMAGED CHECKPOINT: {new} " in result.stderr, result.stderr
+    assert f"going on from {old.name}" in result.stderr
+    assert (entry / ".work/damaged" / new.name).is_dir()
+
+
+SLOW_END = """
+import time
+from llava_steps.core import fsio
+from llava_steps.training import trackers
+trackers.PATIENCE = 7
+flush = fsio.fsync_tree
+fsio.fsync_tree = lambda root: (time.sleep(7), flush(root))
+Settings = dict
+init = lambda **settings: __import__("wandb")
+log = lambda *row, **step: None
+finish = lambda: time.sleep(600)
+"""
+
+
+def test_what_comes_behind_the_last_step_may_take_longer_than_one(
+    chain: Chain, tmp_path: Path
+) -> None:
+    """A commit beside the training, and a tracker that hangs in the end."""
+    (tmp_path / "wandb.py").write_text(SLOW_END)
+    env = environment()
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "llava_steps.train", *chain.train_flags("slow_end"), "--seed=13",
+            "--global-batch-size=2", "--wandb", "--async-save", "--stall-timeout=4",
+        ],
+        cwd=chain.root, env=env | {"PYTHONPATH": f"{tmp_path}:{env['PYTHONPATH']}"},
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "W&B: it did not finish within 7 s; training goes on without it" in result.stderr
+
+
 def test_the_time_limit_stops_in_order(chain: Chain) -> None:
     """Limits from one that no machine can keep on, until one leaves time for a step."""
     line = ("train", *chain.train_flags("limit"), *FLAGS, "--gpus=1", "--tp=1", "--seed=10")
@@ -179,11 +229,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(chain: Chain, tmp_pat
 
 
 def test_skipped_steps_pass_their_batches_over(chain: Chain) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     common = ("--stage=2", "--gpus=1", "--global-batch-size=4", "--micro-batch-size=4", "--lr=1e-3")
     whole = chain.train("skip_none", *common, "--train-steps=9")
     out = chain.train(
-        "skip_some", *common, "--train-steps=9", "--skip-train-iteration-range", "3-4", "9-9"
-    )
+        "skip_some", *common, "--train-steps=9", "--tensorboard", "--eval-interval=4",
+        "--eval-samples=4", "--skip-train-iteration-range", "3-4", "9-9",
+    )  # fmt: skip
     rows = metrics(out)
     assert [row["step"] for row in rows if "skipped" in row] == [2, 3, 8]
     assert sample_ids(out) == sample_ids(whole), "the stream goes on as ever"
@@ -193,6 +245,12 @@ def test_skipped_steps_pass_their_batches_over(chain: Chain) -> None:
     assert rows[4]["lr"] == expected[4]["lr"] and rows[4]["loss"] != expected[4]["loss"]
     state = json.loads(next(out.glob("iter_*/train_state.json")).read_text())
     assert state["step"] == 9 and state["updates"] == 6 and state["rejected"] == 0
+    entry = (out / "metrics.jsonl").resolve().parent
+    events = accumulators.EventAccumulator(str(entry / ".work/tensorboard"))
+    events.Reload()
+    seen = [(event.step, pytest.approx(event.value)) for event in events.Scalars("val_loss")]
+    assert seen == [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    assert [step for step, _ in seen] == [3, 7, 8], "after skipped steps too"
 
 
 def test_each_stage_moves_only_what_it_trains(chain: Chain, tmp_path: Path) -> None:

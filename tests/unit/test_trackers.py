@@ -146,7 +146,8 @@ def test_tensorboard_forgets_what_is_done_again(tmp_path: Path) -> None:
         both.answers(stop - 1, [{"id": "a", "answer": "seven"}])
         both.close()
 
-    write(0, 6, 1.0)
+    write(0, 6, 0.5)
+    write(0, 6, 1.0)  # stopped before its first checkpoint
     write(4, 8, 2.0)
     found = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()

@@ -16,11 +16,18 @@ from pathlib import Path
 import pytest
 
 from llava_steps.core.config import Stage
-from llava_steps.core.errors import DivergedError, InputError, StepError, StoppedError
+from llava_steps.core.errors import (
+    DivergedError,
+    InputError,
+    StepError,
+    StoppedError,
+    of_surroundings,
+)
 from llava_steps.training import launch as launching
 from llava_steps.training.job import Job
 from llava_steps.training.metrics import Lines
 from llava_steps.training.schedule import learning_rate
+from llava_steps.training.stop import SIGNALS
 from tests.patience import wait_for
 
 
@@ -65,6 +72,22 @@ def test_lines_forget_steps_that_are_done_again(tmp_path: Path) -> None:
     again.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(7)) and rows[-1]["again"]
+
+
+def test_a_line_that_a_lost_machine_left_unwritten_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1}\n' + bytes(30) + b'}\n{"step": 3}\n')
+    Lines(path, 2).close()
+    assert path.read_bytes() == b'{"step": 0}\n{"step": 1}\n'
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "m.jsonl", 0)
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError) as raised:
+        os.dup2(full.fileno(), lines._file.fileno())
+        lines.write({"step": 0})
+    known = of_surroundings(raised.value)
+    assert known and f"{tmp_path / 'm.jsonl'}: No space left" in str(known)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +256,9 @@ def test_scratch_goes_with_the_launcher_or_with_the_next(
 
 
 def test_a_full_disk_leaves_no_report_but_the_code(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """It is said where there is room to: on stderr."""
     body = """
 import errno
 from llava_steps.core import fsio
@@ -247,30 +271,40 @@ sys.exit(3)
     as_worker(monkeypatch, tmp_path, body)
     with pytest.raises(InputError, match="ended with code 3 without a report"):
         launching.launch(job(tmp_path))
+    assert "rank 0: full" in capfd.readouterr().err
 
 
-STOPPED = """
-def stop(*_):
+LISTENS = """
+from llava_steps.training.stop import StopRequest
+def listen():
+    stop = StopRequest()
+    (job.work / f"ready{rank}").touch()
+    while not stop.signalled:
+        time.sleep(0.01)
     Failure(rank, 75, "stopped").write(job.work)
     sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
 """
-
-
-@pytest.mark.parametrize("listening", [True, False])
-def test_a_stop_signal_reaches_the_workers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listening: bool
-) -> None:
-    """Also before they listen: then they die of it, and nothing is lost."""
-    body = """
+LATE = """
 (job.work / f"ready{rank}").touch()
-time.sleep(600)
+while not (job.work / "sent").exists():
+    time.sleep(0.01)
 """
-    as_worker(monkeypatch, tmp_path, STOPPED * listening + body)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("late", ["", LATE], ids=["listening", "not yet"])
+def test_a_stop_signal_reaches_the_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: str, number: signal.Signals
+) -> None:
+    """Sent to the whole group, as terminals and Slurm do; also before they listen."""
+    as_worker(monkeypatch, tmp_path, f"{LISTENS}{late}\nlisten()\n")
 
     def send() -> None:
         wait_for(lambda: all((tmp_path / f"ready{r}").exists() for r in (0, 1)))
-        os.kill(os.getpid(), signal.SIGTERM)
+        for rank in (0, 1):
+            os.kill(int((tmp_path / f"pid{rank}").read_text()), number)
+        os.kill(os.getpid(), number)
+        (tmp_path / "sent").touch()
 
     thread = threading.Thread(target=send)
     thread.start()
