@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic import NonNegativeInt as Count
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
 StepRange = Annotated[str, Field(pattern=r"^[1-9]\d*-[1-9]\d*$")]
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Ratio3 = Annotated[list[Count], Field(min_length=3, max_length=3)]
@@ -373,8 +374,8 @@ class Stage(StepConfig):
 
     exit_before: float = quiet(
         0.0,
-        "minutes after which the training has stopped in order, saved, with exit code 75; time "
-        "for a save is set aside; 0 is no limit",
+        "minutes after its start, inputs included that are read first, at which the training has "
+        "stopped in order, saved, with exit code 75; time for a save is set aside; 0 is no limit",
         ge=0,
     )
     stall_timeout: Count = quiet(
@@ -438,8 +439,8 @@ class Stage(StepConfig):
     master_addr: str = quiet(
         "", "address of the first node; that of its interface, or its name, unless given"
     )
-    master_port: Count = quiet(0, "port on the first node where all processes meet; 0: a free one")
-    rdzv_port: Count = quiet(0, "port on the first node where launchers meet; 0: a free one")
+    master_port: Port = quiet(0, "port on the first node where all processes meet; 0: a free one")
+    rdzv_port: Port = quiet(0, "port on the first node where launchers meet; 0: a free one")
     rank: Count = quiet(0, "number of this node; not needed under srun and torchrun", flag="--rank")
 
     @property

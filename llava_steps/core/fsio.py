@@ -6,6 +6,7 @@ goes to a temporary name in the same directory, is fsynced, renamed, and the dir
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,17 @@ from llava_steps.core.errors import IntegrityError
 
 TEMPORARY = ".tmp-"
 """Prefix of names that a crash may leave behind and that every reader ignores."""
+
+
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Put `path` into an OSError that has none: of a failed write the system does not say where,
+    and whoever has to make room wants to know."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def fsync_path(path: Path) -> None:
@@ -35,7 +47,10 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
     # A process id alone is not enough: machines and containers that share the directory repeat it.
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        with (
+            named(path),
+            open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file,
+        ):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -40,6 +40,9 @@ HEAR = 3.0
 """Seconds in which the loss of another node shows, when it is why workers failed here."""
 POLL = 0.05
 SCRATCH = "llava-steps-"
+LONGEST = 54
+"""Bytes that the directory of the scratch directory may have: 21 for the scratch directory and 32
+for multiprocessing's sockets in it make the 107 that the path of a socket can have."""
 
 
 def launch(job: Job, party: Party | None = None) -> None:
@@ -74,14 +77,18 @@ def _scratch(work: Path, launcher: int) -> Iterator[Path]:
     """Temporary directory of the launcher and its workers, gone afterwards.
 
     A killed launcher leaves it behind; the next attempt, which finds its name in `work`, removes
-    it. It is not below `work` because sockets in it need a short path.
+    it. It is not below `work` because sockets in it need a short path; so it is in /tmp where
+    TMPDIR, with the number of a job in it perhaps, has a long one.
     """
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) > LONGEST:
+        place = "/tmp"  # noqa: S108 (a directory of our own is made in it)
     note = work / (f"scratch-{launcher:04d}" if launcher else "scratch")
     if note.exists():
         left = Path(note.read_text())
-        if left.name.startswith(SCRATCH) and left.parent == Path(tempfile.gettempdir()):
+        if left.name.startswith(SCRATCH) and left.parent == Path(place):
             shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as path:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place, ignore_cleanup_errors=True) as path:
         note.write_text(path)
         yield Path(path)
     note.unlink()

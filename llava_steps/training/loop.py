@@ -42,7 +42,6 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     stage = job.stage
     # The loader's thread plans while this one feeds the GPU: neither may wait long for the other.
     sys.setswitchinterval(SWITCH)
-    stop.limit(stage.exit_before)
     model = build(job, log)
     wrapped = wrap(stage, model)
     optimizer = Optimizer(stage, wrapped)

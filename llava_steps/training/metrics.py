@@ -7,12 +7,10 @@ that each data-parallel replica consumed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +40,18 @@ class Lines:
                 kept.append(line)
         fsio.write_bytes(path, b"".join(kept))
         # Unbuffered: what a full disk did not take must not be tried again when it is closed.
-        self._file = path.open("ab", buffering=0)
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line; visible to readers at once."""
         rest = memoryview(fsio.dump_json(row, indent=None).encode())
-        with self._named():
+        with fsio.named(self._path):
             while rest:  # a disk that is nearly full takes a part of it
                 rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
         """Put all lines on stable storage."""
-        with self._named():
+        with fsio.named(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -62,15 +60,6 @@ class Lines:
             self.sync()
         finally:
             self._file.close()
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Of a failed write the system does not say where; whoever has to make room wants to."""
-        try:
-            yield
-        except OSError as error:
-            error.filename = error.filename or self._file.name
-            raise
 
 
 def _step(line: bytes) -> float:

@@ -22,13 +22,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from llava_steps.core import commit, fsio
 from llava_steps.core.config import Stage
-from llava_steps.core.errors import InputError, IntegrityError, StepError
+from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
+from llava_steps.model import dcp
 from llava_steps.model.checkpoint import (
     load_weights,
     save_sharded,
@@ -71,16 +73,12 @@ def save(
         for name in (WEIGHTS, RNG):
             (temporary / name).mkdir(parents=True)
     dist.barrier()
-    try:
+    with fsio.named(temporary):
         save_weights(model, temporary / WEIGHTS)
         if stage.save_optim or counters.step < stage.train_steps:
             sharded = optimizer.sharded_state(sharded_weights(model), loading=False)
             save_sharded(sharded, temporary / OPTIMIZER)
         fsio.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
-    except OSError as error:
-        # Of a failed write the system does not say where; whoever has to make room wants to know.
-        error.filename = error.filename or str(temporary)
-        raise
     dist.barrier()
     if dist.get_rank() == 0:
         info = asdict(counters)  # now: the counters go on
@@ -178,7 +176,8 @@ def load(
     """Restore a verified checkpoint of a training; returns (counters, loader state).
 
     In the layout that it was saved in everything is as it was, bit for bit; in another one the
-    generators start anew from the seed. Raises InputError when it holds weights alone.
+    generators start anew from the seed. Raises InputError when it holds weights alone, ConfigError
+    when weights are trained here that were frozen there.
     """
     for name in (STATE, OPTIMIZER):
         if not (path / name).exists():
@@ -190,12 +189,24 @@ def load(
     optimizer.settle()  # nothing may arrive behind what is loaded
     load_weights(model, path / WEIGHTS)
     wanted = optimizer.sharded_state(sharded_weights(model), loading=True)
+    _check_trained(path, wanted)
     loaded = dist_checkpointing.load(wanted, str(path / OPTIMIZER))
     counters = Counters(**{f.name: state[f.name] for f in fields(Counters)})
     optimizer.load_sharded_state(loaded, counters.updates)
     if state["layout"] == layout(stage):
         _restore_rng(load_file(path / RNG / _rank_file()))
     return counters, state["loader"]
+
+
+def _check_trained(path: Path, wanted: dict[int, Any]) -> None:
+    own = {shard.key for shard in nested_values(wanted)}
+    if missing := sorted(own - dcp.Reader(path / OPTIMIZER).shapes().keys()):
+        raise ConfigError(
+            f"load_optim: the optimizer of {path} has no {missing[0]}, and {len(missing) - 1} more "
+            "of what is trained here, because it was frozen there: set freeze_vision, "
+            "freeze_projector, freeze_lm and the lora settings as they were, or leave load_optim "
+            "out to start from its weights"
+        )
 
 
 def layout(stage: Stage) -> dict[str, int]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -22,6 +24,13 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def age(pid: int) -> float:
+    """Seconds since a process of this machine began."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began
 
 
 class StopRequest:
@@ -41,9 +50,14 @@ class StopRequest:
     def _request(self, number: int, frame: object) -> None:
         self.signalled = True
 
-    def limit(self, minutes: float) -> None:
-        """Be over this long after the start; 0 is no limit."""
+    def limit(self, minutes: float, launcher: int | None = None) -> None:
+        """Be over this long after process `launcher`, or this request, began; 0 is no limit.
+
+        The launcher has read the inputs before it started us, which the time of a job has to pay.
+        """
         self._limit = 60.0 * minutes if minutes else math.inf
+        if launcher is not None:
+            self._start = time.monotonic() - age(launcher)
 
     def set_aside(self, seconds: float) -> None:
         """A step or a save was seen to take so long: leave time for the longest of each, twice."""

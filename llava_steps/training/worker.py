@@ -44,6 +44,7 @@ def main() -> int:
     follow_launcher()
     ignore_known_warnings()
     job = Job.read(Path(sys.argv[1]))
+    stop.limit(job.stage.exit_before, int(os.environ["LLAVA_STEPS_LAUNCHER"]))
     rank = int(os.environ["RANK"])
     beat = Beat(rank, job.work / "logs")
     log = logger(f"train[{rank}]", job.work / "logs" / f"rank-{rank:04d}.log")

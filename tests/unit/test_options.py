@@ -266,10 +266,17 @@ def test_save_optim(whole: SimpleNamespace, going_on: Path) -> None:
         state.load(last, Stage(), None, None)  # type: ignore[arg-type]
 
 
-def test_load_optim(whole: SimpleNamespace, going_on: Path) -> None:
+def test_load_optim(chain: Chain, whole: SimpleNamespace, going_on: Path) -> None:
     expected, (row,) = metrics(whole.out)[2], metrics(going_on)
     assert row["step"] == expected["step"] and row["loss"] == pytest.approx(expected["loss"], 1e-5)
     assert sample_ids(going_on) == sample_ids(whole.out)[2:], "the place in the data too"
+    start = f"--megatron-load-dir={whole.entry / '.work/kept'}"
+    line = ("train", start, *chain.train_flags("options_more")[1:], *COMMON, "--load-optim")
+    result = run_step(*line, "-g2", "--pp=2", "--no-freeze-vision", cwd=chain.root, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(
+        r"has no optimizer\.state\.\S*vision.* frozen there: set freeze_v", result.stderr
+    )
 
 
 def test_init(trial: SimpleNamespace) -> None:

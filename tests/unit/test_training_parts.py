@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from llava_steps.training import launch as launching
 from llava_steps.training.job import Job
 from llava_steps.training.metrics import Lines
 from llava_steps.training.schedule import learning_rate
-from llava_steps.training.stop import SIGNALS
+from llava_steps.training.stop import SIGNALS, StopRequest, age
 from tests.patience import wait_for
 
 
@@ -126,6 +127,8 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
         ({"stage": 2, "lora_targets": ["q_proj"]}, "linear_qkv"),
         ({"nodes": 2, "global_batch_size": 1}, "not a multiple"),
         ({"lr": "2e-5"}, "number"),
+        ({"master_port": 65536}, "less than or equal to 65535"),
+        ({"rdzv_port": -1}, "greater than or equal to 0"),
         ({"lrr": 1.0}, "Extra inputs"),
     ],
 )
@@ -245,6 +248,7 @@ def test_scratch_goes_with_the_launcher_or_with_the_next(
 ) -> None:
     """Workers leave files behind, W&B's for one; a killed launcher cannot remove them."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(launching, "LONGEST", 200)
     (tmp_path / "tmp/llava-steps-old").mkdir(parents=True)
     (tmp_path / "scratch").write_text(str(tmp_path / "tmp/llava-steps-old"))
     body = "import tempfile; (job.work / f'tmp{rank}').write_text(tempfile.mkdtemp())"
@@ -253,6 +257,40 @@ def test_scratch_goes_with_the_launcher_or_with_the_next(
     for rank in (0, 1):
         assert (tmp_path / f"tmp{rank}").read_text().startswith(str(tmp_path / "tmp/llava-steps-"))
     assert not list((tmp_path / "tmp").iterdir()) and not (tmp_path / "scratch").exists()
+
+
+def test_sockets_fit_into_scratch_however_long_tmpdir_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = tmp_path / f"{'job-1234567' * 9}"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    body = """
+from multiprocessing.connection import Listener
+with Listener(family="AF_UNIX") as listener:
+    (job.work / f"socket{rank}").write_text(listener.address)
+"""
+    as_worker(monkeypatch, tmp_path, body)
+    launching.launch(job(tmp_path))
+    (address,) = {Path((tmp_path / f"socket{r}").read_text()).parents[1].parent for r in (0, 1)}
+    assert address == Path("/tmp") and not list(place.iterdir())
+
+
+def test_the_time_limit_counts_what_the_launcher_did_before() -> None:
+    """It reads all inputs, before it starts a worker."""
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    began = time.monotonic()
+    try:
+        stop = StopRequest()
+        stop.limit(1e6, other.pid)
+        assert not stop.requested
+        time.sleep(1.5)
+        late = StopRequest()
+        late.limit(1.0 / 60, other.pid)
+        assert late.requested, "its second is over, and it has just begun"
+        assert age(other.pid) == pytest.approx(time.monotonic() - began, abs=30)
+    finally:
+        other.communicate(b"\n")
 
 
 def test_a_full_disk_leaves_no_report_but_the_code(
