@@ -186,6 +186,7 @@ def _evaluate(
         root.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise ConfigError(f"--store {root} is a file; name a directory") from None
+    _not_in_place_of_an_input(step, config, out)
     known = Digests(root)
     image = _image(given, known)
     name, slice_, inputs, code, print_ = identify(step, module, config, known, image)
@@ -254,6 +255,19 @@ def _evaluate(
         store.publish(entry, out)
         step.published(config)
         log.info("%s is done: %s", name, out)
+
+
+def _not_in_place_of_an_input(step: Step[C], config: C, out: Path) -> None:
+    """ConfigError when the result is to be shown where an input is: it would be gone for whoever
+    gives the same command again, after a stop for one.
+    """
+    for key, info in step.config.model_fields.items():
+        text = getattr(config, key) if cli.role(info) == "source" else ""
+        if text and Path(os.path.abspath(text)).is_relative_to(os.path.abspath(out)):
+            raise ConfigError(
+                f"--save-dir {out} would take the place of {cli.flag_name(key, info)} {text}, "
+                "which the same command needs to go on; choose another directory"
+            )
 
 
 def _image(given: Mapping[str, Any], digests: Digests) -> str:

@@ -230,3 +230,13 @@ def test_input_inside_an_artefact_is_known_by_its_content(place: Path) -> None:
     assert call("--force").returncode == 0, "same bytes made again"
     assert subprocess.run(line, timeout=PATIENCE).returncode == 0
     assert calls(place) == 3, "an equal value keeps later steps cached"
+
+
+def test_a_result_does_not_take_the_place_of_its_input(place: Path) -> None:
+    """As with one directory to load from and to save to: after a stop there was no start again."""
+    call()
+    for given in ("out", "out/out.txt", "./x/../out"):
+        result = call("--data", given, "--times", "3")
+        assert result.returncode == 2, result.stderr
+        assert f"--save-dir out would take the place of --data {given}" in result.stderr
+    assert (place / "out/out.txt").read_text() == "hello" and calls(place) == 1
