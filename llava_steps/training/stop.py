@@ -55,7 +55,9 @@ class StopRequest:
 
         The launcher has read the inputs before it started us, which the time of a job has to pay.
         """
-        self._limit = 60.0 * minutes if minutes else math.inf
+        if not minutes:
+            return
+        self._limit = 60.0 * minutes
         if launcher is not None:
             self._start = time.monotonic() - age(launcher)
 
