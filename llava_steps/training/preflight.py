@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 from llava_steps.core import flash4
@@ -16,6 +17,7 @@ from llava_steps.training import gpus, te_check
 def check(stage: Stage, hf_dir: Path) -> None:
     """ConfigError, with the fix, unless the model in `hf_dir` can be trained as `stage` says."""
     check_trackers(stage)
+    check_interface(stage.interface)
     geometry = Geometry.load(hf_dir)
     pipeline_split(geometry, stage)
     te_check.check(stage, geometry)
@@ -36,6 +38,14 @@ def check(stage: Stage, hf_dir: Path) -> None:
             f"--no-add-class-token: {hf_dir} was built with vision_feature_select_strategy full, "
             "which keeps the class token; build it with default"
         )
+
+
+def check_interface(name: str) -> None:
+    """ConfigError when this machine has no such interface; NCCL's patterns are left to NCCL."""
+    here = [known for _, known in socket.if_nameindex()]
+    # NCCL takes the beginning of a name as well.
+    if not set(name) & set("^=,:") and not any(known.startswith(name) for known in here):
+        raise ConfigError(f"--interface {name}: this machine has {', '.join(here) or 'none'}")
 
 
 def check_flash(stage: Stage, geometry: Geometry) -> None:

@@ -396,6 +396,11 @@ def test_interface(trial: SimpleNamespace) -> None:
     environment = worker_environment("--interface=ib0")
     assert environment["NCCL_SOCKET_IFNAME"] == environment["GLOO_SOCKET_IFNAME"] == "ib0"
     assert len(metrics(trial.out)) == 4, "over lo"
+    preflight.check_interface("")
+    preflight.check_interface("lo")
+    preflight.check_interface("^docker,veth")
+    with pytest.raises(ConfigError, match=r"--interface eth99: this machine has .*\blo\b"):
+        preflight.check_interface("eth99")
 
 
 def test_dist_optim() -> None:
