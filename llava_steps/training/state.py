@@ -200,7 +200,10 @@ def load(
 
 def _check_trained(path: Path, wanted: dict[int, Any]) -> None:
     own = {shard.key for shard in nested_values(wanted)}
-    if missing := sorted(own - dcp.Reader(path / OPTIMIZER).shapes().keys()):
+    gathered: list[set[str]] = [set()] * dist.get_world_size()
+    # All raise it: a rank that leaves alone has the others end with errors of their connections.
+    dist.all_gather_object(gathered, own - dcp.Reader(path / OPTIMIZER).shapes().keys())
+    if missing := sorted(set().union(*gathered)):
         raise ConfigError(
             f"load_optim: the optimizer of {path} has no {missing[0]}, and {len(missing) - 1} more "
             "of what is trained here, because it was frozen there: set freeze_vision, "
