@@ -291,7 +291,7 @@ class Stage(StepConfig):
         "auto",
         "layers: decoder layers, vision layers and head are compiled once, for any length; needs "
         "tensor_model_parallel 1; auto: layers on a GPU in bf16 where that can be, else none; with "
-        "fp8 or layer_spec te the decoder layers are left as they are",
+        "layer_spec te the decoder layers are left as they are",
     )
     flash_attention: Literal["auto", "torch", "fa4"] = value(
         "auto",
@@ -313,18 +313,19 @@ class Stage(StepConfig):
     )
     fp8: bool = value(
         False,
-        "matrix products of the decoder layers in FP8; needs Transformer Engine, a GPU from Hopper "
-        "(or Ada) on, and precision bf16",
+        "matrix products of the decoder layers in FP8; needs a GPU from Hopper (or Ada) on, and "
+        "precision bf16; layer_spec says by whose linears",
     )
     fp8_recipe: Literal["tensorwise", "blockwise"] = value(
         "tensorwise",
         "FP8: one scale for a tensor, or one for each 128 values (128 x 128 of a weight); taken "
         "anew from the values of every microbatch, nothing is kept",
     )
-    layer_spec: Literal["local", "te"] = value(
-        "local",
-        "linears of the decoder layers: our own, or Transformer Engine's, as fp8 has them too; the "
-        "checkpoint is the same",
+    layer_spec: Literal["auto", "local", "te"] = value(
+        "auto",
+        "linears of the decoder layers: our own, or Transformer Engine's; the checkpoint is the "
+        "same; auto: te with fp8, else local; fp8 with local: products of torch within compiled "
+        "layers, tensorwise",
     )
     deterministic: bool = value(True, "refuse kernels that give other bits in a second run")
 
@@ -456,7 +457,7 @@ class Stage(StepConfig):
     @property
     def transformer_engine(self) -> bool:
         """Whether the decoder layers have Transformer Engine's linears."""
-        return self.fp8 or self.layer_spec == "te"
+        return self.layer_spec == "te" or (self.fp8 and self.layer_spec == "auto")
 
     def compiles(self, cuda: bool) -> bool:
         """Whether layers are compiled, on a machine with GPUs (`cuda`) or without."""
@@ -478,7 +479,9 @@ class Stage(StepConfig):
     def _check_transformer_engine(self) -> None:
         if self.fp8_recipe != "tensorwise" and not self.fp8:
             raise ValueError(f"fp8_recipe {self.fp8_recipe} is for fp8; set that, or remove it")
-        if not self.transformer_engine:
+        if self.fp8 and self.layer_spec == "local":
+            self._check_own_fp8()
+        if not (self.fp8 or self.transformer_engine):
             return
         asked = "fp8" if self.fp8 else "layer_spec te"
         if self.precision != "bf16":
@@ -492,6 +495,16 @@ class Stage(StepConfig):
             raise ValueError(
                 f"{asked} is not for LoRA, whose adapters are added to our own linears: set "
                 "lora_rank to 0, or leave it out"
+            )
+
+    def _check_own_fp8(self) -> None:
+        reason = "compile auto or layers" if self.compile == "none" else self.not_compiled()
+        if self.fp8_recipe != "tensorwise":
+            reason = f"fp8_recipe tensorwise, not {self.fp8_recipe}"
+        if reason:
+            raise ValueError(
+                f"fp8 with layer_spec local is for compiled layers, and needs {reason}; or set "
+                "layer_spec to te"
             )
 
     def _check_pipeline(self) -> None:

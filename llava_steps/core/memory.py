@@ -40,6 +40,8 @@ class Layout:
     """Layers and head compiled; or the head alone, with Transformer Engine's linears."""
     fp8: bool = False
     """Products of the layers in FP8."""
+    engine: bool = False
+    """Transformer Engine's linears, which keep the weights in FP8 too, in both orientations."""
 
     @classmethod
     def by(cls, geometry: Geometry, stage: Stage, cuda: bool = True) -> Layout:
@@ -58,6 +60,7 @@ class Layout:
             compiled or stage.transformer_engine,
             compiled,
             stage.fp8,
+            stage.transformer_engine,
         )
 
 
@@ -120,7 +123,7 @@ def of_stage(
     # The distributed optimizer: fp32 masters (in fp32 the weights themselves) and two moments.
     states = 12 if layout.precision == "bf16" else 8
     return Memory(
-        weights=weights * size + layout.fp8 * 2 * _products(g, layout, number),
+        weights=weights * size + (layout.fp8 and layout.engine) * 2 * _products(g, layout, number),
         gradients=learned * 4,
         optimizer=-(-learned * states // layout.dp),
         activations=kept,
@@ -159,7 +162,7 @@ def _weights(g: Geometry, trained: Trained, layout: Layout, number: int) -> tupl
 
 
 def _products(g: Geometry, layout: Layout, number: int) -> int:
-    """Weights of a stage's layers that have an FP8 copy of each orientation."""
+    """Weights of a stage's layers of which Transformer Engine keeps FP8 copies."""
     widths = 2 * q_width(g) + 2 * kv_width(g) + 3 * g.ffn
     return stage_layers(g, layout, number) * g.hidden * widths // layout.tp
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from llava_steps.core.geometry import Geometry
+from llava_steps.model import fp8 as fp8_products
 from llava_steps.model.attention import Packed
 from llava_steps.model.decoder import decoder_layer
 from llava_steps.model.kernels import Words, attention, linear
@@ -93,8 +94,9 @@ def with_main_grad(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.detach(), main_grad(weight)
 
 
-def layer_function(geometry: Geometry, kernel: str) -> Function:
-    """The function of one decoder layer, not compiled, with the flash attention `kernel`.
+def layer_function(geometry: Geometry, kernel: str, fp8: bool = False) -> Function:
+    """The function of one decoder layer, not compiled, with the flash attention `kernel` and its
+    four products in `fp8` or in the dtype of the weights.
 
     Takes hidden [T, hidden]; cos and sin [T, head_dim]; borders and longest as in
     `kernels.attention`; the four (weight, main_grad) pairs of qkv, proj, fc1 and fc2; the weights
@@ -103,9 +105,10 @@ def layer_function(geometry: Geometry, kernel: str) -> Function:
     """
     g = geometry
     heads, eps, scale = (g.kv_heads, g.heads // g.kv_heads, g.head_dim), g.rms_eps, g.head_dim**-0.5
+    multiply = fp8_products.linear if fp8 else linear
 
     def product(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-        out: Tensor = linear(x, *weight)
+        out: Tensor = multiply(x, *weight)
         return out if bias is None else out + bias
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -183,9 +186,9 @@ class CompiledLayer(TransformerLayer):  # type: ignore[misc]
         return out.unsqueeze(1), None
 
 
-def install(block: torch.nn.Module, geometry: Geometry, kernel: str) -> None:
+def install(block: torch.nn.Module, geometry: Geometry, kernel: str, fp8: bool = False) -> None:
     """Give the `CompiledLayer`s of a block their function."""
-    plain = layer_function(geometry, kernel)
+    plain = layer_function(geometry, kernel, fp8)
     function = compile_function(plain)
     for layer in block.layers:  # type: ignore[union-attr]
         layer.function, layer.plain = function, plain

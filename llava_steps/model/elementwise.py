@@ -1,4 +1,4 @@
-"""What lies between the products of a layer: the gate of its MLP, and rotary embedding.
+"""What lies between the products of a layer: the gate of its MLP, rotary embedding, FP8.
 
 On CUDA each is one Triton kernel that reads its inputs once and writes its outputs once; torch's
 compiler makes kernels of the backward passes that read them up to three times, because it computes
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS, HEADS = 1024, 16
-"""Elements of a row, and heads of a token, that one Triton program works on."""
+COLUMNS, HEADS, TILE = 1024, 16, (128, 64)
+"""Elements of a row, heads of a token, and rows and columns that one Triton program works on."""
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -75,6 +75,27 @@ def rotary_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
         dq, dk, dv, cos, sin, out, groups, shared, half, power_of_two(half), HEADS
     )
     return out
+
+
+def fp8_round(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool = False, across: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x [n, k] over scale fp32 [] in `dtype`, as [n, k] and as [k, n]; empty if not asked for."""
+    (rows, columns), most = x.shape, torch.finfo(dtype).max
+    x = x.contiguous()
+    if not x.is_cuda:
+        rounded, empty = (x.float() / scale).clamp(-most, most).to(dtype), x.new_empty(0).to(dtype)
+        return (
+            rounded if straight else empty,
+            rounded.t().contiguous() if across else empty.clone(),
+        )
+    first = x.new_empty((rows, columns) if straight else 0, dtype=dtype)
+    second = x.new_empty((columns, rows) if across else 0, dtype=dtype)
+    tall, wide = TILE
+    _kernels().fp8_round[(-(-rows // tall), -(-columns // wide))](
+        x, scale, first, second, rows, columns, most, straight, across, tall, wide
+    )
+    return first, second
 
 
 def power_of_two(size: int) -> int:

@@ -98,7 +98,8 @@ class Llava(MegatronModule):  # type: ignore[misc]
         )
         mark_tensor_parallel(self.language_model)
         if layer is compiled.CompiledLayer:
-            compiled.install(self.language_model.decoder, geometry, options.flash)
+            fp8 = options.fp8 is not None
+            compiled.install(self.language_model.decoder, geometry, options.flash, fp8)
         self._vision_layer = compiled.run_vision_layer if options.compiled else plain_layer
         self.lora: Adapters | None = None
         if options.lora:

@@ -30,7 +30,8 @@ class ModelOptions:
     `compiled`: layers, tower and head are compiled functions (compiled.py), of `spec` te tower and
     head alone; needs tp 1.
     `spec`: whose linears the decoder layers have, ours or Transformer Engine's (te_spec.py).
-    `fp8`: the recipe of their products, or None for bf16; needs `spec` te.
+    `fp8`: the recipe of their products, or None for bf16; of `spec` local tensorwise alone, and
+    only compiled (fp8.py).
     `flash`: the kernel of flash attention, where that is used (flash.py).
     """
 
@@ -140,11 +141,15 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
 def transformer_engine(geometry: Geometry, options: ModelOptions) -> dict[str, Any]:
     """What megatron-core's configuration says about Transformer Engine's linears.
 
-    ConfigError when they do not fit the other options or the geometry.
+    ConfigError when they, or FP8 products, do not fit the other options or the geometry.
     """
-    if options.fp8 and options.spec != "te":
-        raise ConfigError("fp8 needs the layer spec te: our own linears have no FP8 products")
     if options.spec != "te":
+        if options.fp8:
+            if options.fp8 != "tensorwise" or not options.compiled or options.precision != "bf16":
+                raise ConfigError(
+                    "fp8 without the layer spec te needs compiled layers, bf16, and tensorwise"
+                )
+            check_fp8(geometry, options.tp, options.fp8)
         return {}
     if options.precision != "bf16" or options.recompute == "core_attn" or options.lora:
         raise ConfigError("the layer spec te needs bf16, recompute none or full, and no LoRA")

@@ -89,3 +89,23 @@ def rotary_backward(
     first = out + target[:, None] * 2 * half + at[None, :]
     tl.store(first, x * c + y * s, inside[:, None] & narrow)
     tl.store(first + half, y * c - x * s, inside[:, None] & narrow)
+
+
+@triton.jit
+def fp8_round(
+    x, scale, straight, across, rows, columns, most: tl.constexpr, STRAIGHT: tl.constexpr,
+    ACROSS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One tile over the scale, within what FP8 holds, as it is and turned over."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * columns + column[None, :]
+    value = tl.load(x + at, inside, 0.0).to(tl.float32) / tl.load(scale)
+    value = tl.minimum(tl.maximum(value, -most), most)
+    if STRAIGHT:
+        tl.store(straight + at, value.to(straight.dtype.element_ty), inside)
+    if ACROSS:
+        turned = tl.trans(value.to(across.dtype.element_ty))
+        at = column[:, None] * rows + row[None, :]
+        tl.store(across + at, turned, tl.trans(inside))

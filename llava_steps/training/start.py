@@ -64,9 +64,10 @@ def build(job: Job, log: logging.Logger) -> list[Llava]:
         auto = stage.flash_attention == "auto"
         lacking = flash.missing_for_fa4(geometry.head_dim, "auto") if auto else ""
         log.info("flash attention: %s%s", options.flash, lacking and f"; fa4 needs {lacking}")
-    if options.spec == "te":
+    if options.spec == "te" or options.fp8:
+        whose = "Transformer Engine's" if options.spec == "te" else "our own"
         how = f"FP8 ({options.fp8})" if options.fp8 else "bf16"
-        log.info("linears of the decoder layers: Transformer Engine's, %s", how)
+        log.info("linears of the decoder layers: %s, %s", whose, how)
     if options.compiled:
         log.info("layers are compiled; the first step takes longer")
     elif torch.cuda.is_available():

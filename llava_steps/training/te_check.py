@@ -1,4 +1,4 @@
-"""Whether Transformer Engine and a GPU for it are there, asked before any process trains."""
+"""Whether a GPU for FP8, and Transformer Engine, are there, asked before any process trains."""
 
 from __future__ import annotations
 
@@ -19,18 +19,26 @@ INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.3'"
 
 
 def check(stage: Stage, geometry: Geometry) -> None:
-    """ConfigError, with the fix, when `stage` asks for Transformer Engine and it cannot serve."""
-    if not stage.transformer_engine:
+    """ConfigError, with the fix, when `stage` asks for FP8 or Transformer Engine in vain."""
+    engine = stage.transformer_engine
+    if not (stage.fp8 or engine):
         return
     asked = "fp8" if stage.fp8 else "layer_spec te"
     if stage.fp8:
         check_fp8(geometry, stage.tensor_model_parallel, stage.fp8_recipe)
-    if importlib.util.find_spec("transformer_engine") is None:
+    if engine and importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError(
-            f"{asked} needs Transformer Engine, and the package is not installed: {INSTALL}; or "
-            f"leave {asked} out"
+            f"{asked} needs Transformer Engine, and the package is not installed: {INSTALL}; "
+            f"{without(stage, asked)}"
         )
-    refuse(stage, asked, probe(stage.gpu_ids, engine=True))
+    refuse(stage, asked, probe(stage.gpu_ids, engine))
+
+
+def without(stage: Stage, asked: str) -> str:
+    """What else can be done when Transformer Engine is missing."""
+    if stage.fp8 and stage.fp8_recipe == "tensorwise" and not stage.not_compiled():
+        return f"or set layer_spec to local, whose FP8 needs torch alone, or leave {asked} out"
+    return f"or leave {asked} out"
 
 
 def refuse(stage: Stage, asked: str, found: dict[str, Any]) -> None:
@@ -39,15 +47,18 @@ def refuse(stage: Stage, asked: str, found: dict[str, Any]) -> None:
     if not found["gpus"]:
         why = f" ({found['error']})" if "error" in found else ""
         raise ConfigError(f"{asked} needs a GPU, and torch sees none here{why}; {fix}")
-    if "error" in found:
+    if stage.transformer_engine and "error" in found:
         raise ConfigError(
             f"{asked} needs Transformer Engine, which is installed and cannot be imported: "
-            f"{found['error']}; install it for this torch ({INSTALL}), or {fix}"
+            f"{found['error']}; install it for this torch ({INSTALL}), {without(stage, asked)}"
         )
-    if tuple(int(part) for part in found["version"].split(".")[:2]) < OLDEST:
+    if (
+        stage.transformer_engine
+        and tuple(int(part) for part in found["version"].split(".")[:2]) < OLDEST
+    ):
         raise ConfigError(
             f"{asked} needs Transformer Engine 2.3 or later, and {found['version']} is installed: "
-            f"{INSTALL}; or {fix}"
+            f"{INSTALL}; {without(stage, asked)}"
         )
     weakest = tuple(min(found["gpus"]))
     wanted = (9, 0) if stage.fp8_recipe == "blockwise" else CAPABILITY

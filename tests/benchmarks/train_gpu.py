@@ -36,6 +36,7 @@ OURS: dict[str, Any] = {
 }  # fmt: skip
 SPREAD = OURS | {"warm": 2, "measured": 3}
 OVERLAP = {"overlap_grad_reduce": True}
+LOCAL_FP8 = {"fp8": True, "layer_spec": "local"}
 PEER: dict[str, Any] = {
     "module": "gpu_peers", "stage": 2, "compile": "none", "warm": 1, "measured": 2, "multiple": 8,
     "seconds": 120,
@@ -54,6 +55,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "ours-tp2": SPREAD
     | {"gpus": 2, "engine": {"tensor_model_parallel": 2, "sequence_parallel": True}},
     "ours-stage1-fp8": OURS | {"stage": 1, "engine": {"fp8": True}},
+    "ours-stage1-fp8-local": OURS | {"stage": 1, "engine": LOCAL_FP8},
+    "ours-fp8-local": OURS | {"engine": LOCAL_FP8, "profile": True},
     "ours-te": OURS | {"engine": {"layer_spec": "te"}, "profile": True},
     "ours-fp8": OURS | {"engine": {"fp8": True}, "profile": True},
     "ours-fp8-blocks": OURS | {"engine": {"fp8": True, "fp8_recipe": "blockwise"}},
@@ -72,6 +75,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32", "compile": "none"},
     "bf16 eager": {"compile": "none"},
     "bf16 compiled": {"compile": "layers"},
+    "bf16 compiled fp8": {"engine": LOCAL_FP8},
 }
 if importlib.util.find_spec("transformer_engine"):
     WAYS |= {

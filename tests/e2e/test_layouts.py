@@ -70,6 +70,27 @@ def test_overlap_reduces_while_the_backward_pass_goes_on(
         assert events[2 * buckets :] == (["start"] * buckets + ["finish"] * buckets) * 2
 
 
+def test_fp8_of_torch_is_the_same_in_each_layout(chain: Chain, room: Room) -> None:
+    """Its scales are those of microbatches, which no layout changes; fp32 is near."""
+    _, start = deep_model(chain, room.root)
+    plain = {**COMMON, "train_steps": 3, "freeze_vision": True, "vision_lr": None}
+    own = {"precision": "bf16", "fp8": True, "layer_spec": "local", "compile": "layers"}
+    overlap = {"overlap_grad_reduce": True, "bucket_size": 20_000}
+
+    def losses(ranks: int, **ways: dict[str, object]) -> list[list[float]]:
+        made = [Training(name, {**plain, **settings}, start) for name, settings in ways.items()]
+        found: list[list[float]] = spawn(
+            "tests.layout_workers:train", ranks, room.root, room, made
+        )[0]
+        return found
+
+    exact, alone = losses(1, exact={}, fp8=own)
+    far = [abs(a - b) / b for a, b in zip(alone, exact, strict=True)]
+    assert 1e-5 < far[0] < 0.02 and max(far) < 0.04, far
+    for found in losses(2, dp2=own | overlap, pp2={**own, "pipeline_model_parallel": 2}):
+        assert found[0] == alone[0] and found == pytest.approx(alone, rel=1e-3)
+
+
 def test_lora_trains_as_in_plain_pytorch(tables: tuple[list[Row], list[Row]], room: Room) -> None:
     entry = room.entry("whole lora tp2 pp2")
     losses = [row["loss"] for row in metrics(entry)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ def test_the_process_that_needs_most_is_the_one_that_is_told() -> None:
 
 LOCAL = Layout(kernels=True, compiled=True)
 FP8 = Layout(kernels=True, compiled=True, fp8=True)
+ENGINE = replace(FP8, engine=True)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +137,10 @@ FP8 = Layout(kernels=True, compiled=True, fp8=True)
     [
         ("1.8b", 2, LOCAL, 64.3),
         ("1.8b", 1, LOCAL, 28.3),
-        ("1.8b", 2, FP8, 63.1),
-        ("1.8b", 1, FP8, 31.1),
+        ("1.8b", 2, FP8, 60.9),
+        ("1.8b", 1, FP8, 28.3),
+        ("1.8b", 2, ENGINE, 63.1),
+        ("1.8b", 1, ENGINE, 31.1),
         ("3.7b", 2, LOCAL, 113.3),
     ],
 )

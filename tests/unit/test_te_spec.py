@@ -25,6 +25,7 @@ from tests.dist_helpers import spawn  # noqa: E402
 from tests.model_fixtures import config_of  # noqa: E402
 
 GEOMETRY = Geometry.from_hf(config_of(fast_model.WIDE).to_dict())
+OWN = {"fp8": True, "layer_spec": "local"}
 H200: dict[str, Any] = {"gpus": [[9, 0]], "version": "2.20.2"}
 
 
@@ -36,6 +37,11 @@ H200: dict[str, Any] = {"gpus": [[9, 0]], "version": "2.20.2"}
         ({"fp8": True, "recompute": "core_attn"}, "set recompute to none or full"),
         ({"fp8": True, "lora_rank": 4}, "set lora_rank to 0"),
         ({"fp8_recipe": "blockwise"}, "fp8_recipe blockwise is for fp8"),
+        (OWN | {"compile": "none"}, "needs compile auto or layers; or set layer_spec to te"),
+        (OWN | {"fp8_recipe": "blockwise"}, "needs fp8_recipe tensorwise, not blockwise"),
+        (OWN | {"gpus": 2, "tensor_model_parallel": 2}, "needs tensor_model_parallel 1, not 2"),
+        (OWN | {"lora_rank": 4}, "needs no lora_rank"),
+        (OWN | {"precision": "fp32"}, "fp8 needs precision bf16"),
     ],
 )
 def test_contradictions(settings: dict[str, Any], message: str) -> None:
@@ -60,6 +66,22 @@ def test_what_the_machine_lacks(
     with pytest.raises(ConfigError, match=message):
         te_check.refuse(Stage(fp8=True, **settings), "fp8", found)
     te_check.refuse(Stage(fp8=True, **settings), "fp8", H200)
+
+
+def test_fp8_of_torch_needs_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage.model_validate({"stage": 2, **OWN})
+    assert not stage.transformer_engine and stage.compiles(cuda=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(te_check, "probe", lambda gpu_ids, engine: {"gpus": [[9, 0]]})
+    te_check.check(stage, GEOMETRY)
+    with pytest.raises(ConfigError, match=r"not installed: .* or set layer_spec to local"):
+        te_check.check(Stage(fp8=True), GEOMETRY)
+    monkeypatch.setattr(te_check, "probe", lambda gpu_ids, engine: {"gpus": [[8, 0]]})
+    with pytest.raises(ConfigError, match=r"capability 8.9 .*, and one here has 8.0"):
+        te_check.check(stage, GEOMETRY)
+    monkeypatch.setattr(te_check, "probe", gpus.probe)
+    with pytest.raises(ConfigError, match="fp8 needs a GPU, and torch sees none here"):
+        te_check.check(stage, GEOMETRY)
 
 
 def test_the_probe_answers_without_a_gpu() -> None:
@@ -138,6 +160,7 @@ def test_the_configuration_of_megatron() -> None:
     "options",
     [
         {"fp8": "tensorwise"},
+        {"fp8": "blockwise", "compiled": True},
         {"spec": "te", "precision": "fp32"},
         {"spec": "te", "recompute": "core_attn"},
         {"spec": "te", "lora": Lora(4, 8.0, ("linear_qkv",))},
