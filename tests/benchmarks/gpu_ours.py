@@ -35,6 +35,10 @@ class Meter:
         """Something without microbatches."""
         return contextlib.nullcontext()
 
+    def ending(self) -> Any:
+        """The steps, behind which it may take long."""
+        return contextlib.nullcontext()
+
     def settled(self) -> None:
         """A step is over."""
         import torch
