@@ -476,11 +476,22 @@ class Stage(StepConfig):
                 return f"no {name}: compiled layers pass over the hooks that it works with"
         return ""
 
+    def no_fp8_of_torch(self) -> str:
+        """What these settings would need for it; empty when nothing is in the way."""
+        if self.fp8_recipe != "tensorwise":
+            return f"fp8_recipe tensorwise, not {self.fp8_recipe}"
+        if self.compile == "none":
+            return "compile auto or layers"
+        return self.not_compiled()
+
     def _check_transformer_engine(self) -> None:
         if self.fp8_recipe != "tensorwise" and not self.fp8:
             raise ValueError(f"fp8_recipe {self.fp8_recipe} is for fp8; set that, or remove it")
-        if self.fp8 and self.layer_spec == "local":
-            self._check_own_fp8()
+        if self.fp8 and self.layer_spec == "local" and (obstacle := self.no_fp8_of_torch()):
+            raise ValueError(
+                f"fp8 with layer_spec local is for compiled layers, and needs {obstacle}; or set "
+                "layer_spec to te"
+            )
         if not (self.fp8 or self.transformer_engine):
             return
         asked = "fp8" if self.fp8 else "layer_spec te"
@@ -495,16 +506,6 @@ class Stage(StepConfig):
             raise ValueError(
                 f"{asked} is not for LoRA, whose adapters are added to our own linears: set "
                 "lora_rank to 0, or leave it out"
-            )
-
-    def _check_own_fp8(self) -> None:
-        reason = "compile auto or layers" if self.compile == "none" else self.not_compiled()
-        if self.fp8_recipe != "tensorwise":
-            reason = f"fp8_recipe tensorwise, not {self.fp8_recipe}"
-        if reason:
-            raise ValueError(
-                f"fp8 with layer_spec local is for compiled layers, and needs {reason}; or set "
-                "layer_spec to te"
             )
 
     def _check_pipeline(self) -> None:

@@ -83,14 +83,15 @@ def fp8_round(
     """x [n, k] over scale fp32 [] in `dtype`, as [n, k] and as [k, n]; empty if not asked for."""
     (rows, columns), most = x.shape, torch.finfo(dtype).max
     x = x.contiguous()
-    if not x.is_cuda:
-        rounded, empty = (x.float() / scale).clamp(-most, most).to(dtype), x.new_empty(0).to(dtype)
-        return (
-            rounded if straight else empty,
-            rounded.t().contiguous() if across else empty.clone(),
-        )
     first = x.new_empty((rows, columns) if straight else 0, dtype=dtype)
     second = x.new_empty((columns, rows) if across else 0, dtype=dtype)
+    if not x.is_cuda:
+        rounded = (x.float() / scale).clamp(-most, most).to(dtype)
+        if straight:
+            first.copy_(rounded)
+        if across:
+            second.copy_(rounded.t())
+        return first, second
     tall, wide = TILE
     _kernels().fp8_round[(-(-rows // tall), -(-columns // wide))](
         x, scale, first, second, rows, columns, most, straight, across, tall, wide

@@ -143,13 +143,14 @@ def transformer_engine(geometry: Geometry, options: ModelOptions) -> dict[str, A
 
     ConfigError when they, or FP8 products, do not fit the other options or the geometry.
     """
+    if options.fp8:
+        check_fp8(geometry, options.tp, options.fp8)
     if options.spec != "te":
-        if options.fp8:
-            if options.fp8 != "tensorwise" or not options.compiled or options.precision != "bf16":
-                raise ConfigError(
-                    "fp8 without the layer spec te needs compiled layers, bf16, and tensorwise"
-                )
-            check_fp8(geometry, options.tp, options.fp8)
+        own = options.compiled and options.precision == "bf16" and options.fp8 == "tensorwise"
+        if options.fp8 and not own:
+            raise ConfigError(
+                "fp8 without the layer spec te needs compiled layers, bf16, and tensorwise"
+            )
         return {}
     if options.precision != "bf16" or options.recompute == "core_attn" or options.lora:
         raise ConfigError("the layer spec te needs bf16, recompute none or full, and no LoRA")
@@ -157,7 +158,6 @@ def transformer_engine(geometry: Geometry, options: ModelOptions) -> dict[str, A
     # main_grad: both hold only while each step begins with a call that says so.
     found: dict[str, Any] = {"disable_parameter_transpose_cache": True}
     if options.fp8:
-        check_fp8(geometry, options.tp, options.fp8)
         found |= {
             # Gradients by tensor need the range of E5M2; blocks of them do not.
             "fp8": "hybrid" if options.fp8 == "tensorwise" else "e4m3",

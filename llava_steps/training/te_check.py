@@ -36,7 +36,7 @@ def check(stage: Stage, geometry: Geometry) -> None:
 
 def without(stage: Stage, asked: str) -> str:
     """What else can be done when Transformer Engine is missing."""
-    if stage.fp8 and stage.fp8_recipe == "tensorwise" and not stage.not_compiled():
+    if stage.fp8 and not stage.no_fp8_of_torch():
         return f"or set layer_spec to local, whose FP8 needs torch alone, or leave {asked} out"
     return f"or leave {asked} out"
 
@@ -47,19 +47,8 @@ def refuse(stage: Stage, asked: str, found: dict[str, Any]) -> None:
     if not found["gpus"]:
         why = f" ({found['error']})" if "error" in found else ""
         raise ConfigError(f"{asked} needs a GPU, and torch sees none here{why}; {fix}")
-    if stage.transformer_engine and "error" in found:
-        raise ConfigError(
-            f"{asked} needs Transformer Engine, which is installed and cannot be imported: "
-            f"{found['error']}; install it for this torch ({INSTALL}), {without(stage, asked)}"
-        )
-    if (
-        stage.transformer_engine
-        and tuple(int(part) for part in found["version"].split(".")[:2]) < OLDEST
-    ):
-        raise ConfigError(
-            f"{asked} needs Transformer Engine 2.3 or later, and {found['version']} is installed: "
-            f"{INSTALL}; {without(stage, asked)}"
-        )
+    if stage.transformer_engine:
+        _refuse_engine(found, asked, without(stage, asked))
     weakest = tuple(min(found["gpus"]))
     wanted = (9, 0) if stage.fp8_recipe == "blockwise" else CAPABILITY
     if stage.fp8 and weakest < wanted:
@@ -67,4 +56,17 @@ def refuse(stage: Stage, asked: str, found: dict[str, Any]) -> None:
         raise ConfigError(
             f"fp8 with fp8_recipe {stage.fp8_recipe} needs GPUs of compute capability {needs} "
             f"(H100, H200 ...), and one here has {has}; {fix}"
+        )
+
+
+def _refuse_engine(found: dict[str, Any], asked: str, otherwise: str) -> None:
+    if "error" in found:
+        raise ConfigError(
+            f"{asked} needs Transformer Engine, which is installed and cannot be imported: "
+            f"{found['error']}; install it for this torch ({INSTALL}), {otherwise}"
+        )
+    if tuple(int(part) for part in found["version"].split(".")[:2]) < OLDEST:
+        raise ConfigError(
+            f"{asked} needs Transformer Engine 2.3 or later, and {found['version']} is installed: "
+            f"{INSTALL}; {otherwise}"
         )
