@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+
+from tests.needs import ENGINE
 
 torch = pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-engine = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
-)
 LOSS, GRADIENT = 0.03, 0.25
 """What FP8 may be off: a value has 3 bits after the point (2.6 % of rounding noise), a gradient of
 the tensorwise recipe 2 (5.3 %), and eight linears lie behind one another."""
@@ -35,7 +33,7 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return found
 
 
-@engine
+@ENGINE
 def test_te_in_bf16_is_as_near_as_our_own_linears(bf16: dict[str, float]) -> None:
     assert bf16["te"] <= 3e-2 and bf16["te"] <= 1.2 * bf16["local"]
 
@@ -66,7 +64,7 @@ def test_compiled_fp8_needs_torch_alone(tmp_path: Path, recompute: str) -> None:
     assert graphs == (3 if recompute == "none" else 4), "layer, tower and head"
 
 
-@engine
+@ENGINE
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_fp8(tmp_path: Path, bf16: dict[str, float], recipe: str, recompute: str) -> None:
@@ -82,7 +80,7 @@ def test_fp8(tmp_path: Path, bf16: dict[str, float], recipe: str, recompute: str
     fast_model.command("load", tmp_path)
 
 
-@engine
+@ENGINE
 def test_the_launcher_lets_it_pass() -> None:
     from llava_steps.core.config import Stage
     from llava_steps.training import te_check

@@ -5,13 +5,13 @@ All layouts, in fp32, and the checkpoints that they read of each other: `make la
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 
 import pytest
 
 from tests.chain import Chain, metrics
 from tests.e2e.test_loss_parity import COMMON
+from tests.needs import ENGINE
 
 torch = pytest.importorskip("torch")
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -58,9 +58,7 @@ def alone(chain: Chain) -> list[float]:
     return [row["loss"] for row in metrics(chain.train("gpus_alone", *line))]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
-)
+@ENGINE
 @pytest.mark.parametrize("engine", ["--layer-spec=te", "--fp8"])
 @pytest.mark.parametrize("layout", TE_LAYOUTS)
 def test_transformer_engine(chain: Chain, alone: list[float], layout: str, engine: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 
@@ -12,6 +11,7 @@ from tests import reference
 from tests.chain import Chain, metrics, sample_ids
 from tests.e2e.test_loss_parity import BATCH, CLIP, COMMON, DECAY, LR, STAGES, STEPS, WARMUP
 from tests.e2e.test_train_step import stopped, value
+from tests.needs import ENGINE
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -44,9 +44,6 @@ def test_bf16_follows_fp32(chain: Chain) -> None:
     assert 0 < deviations[0] < 0.02 and sum(deviations) / len(deviations) < 0.04, deviations
 
 
-ENGINE = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
-)
 WAYS = {
     "fp32": (*ONE, "--precision=fp32"),
     "bf16": (*ONE, "--precision=bf16"),
