@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots bench-cli newcomer release-check test-cluster format describe environment clean
+.PHONY: help demo test check reruns matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots bench-cli newcomer release-check test-cluster format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -74,6 +74,11 @@ EVERY ?= 1
 faults: ## a kill, a full disk, a broken disk in every file operation of a save
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.drive --every $(EVERY)
+
+CHANGES ?= 700
+reruns: ## change each setting of a run, alone and in pairs: just what it feeds is computed
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.reruns --changes $(CHANGES)
 
 DAMAGES ?= 500
 damage: ## damage copies of a checkpoint: each must be noticed

@@ -50,15 +50,15 @@ def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
     return asdict(built) | {"added_tokens": list(built.added_tokens)}
 
 
-def local(text: str) -> Path:
-    """A directory as it is; a hub id as its snapshot, downloaded unless it is there already."""
+def local(text: str, fetch: bool) -> Path:
+    """A directory as it is; a hub id as its snapshot, downloaded with `fetch` if it is missing."""
     if Path(text).exists():
         return Path(text)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(text, allow_patterns=list(FILES)))
+        return Path(snapshot_download(text, allow_patterns=[*FILES], local_files_only=not fetch))
     except HFValidationError:
         raise InputError(f"{text} is neither a directory nor a hub id") from None
     except Exception as error:

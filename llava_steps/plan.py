@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,10 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def lines(config: Config, given: argparse.Namespace) -> Iterator[str]:
-    """The plan of a run, line by line; see `main` for the arguments.
+def lines(
+    config: Config, given: argparse.Namespace, found: Mapping[str, cached.State] | None = None
+) -> Iterator[str]:
+    """The plan of a run, line by line; see `main` for the arguments, `outlook` for `found`.
 
     Raises:
         InputError: a model's configuration is not at hand.
@@ -80,9 +82,9 @@ def lines(config: Config, given: argparse.Namespace) -> Iterator[str]:
         number = getattr(given, name)
         if number is not None and number < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {number}: a whole number above 0")
-    store = Path(config.store)
-    image = container.image_digest(config.image, store)
-    found = {s.rule: s for s in cached.states(pipeline.chain(config, image), store, image)}
+    if found is None:
+        image = container.image_digest(config.image, Path(config.store))
+        found = outlook(config, pipeline.chain(config, image), image)
     gpu = GPUS.get(given.gpu)
     model = model_of(config, "hf_model" in found and found["hf_model"].outlook == "done")
     plans = [_stage(model, stage, found, given) for stage in (config.stage1, config.stage2)]
@@ -111,6 +113,13 @@ def lines(config: Config, given: argparse.Namespace) -> Iterator[str]:
             yield from text.search_text(plan.stage, ranked, given.show)
 
 
+def outlook(
+    config: Config, rules: Mapping[str, pipeline.Rule], image: str
+) -> dict[str, cached.State]:
+    """The state of each rule; `image` is the digest of the container image."""
+    return {state.rule: state for state in cached.states(rules, Path(config.store), image)}
+
+
 def refuse(config: Config, numbers: Container[int]) -> None:
     """ConfigError unless the stages of these numbers can be cut as the configuration says.
 
@@ -130,7 +139,7 @@ def refuse(config: Config, numbers: Container[int]) -> None:
 
 
 def _stage(
-    model: Model, stage: Stage, found: dict[str, cached.State], given: argparse.Namespace
+    model: Model, stage: Stage, found: Mapping[str, cached.State], given: argparse.Namespace
 ) -> stages.StagePlan:
     report = cached.audit_of(found, stage.stage)
     data = (
@@ -154,7 +163,7 @@ def _disk(model: Model, plans: list[stages.StagePlan]) -> Iterator[str]:
 def figures(
     model: Model,
     plans: list[stages.StagePlan],
-    found: dict[str, cached.State],
+    found: Mapping[str, cached.State],
     gpu: Gpu | None,
     efficiency: float,
 ) -> dict[str, Any]:

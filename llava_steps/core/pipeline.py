@@ -135,6 +135,16 @@ class Rule:
         return str(self.out / MANIFEST)
 
     @property
+    def before(self) -> tuple[str, ...]:
+        """Rules whose results it reads, and the one that must have passed before."""
+        return (*self.upstream, *([AFTER[self.name]] if self.name in AFTER else []))
+
+    @property
+    def page(self) -> Path | None:
+        """What its job copies beside the results of the run."""
+        return self.out.with_name("report.html") if self.name == "report" else None
+
+    @property
     def flags(self) -> list[str]:
         """The command line but for quiet settings; a change of it asks for another value."""
         return [*cli.flags(self.settings, ("value", "source")), *self.where]
@@ -231,7 +241,7 @@ def before(rules: Mapping[str, Rule], names: Iterable[str]) -> set[str]:
         name = todo.pop()
         if name not in found:
             found.add(name)
-            todo += [*rules[name].upstream, *([AFTER[name]] if name in AFTER else [])]
+            todo += rules[name].before
     return found
 
 

@@ -79,8 +79,9 @@ class Step(Generic[C]):
     """Glob patterns of payload files that differ between equal runs (timings)."""
     optional: frozenset[str] = frozenset()
     """Source fields that may stay empty."""
-    resolve: Mapping[str, Callable[[str], Path]] = field(default_factory=dict)
-    """For a source field: from the given text to a local path (a hub id, say)."""
+    resolve: Mapping[str, Callable[[str, bool], Path]] = field(default_factory=dict)
+    """For a source field: from the given text (a hub id, say) to a local path; False as the second
+    argument forbids to fetch it."""
     parts: Mapping[str, Callable[[Path, C], tuple[Path, Iterable[Path]]]] = field(
         default_factory=dict
     )
@@ -291,14 +292,25 @@ class Identity(NamedTuple):
     fingerprint: str
 
 
-def identify(step: Step[C], module: str, config: C, digests: Digests, image: str = "") -> Identity:
+def identify(
+    step: Step[C],
+    module: str,
+    config: C,
+    digests: Digests,
+    image: str = "",
+    recorded: Mapping[str, Mapping[str, str]] | None = None,
+) -> Identity:
     """The name of a computation; every input that is a result is compared with its manifest.
+
+    With `recorded`, the inputs that the shown value was made from, this only plans: a file of the
+    user that is gone since counts as unchanged, nothing is fetched, and the bytes of results are
+    taken to be what their manifests say. The step itself reads them before it uses them.
 
     Raises:
         InputError, ConfigError: an input is missing or was not given.
         IntegrityError: an input disagrees with its manifest.
     """
-    inputs = _inputs(step, config, digests)
+    inputs = _inputs(step, config, digests, recorded)
     name = step.named(config)
     slice_ = _values(step, config)
     code = code_version(module)
@@ -348,7 +360,12 @@ def _take_aside(entry: Path, out: Path, force: bool) -> None:
     (out / FORCE_REQUEST).unlink(missing_ok=True)
 
 
-def _inputs(step: Step[C], config: C, digests: Digests) -> dict[str, Input]:
+def _inputs(
+    step: Step[C],
+    config: C,
+    digests: Digests,
+    recorded: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Input]:
     """Every input that is given, compared with its manifest and pinned to its sealed entry."""
     found: dict[str, Input] = {}
     for key, info in step.config.model_fields.items():
@@ -359,14 +376,18 @@ def _inputs(step: Step[C], config: C, digests: Digests) -> dict[str, Input]:
             if key in step.optional:
                 continue
             raise ConfigError(f"{cli.flag_name(key, info)} is needed: {info.description}")
-        path = step.resolve[key](text) if key in step.resolve else Path(text)
+        path = step.resolve[key](text, recorded is None) if key in step.resolve else Path(text)
         if not path.exists():
+            before = (recorded or {}).get(key)
+            if before is not None and before["path"] == text:
+                found[key] = Input(path, before["digest"], shown=text)
+                continue
             raise InputError(f"{cli.flag_name(key, info)}: {path} does not exist")
         artefact = store.artefact_of(path)
         if artefact is not None:
             directory, manifest = artefact
             entry = store.entry_of(directory, manifest)
-            store.check(entry, manifest, digests.file)
+            store.check(entry, manifest, digests.file if recorded is None else None)
             inside = path.relative_to(directory).as_posix()
             digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
             found[key] = Input(entry / inside, digest, manifest, entry, text)

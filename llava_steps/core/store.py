@@ -101,12 +101,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 def check(
     directory: Path,
     manifest: Mapping[str, Any],
-    sha256: Callable[[Path], str] = fsio.sha256_file,
+    sha256: Callable[[Path], str] | None = fsio.sha256_file,
 ) -> None:
     """Compare the files of an entry with its manifest: presence, size and sha256.
 
     With `Digests.file` as `sha256` a file is only read when it may have changed since the last
-    time. Raises IntegrityError that names the first file that differs and says what to do.
+    time, with None never. Raises IntegrityError that names the first file that differs and says
+    what to do.
     """
     advice = (
         f"restore it, or make it again: --force on step {manifest.get('step')}, or "
@@ -124,7 +125,7 @@ def check(
             raise IntegrityError(
                 f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {file['size']}; {advice}"
             )
-        if sha256(path) != file["sha256"]:
+        if sha256 is not None and sha256(path) != file["sha256"]:
             raise IntegrityError(f"{path} has another sha256 than {MANIFEST} says; {advice}")
 
 
@@ -188,10 +189,27 @@ def publish(entry: Path, out: Path) -> None:
     """
     unpublish(out)
     out.mkdir(parents=True, exist_ok=True)
-    for item in sorted(entry.iterdir()):
-        if item.name not in (MANIFEST, WORK) and not item.name.startswith(fsio.TEMPORARY):
-            _link(item, out / item.name)
+    for item in _payload(entry):
+        _link(item, out / item.name)
     fsio.write_bytes(out / MANIFEST, (entry / MANIFEST).read_bytes())
+
+
+def shows(out: Path, entry: Path) -> bool:
+    """Whether `publish(entry, out)` would leave `out` as it is."""
+    if (out / MANIFEST).read_bytes() != (entry / MANIFEST).read_bytes():
+        return False
+    return {item.name: item.resolve() for item in out.iterdir() if item.name != MANIFEST} == {
+        item.name: item.resolve() for item in _payload(entry)
+    }
+
+
+def _payload(entry: Path) -> list[Path]:
+    """What `publish` links to, in a fixed order."""
+    return [
+        item
+        for item in sorted(entry.iterdir())
+        if item.name not in (MANIFEST, WORK) and not item.name.startswith(fsio.TEMPORARY)
+    ]
 
 
 def show_work(entry: Path, out: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from llava_steps.core import run, store
 from llava_steps.core.commit import committed
 from llava_steps.core.digest import Digests
-from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.core.pipeline import Rule
 
 LISTED = 4
@@ -27,13 +28,17 @@ class State:
     outlook: Literal["done", "run", "after"]
     why: str
     manifest: Mapping[str, Any] | None = None
+    shown: bool = False
+    """Whether the run's results show exactly this value: its job would have nothing to do."""
 
 
 def states(rules: Mapping[str, Rule], root: Path, image: str = "") -> Iterator[State]:
     """The outlook of each rule, in order; `root` is the store, `image` the image's digest.
 
+    A step whose value or input is damaged has the outlook `run`: it is the one that reports it.
+
     Raises:
-        IntegrityError: a result that a step would read disagrees with its manifest.
+        IntegrityError: a manifest cannot be read.
     """
     entries: dict[str, Path] = {}
     digests = Digests(root)
@@ -50,12 +55,15 @@ def states(rules: Mapping[str, Rule], root: Path, image: str = "") -> Iterator[S
             continue
         settings = rule.settings.model_copy(update=_pinned(rule, entries, rules))
         try:
-            found = run.identify(step, rule.module, settings, digests, image)
-        except (InputError, ConfigError) as error:
+            recorded = shown["inputs"] if shown else {}
+            found = run.identify(step, rule.module, settings, digests, image, recorded)
+            entry = root / found.name / found.fingerprint
+            manifest = store.read_manifest(entry)
+            if manifest is not None:
+                store.check(entry, manifest, sha256=None)
+        except (InputError, ConfigError, IntegrityError) as error:
             yield State(rule.name, "run", str(error))
             continue
-        entry = root / found.name / found.fingerprint
-        manifest = store.read_manifest(entry)
         if manifest is None:
             goes_on = [path.name for _, path in committed(entry)] if entry.is_dir() else []
             why = f"goes on after {goes_on[-1]}" if goes_on else _difference(shown, found)
@@ -63,9 +71,62 @@ def states(rules: Mapping[str, Rule], root: Path, image: str = "") -> Iterator[S
             continue
         entries[rule.name] = entry
         note = f"took {manifest['wall_s']:.0f} s in {manifest['attempts']} attempt"
-        yield State(rule.name, "done", note + "s" * (manifest["attempts"] > 1), manifest)
+        note += "s" * (manifest["attempts"] > 1)
+        yield State(rule.name, "done", note, manifest, _shows(rule, entry, shown))
     if root.is_dir():
         digests.save()
+
+
+def _shows(rule: Rule, entry: Path, shown: Mapping[str, Any] | None) -> bool:
+    """Whether the run shows this very entry, with the file that its job copies beside it."""
+    if shown is None or not store.shows(rule.out, entry):
+        return False
+    if rule.page is None:
+        return True
+    made = (entry / rule.page.name).read_bytes()
+    return rule.page.is_file() and rule.page.read_bytes() == made
+
+
+def demanded(
+    rules: Mapping[str, Rule], found: Mapping[str, State], forced: Collection[str] = ()
+) -> dict[str, str]:
+    """Rules whose jobs must run, each with the reason: the run does not show their value.
+
+    That value may be unknown yet, because the rule reads what is made anew; `forced` rules are.
+    What is only published again has a known value, so what reads it need not run.
+    """
+    reasons: dict[str, str] = {}
+    renewed: set[str] = set()
+    for name, rule in rules.items():
+        state = found[name]
+        waits = [other for other in rule.upstream if other in renewed]
+        missing = [other for other in rule.before if not os.path.exists(rules[other].manifest)]
+        if name in forced:
+            reasons[name] = "forced"
+        elif state.outlook != "done":
+            reasons[name] = state.why
+        elif waits:
+            reasons[name] = "reads the result of " + ", ".join(waits)
+        if name in reasons:
+            renewed.add(name)
+        elif not state.shown:
+            reasons[name] = "its value is in the store, not in the results of this run"
+        elif missing:
+            reasons[name] = "there is no result of " + ", ".join(missing)
+    return reasons
+
+
+def nearest(rules: Mapping[str, Rule], name: str, demand: Collection[str]) -> list[str]:
+    """The demanded rules before a rule that no other demanded rule separates from it."""
+    found: dict[str, None] = {}
+    todo = [*rules[name].before]
+    while todo:
+        other = todo.pop()
+        if other in demand:
+            found[other] = None
+        else:
+            todo += rules[other].before
+    return [*found]
 
 
 def _begun(place: Path) -> str:

@@ -327,9 +327,9 @@ def test_names_that_are_neither_directory_nor_hub_id(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="could not be fetched from the hub"):
-        build_hf.local("nobody/no-such-model")
+        build_hf.local("nobody/no-such-model", True)
     with pytest.raises(InputError, match="neither a directory nor a hub id"):
-        build_hf.local("no/such/directory")
+        build_hf.local("no/such/directory", True)
 
 
 def test_on_the_command_line(tmp_path: Path, tower: Path, text: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.project import MODULES, ROOT, STEP, STUB, Project
+from tests.workflow.project import Project, make_project
 
 
 def _copy(source: Path, target: Path) -> Project:
@@ -17,21 +17,7 @@ def _copy(source: Path, target: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def _fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("project") / "fresh"
-    package = root / "llava_steps"
-    skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "llava_steps/core", package / "core", ignore=skip)
-    shutil.copytree(ROOT / "llava_steps/planning", package / "planning", ignore=skip)
-    for name in ("__init__.py", "plan.py"):
-        shutil.copy(ROOT / "llava_steps" / name, package)
-    (package / "stub.py").write_text(STUB)
-    for module, (config, name) in MODULES.items():
-        (package / f"{module}.py").write_text(STEP.format(config=config, name=name))
-    for folder in ("workflow", "config"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=skip)
-    for link in ("slurm", "local"):
-        (root / link).symlink_to((ROOT / link).readlink())
-    return root
+    return make_project(tmp_path_factory.mktemp("project") / "fresh").root
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,8 @@ def run(ctx: Context, cfg: {config}):
     return stub.work(ctx, cfg)
 
 OPTIONAL = frozenset(
-    {{"chat_template", "demo_assets", "task_files", "lmms_eval", "llm_jp_eval_mm"}}
+    {{"chat_template", "task_files"}}
+    | ({{*{config}.model_fields}} if {config}.__name__ == "Report" else set())
 )
 STEP = Step(name={name}, config={config}, run=run, doc=__doc__, optional=OPTIONAL)
 if __name__ == "__main__":
@@ -177,3 +179,21 @@ class Project:
             (self.root / "results" / run / rule / "manifest.json").read_text()
         )
         return found
+
+
+def make_project(root: Path) -> Project:
+    """A project with stub steps in a new directory, in which nothing has run."""
+    package = root / "llava_steps"
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "llava_steps/core", package / "core", ignore=skip)
+    shutil.copytree(ROOT / "llava_steps/planning", package / "planning", ignore=skip)
+    for name in ("__init__.py", "plan.py"):
+        shutil.copy(ROOT / "llava_steps" / name, package)
+    (package / "stub.py").write_text(STUB)
+    for module, (config, name) in MODULES.items():
+        (package / f"{module}.py").write_text(STEP.format(config=config, name=name))
+    for folder in ("workflow", "config"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=skip)
+    for link in ("slurm", "local"):
+        (root / link).symlink_to((ROOT / link).readlink())
+    return Project(root)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 from llava_steps import verify
 from tests.patience import PATIENCE, wait_for
-from tests.workflow.project import RULES, Project
+from tests.workflow.project import ROOT, RULES, Project
 
 AFTER_STAGE_2 = ["evaluation", "hf_export", "report", "stage2_checkpoint"]
 
@@ -48,6 +51,126 @@ def test_one_setting_of_stage_2_and_back(finished: Project) -> None:
     assert finished.run() == []
 
 
+@pytest.mark.parametrize(
+    ("overlay", "audits"),
+    [
+        ("stage2: {seq_length: 240, lr: 5.0e-4}", {"stage2_audit"}),
+        ("audit: {samples: 500}\nstage2: {lr: 5.0e-4}", {"stage1_audit", "stage2_audit"}),
+        ("stage2: {too_long: truncate, warmup_steps: 3}", {"stage2_audit"}),
+        ("energon_dataset: {seed: 5}\nstage2: {lr: 5.0e-4, data_path: other}", {"stage2_audit"}),
+    ],
+)
+def test_settings_of_a_stage_and_of_its_audit_together(
+    finished: Project, overlay: str, audits: set[str]
+) -> None:
+    """Snakemake alone plans the audit and leaves out the stage behind it."""
+    (finished.root / "other").mkdir()
+    arguments = ("hf_export", "--configfile", finished.overlay(overlay + "\n"))
+    planned = finished.planned("all", *arguments[1:])
+    assert {*AFTER_STAGE_2, *audits} <= {*planned}
+    finished.run("all", *arguments[1:])
+    assert {*AFTER_STAGE_2, *audits} <= {*steps(finished)}
+    order = [name for name in steps(finished) if name in ("stage2_audit", "stage2_checkpoint")]
+    assert order == ["stage2_audit", "stage2_checkpoint"]
+    shown = finished.manifest("stage2_checkpoint")["config"]
+    assert shown["lr"] == (1e-3 if "warmup" in overlay else 5e-4)
+    assert finished.planned("all", *arguments[1:]) == []
+
+
+def test_what_a_new_audit_does_not_change_is_no_cover_for_what_is_behind(
+    finished: Project,
+) -> None:
+    overlay = finished.overlay("audit: {examples: 4}\nevaluation: {max_new_tokens: 5}\n")
+    executed = ["evaluation", "report", "stage1_audit", "stage2_audit"]
+    assert finished.run("--configfile", overlay) == executed
+    assert sorted(steps(finished)) == executed
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--rerun-triggers", "mtime"), ("--ignore-incomplete",)], ids=str
+)
+def test_a_changed_setting_counts_without_any_record_of_snakemake(
+    finished: Project, options: tuple[str, ...]
+) -> None:
+    shutil.rmtree(finished.root / ".snakemake")
+    assert finished.planned(*options) == []
+    overlay = ("--configfile", finished.overlay("stage2: {lr: 5.0e-4}\n"))
+    assert finished.planned(*options, *overlay) == AFTER_STAGE_2
+    finished.run(*options, *overlay)
+    assert finished.manifest("stage2_checkpoint")["config"]["lr"] == 5e-4
+
+
+def test_what_was_computed_by_hand_with_other_settings_is_not_taken_for_the_result(
+    finished: Project,
+) -> None:
+    text = finished.snakemake("--cores", "1", "-n", "--forcerun", "stage2_checkpoint")
+    (line,) = [x for x in text.splitlines() if "-m llava_steps.train" in x and "--stage=2" in x]
+    by_hand = f"{line.removeprefix('Shell command: ')} --lr 0.25"
+    subprocess.run(["bash", "-c", by_hand], cwd=finished.root, env=finished.env, check=True)
+    assert finished.manifest("stage2_checkpoint")["config"]["lr"] == 0.25
+    finished.forget_calls()
+    assert finished.run("hf_export") == ["stage2_checkpoint"]
+    assert finished.manifest("stage2_checkpoint")["config"]["lr"] == 1e-3
+    assert steps(finished) == [], "the store knows the value"
+
+
+def test_a_run_whose_data_changed_meanwhile_is_not_done(finished: Project) -> None:
+    mine, hold = finished.root / "mine.json", finished.root / "hold-energon_dataset"
+    mine.write_text("one")
+    hold.touch()
+    overlay = finished.overlay("tar_shards: {source: mine.json}\n")
+    process = finished.start("energon_dataset", "--cores", "1", "--configfile", overlay)
+    wait_for(lambda: "energon_dataset" in steps(finished), process)
+    mine.write_text("two")
+    hold.unlink()
+    assert process.wait(PATIENCE) == 1
+    assert finished.run("energon_dataset", "--configfile", overlay) == [
+        "energon_dataset", "tar_shards",
+    ]  # fmt: skip
+
+
+def test_checks_of_a_run_cannot_be_left_out(finished: Project) -> None:
+    assert "--no-hooks" in finished.snakemake("--cores", "1", "--no-hooks", code=1)
+
+
+def test_a_missing_file_and_a_changed_setting_end_the_run_by_name(finished: Project) -> None:
+    """Snakemake alone keeps the old result: what cannot be made again, it leaves."""
+    (finished.root / "mine.json").write_text("[]")
+    overlay = ("--configfile", finished.overlay("evaluation: {data: mine.json}\n"))
+    finished.run(*overlay)
+    (finished.root / "mine.json").unlink()
+    assert finished.planned(*overlay) == []
+    finished.overlay("evaluation: {data: mine.json, max_new_tokens: 5}\n")
+    text = finished.snakemake("--cores", "1", *overlay, code=1)
+    assert "evaluation: changed: max_new_tokens 16 -> 5" in text
+
+
+def test_files_that_were_only_touched_rerun_nothing(finished: Project) -> None:
+    (finished.root / "mine.json").write_text("[]")
+    overlay = ("--configfile", finished.overlay("tar_shards: {source: mine.json}\n"))
+    finished.run(*overlay)
+    (finished.root / "mine.json").touch()
+    (finished.root / "results/demo/hf_model/manifest.json").touch()
+    assert finished.planned(*overlay) == []
+
+
+@pytest.mark.parametrize("rule", ["tar_shards", "hf_export", "report"])
+def test_a_result_that_is_gone_is_shown_again_alone(finished: Project, rule: str) -> None:
+    shutil.rmtree(finished.root / "results/demo" / rule)
+    assert rule in finished.run()
+    assert steps(finished) == [] and finished.planned() == []
+    page = finished.root / "results/demo/report.html"
+    page.write_text("cut")
+    assert finished.run() == ["report"] and page.read_text() == "report"
+
+
+def test_changes_are_computed_as_an_independent_table_says() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.reruns", "--changes", "16", "--jobs", "1"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout.splitlines()[-1]) == {"changes": 16, "right": 16}
+
+
 def test_another_run_shares_equal_steps(finished: Project) -> None:
     finished.snakemake("--cores", "2", "--config", "run=other")
     assert steps(finished) == ["report"], "only its title is another"
@@ -66,7 +189,7 @@ def test_labels_logs_and_resources_recompute_nothing(finished: Project) -> None:
 
 def test_another_audit_trains_nothing(finished: Project) -> None:
     overlay = ("--configfile", finished.overlay("audit: {samples: 7}\n"))
-    finished.snakemake("--cores", "2", *overlay)
+    assert finished.run(*overlay) == ["report", "stage1_audit", "stage2_audit"]
     assert sorted(steps(finished)) == ["report", "stage1_audit", "stage2_audit"]
     assert finished.planned(*overlay) == []
 

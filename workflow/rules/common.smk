@@ -12,10 +12,12 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from llava_steps import plan
 from llava_steps.core import lease, load, pipeline, run, slurm
 from llava_steps.core.container import exec_words, image_digest
 from llava_steps.core.errors import ConfigError, LockedError, StepError
 from llava_steps.core.log import PROGRESS
+from llava_steps.planning import cached
 
 
 def configuration():
@@ -38,7 +40,8 @@ def configuration():
 
 try:
     cfg = configuration()
-    steps = pipeline.chain(cfg, image_digest(cfg.image, Path(cfg.store)))
+    image = image_digest(cfg.image, Path(cfg.store))
+    steps = pipeline.chain(cfg, image)
     if missing := pipeline.lost(steps) if workflow.is_main_process else []:
         raise ConfigError("\n".join(missing))
     shares = pipeline.shares(cfg, steps)
@@ -60,25 +63,33 @@ os.environ.setdefault(PROGRESS, "lines")
 
 
 def needs(name):
-    """Input of a rule: manifests of the rules before it, and files of the user."""
-    paths = [steps[rule].manifest for rule in steps[name].upstream] + [
-        *steps[name].files
+    """Input of a rule: manifests of the rules before it, and files of the user.
+
+    Fingerprints decide what runs, not the age of files: the input of a job that is not demanded is
+    ancient. One that is demanded waits for every demanded job before it, also across jobs that are
+    not: Snakemake passes over a job behind one that runs unless a path of such inputs leads to it.
+    """
+    read = [
+        *(steps[other].manifest for other in steps[name].before),
+        *steps[name].files,
     ]
-    for path in paths:
+    for path in read:
         if "{" in path or "}" in path:
             raise WorkflowError(
                 f"{path}: braces in a path are wildcards to Snakemake; rename it or link to it"
             )
+
+    def paths(wildcards):
+        if name not in demand:
+            return [ancient(path) for path in read]
+        waits = (steps[other].manifest for other in cached.nearest(steps, name, demand))
+        return [*dict.fromkeys([*read, *waits])]
+
     return paths
 
 
-def passed(name):
-    """What must have passed before a rule, but is not read: a newer one reruns nothing."""
-    return ancient(steps[pipeline.AFTER[name]].manifest)
-
-
 def call(name):
-    """Params of a rule. A change of any of them reruns it; quiet flags stay outside."""
+    """Params of a rule, kept by Snakemake with the result; quiet flags stay outside."""
     return {
         "flags": lambda wildcards: flags[name],
         "version": steps[name].version,
@@ -127,28 +138,111 @@ def asks(name):
     return slurm.asks(name, steps[name].settings, cfg.cluster)
 
 
+def rule_of(job):
+    """The step that a job belongs to; a share of sharding counts as the whole."""
+    return "tar_shards" if job.rule.name == "tar_shards_part" else job.rule.name
+
+
+def forced_by_user(dag):
+    """Steps of the rules and files that --forcerun, --force and --forceall name."""
+    rules = {*(rule.name for rule in dag.forcerules)}
+    files = {os.path.normpath(file) for file in dag.forcefiles}
+    parts = {"tar_shards_part"} if shares else set()
+    return {
+        name
+        for name, rule in steps.items()
+        if name in rules
+        or files & {*map(os.path.normpath, (rule.manifest, rule.page or rule.manifest))}
+        or (name == "tar_shards" and rules & parts)
+    }
+
+
+def demand_jobs():
+    """Have Snakemake run exactly the jobs that the fingerprints demand.
+
+    What Snakemake concludes by itself can be less: it does not look at the params of a job behind
+    one that must run, nor at those of a result that it has no record of. So each demanded rule is
+    forced before the graph is built, and the graph is compared with the demand afterwards.
+    """
+    if not workflow.is_main_process:
+        return  # a job of a cluster, which was demanded
+    build = workflow._build_dag
+
+    def build_and_compare():
+        dag, execution = workflow.dag, workflow.execution_settings
+        if execution and execution.no_hooks:
+            raise WorkflowError("--no-hooks leaves out the checks of this workflow")
+        workflow.dag_settings.rerun_triggers = frozenset()
+        forced = forced_by_user(dag)
+        try:
+            outlook.update(plan.outlook(cfg, steps, image))
+        except StepError as error:
+            raise WorkflowError(str(error)) from None
+        demand.update(cached.demanded(steps, outlook, forced))
+        names = {*demand} | (
+            {"tar_shards_part"} if "tar_shards" in demand and shares else set()
+        )
+        dag.forcerules.update(workflow.get_rule(name) for name in names)
+        build()
+        planned = {rule_of(job) for job in dag.needrun_jobs()} & {*steps}
+        here = pipeline.before(steps, {rule_of(job) for job in dag.jobs} & {*steps})
+        unfinished = {
+            rule_of(job)
+            for job in dag.jobs
+            if not dag.forcefiles.isdisjoint(job.output)
+        }
+        wrong = planned ^ (here & {*demand})
+        if wrong - unfinished:
+            raise WorkflowError(
+                "Snakemake plans other jobs than the settings and inputs demand:"
+                + "".join(
+                    f"\n  {name}: {demand.get(name, 'its result is up to date')}"
+                    for name in sorted(wrong - unfinished)
+                )
+            )
+        requested.update(forced & here)
+
+    workflow._build_dag = build_and_compare
+
+
+outlook = {}  # state of each step, once the graph of jobs is built
+demand = {}  # steps that must run, with the reasons
+requested = set()  # steps that the user forces
+demand_jobs()
+
+
 def request_forced():
     """Ask the steps of forced rules to compute again, although the store knows their value.
 
     Only what the user forces: Snakemake itself forces an output whose job it did not see end, as
     when a controller was killed, and the store knows best whether that value is whole.
     """
-    asked = workflow.dag_settings
-    named = {os.path.normpath(name) for name in asked.forcerun}
-    forced = {
-        "tar_shards" if job.rule.name == "tar_shards_part" else job.rule.name
-        for job in workflow.dag.needrun_jobs()
-        if asked.forceall
-        or (asked.forcetargets and job in workflow.dag.targetjobs)
-        or named & {job.rule.name, *map(os.path.normpath, job.output)}
-    }
     for rule in (*steps.values(), *shares.values()):
         request = rule.out / run.FORCE_REQUEST
-        if rule.name in forced:
+        if rule.name in requested:
             request.parent.mkdir(parents=True, exist_ok=True)
             request.touch()
         else:
             request.unlink(missing_ok=True)  # of a run that ended before it got there
+
+
+def check_results():
+    """A run is done when its results are what the configuration asks for, by fingerprint."""
+    found = plan.outlook(cfg, steps, image)
+    here = pipeline.before(
+        steps, {rule_of(job) for job in workflow.dag.jobs} & {*steps}
+    )
+    wrong = [
+        f"{name}: {why}"
+        for name, why in cached.demanded(steps, found).items()
+        if name in here
+    ]
+    if wrong:
+        raise WorkflowError(
+            "the jobs have run, but the results are not those of the configuration and its inputs "
+            "as they are now; did a file change meanwhile? Run again.\n"
+            + "\n".join(wrong)
+        )
 
 
 def refuse_host_for_image():
@@ -173,8 +267,6 @@ def refuse_nodes_without_slurm():
 
 def refuse_layouts():
     """What stage 2 could not be cut into is told before stage 1 has cost its time."""
-    from llava_steps import plan
-
     running = {job.rule.name for job in workflow.dag.needrun_jobs()}
     try:
         plan.refuse(cfg, [n for n in (1, 2) if f"stage{n}_checkpoint" in running])
@@ -260,10 +352,8 @@ def tell_plan():
         return
     if workflow.output_settings.quiet:
         return
-    from llava_steps import plan
-
     try:
-        for line in plan.lines(cfg, plan.parser().parse_args([])):
+        for line in plan.lines(cfg, plan.parser().parse_args([]), outlook):
             print(line, file=sys.stderr)
     except StepError as error:
         print(f"plan: {error}", file=sys.stderr)
@@ -280,3 +370,8 @@ onstart:
         hold_run()
         wait_for_jobs()
         request_forced()
+
+
+onsuccess:
+    if workflow.is_main_process:
+        check_results()

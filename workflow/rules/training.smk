@@ -41,7 +41,6 @@ rule stage1_checkpoint:
     """Stage 1: train the projector."""
     input:
         needs("stage1_checkpoint"),
-        passed("stage1_checkpoint"),
     output:
         steps["stage1_checkpoint"].manifest,
     container:
@@ -59,7 +58,6 @@ rule stage2_checkpoint:
     """Stage 2: train the projector and the language model."""
     input:
         needs("stage2_checkpoint"),
-        passed("stage2_checkpoint"),
     output:
         steps["stage2_checkpoint"].manifest,
     container:
