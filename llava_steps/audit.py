@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.blend import read_blend
 from llava_steps.core.config import Audit
 from llava_steps.core.errors import InputError, IntegrityError
@@ -63,9 +63,11 @@ def run(ctx: Context, cfg: Audit) -> Mapping[str, Any]:
                 examples.append(example)
             bar.advance(1)
     report = auditor.report()
-    fsio.write_json(ctx.entry / REPORT, report)
-    fsio.write_bytes(ctx.entry / EXAMPLES, "\n\n".join(map(marked, examples)).encode() + b"\n")
-    fsio.write_json(
+    filesystem.write_json(ctx.entry / REPORT, report)
+    filesystem.write_bytes(
+        ctx.entry / EXAMPLES, "\n\n".join(map(marked, examples)).encode() + b"\n"
+    )
+    filesystem.write_json(
         ctx.entry / PICTURES,
         {
             "examples": [

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import HfModel
 from llava_steps.core.errors import InputError
 from llava_steps.core.run import Context, Step, main
@@ -30,7 +30,7 @@ def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
 
     for remains in ctx.entry.iterdir():  # of an attempt that was killed
         if remains != ctx.work:
-            fsio.remove(remains)
+            filesystem.remove(remains)
     tower, text = ctx.inputs["vision_tower"].path, ctx.inputs["text_model"].path
     template = ctx.inputs["chat_template"].path if cfg.chat_template else None
     built = build(tower, text, ctx.entry, cfg, template)

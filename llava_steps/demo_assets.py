@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import DemoAssets
 from llava_steps.core.run import Context, Step, main
 
@@ -28,7 +28,7 @@ def run(ctx: Context, cfg: DemoAssets) -> Mapping[str, Any]:
 
     for remains in ctx.entry.iterdir():  # of an attempt that was killed
         if remains != ctx.work:
-            fsio.remove(remains)
+            filesystem.remove(remains)
     data = scans.load_scans()
     train, heldout = scans.split(data.digits, cfg.heldout_scans, cfg.seed)
     pixels = np.stack([scans.enlarge(scan, cfg.image_size) for scan in data.pixels])
@@ -42,7 +42,7 @@ def run(ctx: Context, cfg: DemoAssets) -> Mapping[str, Any]:
         "heldout": questions.heldout_samples(heldout, digits, cfg.seed),
     }
     for name, samples in files.items():
-        fsio.write_json(raw / f"{name}.json", samples)
+        filesystem.write_json(raw / f"{name}.json", samples)
     ctx.log.info("%d training scans, %d held out", len(train), len(heldout))
     return {
         "train_samples": len(files["train"]),

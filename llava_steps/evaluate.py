@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import Evaluation
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.run import Context, Step, main
@@ -64,8 +64,8 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
         images = thumbnails.add(questions[number].images)
         for name in names:
             samples[name][place]["images"] = images
-    fsio.write_json(ctx.entry / "results.json", results)
-    fsio.write_json(ctx.entry / "samples.json", samples)
+    filesystem.write_json(ctx.entry / "results.json", results)
+    filesystem.write_json(ctx.entry / "samples.json", samples)
     if prompts:
         rows = [
             {
@@ -75,8 +75,8 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
             }
             for i, prompt in enumerate(prompts)
         ]
-        fsio.write_json(ctx.entry / "generations.json", rows)
-    fsio.write_bytes(ctx.entry / "table.md", score.tables(results).encode())
+        filesystem.write_json(ctx.entry / "generations.json", rows)
+    filesystem.write_bytes(ctx.entry / "table.md", score.tables(results).encode())
     return {"questions": len(questions), "results": results}
 
 

@@ -16,7 +16,7 @@ from llava_steps.core.run import Context, Step, main
 
 def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     """Write `iter_0000000/weights/` and commit it."""
-    from llava_steps.core import fsio
+    from llava_steps.core import filesystem
     from llava_steps.core.commit import commit_dir, iteration_name
     from llava_steps.core.geometry import Geometry
     from llava_steps.model.convert import count_entries, hf_to_dcp
@@ -27,9 +27,9 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     source = ctx.inputs["hf_dir"].path
     geometry = Geometry.load(source)
     final = ctx.entry / iteration_name(0)
-    temporary = ctx.entry / f"{fsio.TEMPORARY}{final.name}"
+    temporary = ctx.entry / f"{filesystem.TEMPORARY}{final.name}"
     for remains in (temporary, final):  # of an attempt that was killed
-        fsio.remove(remains)
+        filesystem.remove(remains)
     with (
         TensorDirectory(source) as tensors,
         ctx.progress("converting", total=count_entries(geometry)) as bar,

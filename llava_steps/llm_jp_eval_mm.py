@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import LlmJpEvalMm
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.run import Context, Step, main
@@ -42,7 +42,7 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
     ctx.log.info("llm-jp-eval-mm %s in %s: %s", found.version, found.python, ", ".join(cfg.tasks))
     ctx.log.info("what it says goes to %s", log)
     raw = ctx.entry / "raw"
-    fsio.remove(raw)
+    filesystem.remove(raw)
     raw.mkdir(parents=True)
     job = {
         "model": str(ctx.inputs["model"].path.absolute()),
@@ -53,7 +53,7 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
         "judge_model": cfg.judge_model,
         "raw": str(raw.absolute()),
     }
-    fsio.write_json(ctx.work / "job.json", job)
+    filesystem.write_json(ctx.work / "job.json", job)
     line = [str(eval_mm_driver.__file__), str(ctx.work / "job.json")]
     harness.run(found, line, log)
     path = raw / eval_mm_driver.SCORES
@@ -62,7 +62,7 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     told = harness.summary(found, list(cfg.tasks), scores, SECTION)
-    fsio.write_json(ctx.entry / "scores.json", told)
+    filesystem.write_json(ctx.entry / "scores.json", told)
     return told
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import LmmsEval
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.run import Context, Step, main
@@ -45,7 +45,7 @@ def run(ctx: Context, cfg: LmmsEval) -> Mapping[str, Any]:
         raise ConfigError(f"{SECTION}.tasks: name at least one task of lmms-eval")
     found = harness.find(PACKAGE, SECTION, cfg.python)
     raw = ctx.entry / "raw"
-    fsio.remove(raw)
+    filesystem.remove(raw)
     log = ctx.work / "lmms_eval.log"
     ctx.log.info("lmms-eval %s in %s: %s", found.version, found.python, ", ".join(cfg.tasks))
     ctx.log.info("what it says goes to %s", log)
@@ -65,7 +65,7 @@ def run(ctx: Context, cfg: LmmsEval) -> Mapping[str, Any]:
     if not list(raw.rglob(RESULTS)):
         raise harness.failure(found, "wrote no results", said, log)
     told = harness.summary(found, *scores(raw), SECTION)
-    fsio.write_json(ctx.entry / "scores.json", told)
+    filesystem.write_json(ctx.entry / "scores.json", told)
     return told
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import Report
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.pipeline import UPSTREAM
@@ -49,7 +49,7 @@ def run(ctx: Context, cfg: Report) -> Mapping[str, Any]:
             f"a result has no {error}; it was made by another version: run its step again"
         ) from error
     text = html.render(page).encode()
-    fsio.write_bytes(ctx.entry / PAGE, text)
+    filesystem.write_bytes(ctx.entry / PAGE, text)
     return {"bytes": len(text), "sections": sorted(inputs)}
 
 

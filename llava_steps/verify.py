@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llava_steps.core import commit, fsio, store
+from llava_steps.core import commit, filesystem, store
 from llava_steps.core.errors import InputError, IntegrityError
 
 
@@ -53,7 +53,7 @@ def verify(entry: Path) -> tuple[str, str]:
         raise IntegrityError(f"{entry / store.MANIFEST} is damaged: {error!r}") from None
     except OSError as error:
         raise IntegrityError(f"{entry} cannot be read: {error}") from None
-    for path in fsio.files_below(entry, skip=[store.WORK, store.MANIFEST]):
+    for path in filesystem.files_below(entry, skip=[store.WORK, store.MANIFEST]):
         if path.relative_to(entry).as_posix() not in known:
             raise IntegrityError(f"{path} was not sealed with the artefact; remove it")
     return "whole", f"{len(known)} files, {size:,} bytes, {manifest.get('step')}"

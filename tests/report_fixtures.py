@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava_steps.core import fsio, store
+from llava_steps.core import filesystem, store
 
 HOSTILE = (
     "<script>document.title='taken'</script>",
@@ -68,7 +68,7 @@ def make_run(root: Path) -> dict[str, Path]:
     def put(name: str, file: str, data: bytes | str) -> None:
         path = root / "store" / name / "0" / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        fsio.write_bytes(path, data if isinstance(data, bytes) else data.encode())
+        filesystem.write_bytes(path, data if isinstance(data, bytes) else data.encode())
 
     put("tar_shards", "000000.tar", b"tar")
     reasons = {"unreadable image": 31, HOSTILE[0]: 4}

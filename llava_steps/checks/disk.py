@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava_steps.checks.finding import Finding
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 
 CLOCK = 30.0
 """Seconds that the clocks of this machine and of the file server may differ."""
@@ -22,7 +22,7 @@ CLOCK = 30.0
 
 def check(name: str, place: Path) -> Iterator[Finding]:
     """Whether the directory `place` keeps what is written there, as a run relies on."""
-    trial = place / f"{fsio.TEMPORARY}doctor-{secrets.token_hex(4)}"
+    trial = place / f"{filesystem.TEMPORARY}doctor-{secrets.token_hex(4)}"
     try:
         place.mkdir(parents=True, exist_ok=True)
         trial.mkdir()
@@ -39,7 +39,7 @@ def _works(name: str, trial: Path) -> Iterator[Finding]:
     begun = time.monotonic()
     file = trial / "file"
     for text in (b"first", b"second"):  # written, fsynced, renamed over the first, fsynced
-        fsio.write_bytes(file, text)
+        filesystem.write_bytes(file, text)
         if file.read_bytes() != text:
             yield Finding("fail", name, "a file that replaced another reads as the old one")
     seconds = time.monotonic() - begun

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 
 MARKER = "commit.json"
@@ -33,27 +33,27 @@ def commit_dir(temporary: Path, final: Path, info: dict[str, Any] | None = None)
     files = {
         path.relative_to(temporary).as_posix(): {
             "size": path.stat().st_size,
-            "sha256": fsio.sha256_file(path),
+            "sha256": filesystem.sha256_file(path),
         }
-        for path in fsio.files_below(temporary, skip=[MARKER])
+        for path in filesystem.files_below(temporary, skip=[MARKER])
     }
-    fsio.fsync_tree(temporary)
-    fsio.write_bytes(temporary / MARKER, _marker(files, info or {}))
+    filesystem.fsync_tree(temporary)
+    filesystem.write_bytes(temporary / MARKER, _marker(files, info or {}))
     os.rename(temporary, final)
-    fsio.fsync_path(final.parent)
+    filesystem.fsync_path(final.parent)
 
 
 def _marker(files: dict[str, Any], info: dict[str, Any]) -> bytes:
     """The marker's bytes: it names its own digest, for it is data too."""
     content = {"files": files, "info": info}
-    return fsio.dump_json(content | {"sha256": fsio.sha256_json(content)}).encode()
+    return filesystem.dump_json(content | {"sha256": filesystem.sha256_json(content)}).encode()
 
 
 def remove_uncommitted(path: Path) -> None:
     """Delete `path` if it is a directory that was never committed."""
     if (path / MARKER).exists():
         raise IntegrityError(f"{path} is committed already; refusing to write over it")
-    fsio.remove(path)
+    filesystem.remove(path)
 
 
 def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
         raise IntegrityError(f"{path / MARKER} is damaged: {error!r}") from None
     if raw != _marker(marker["files"], info):
         raise IntegrityError(f"{path / MARKER} is damaged: it is not what was written")
-    present = {p.relative_to(path).as_posix() for p in fsio.files_below(path, skip=[MARKER])}
+    present = {p.relative_to(path).as_posix() for p in filesystem.files_below(path, skip=[MARKER])}
     for name in sorted(present ^ files.keys()):
         state = "is missing" if name in files else "does not belong to the checkpoint"
         raise IntegrityError(f"{path / name} {state} (compared with {MARKER})")
@@ -82,7 +82,7 @@ def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
         size = (path / name).stat().st_size
         if size != expected:
             raise IntegrityError(f"{path / name} has {size} bytes, {MARKER} says {expected}")
-        if digests and fsio.sha256_file(path / name) != digest:
+        if digests and filesystem.sha256_file(path / name) != digest:
             raise IntegrityError(f"{path / name} has another sha256 than {MARKER} says")
     return info
 
@@ -127,5 +127,5 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
             (path / MARKER).unlink()
     for path in root.iterdir():
         if _ITERATION.match(path.name) and not (path / MARKER).exists():
-            fsio.remove(path)
-    fsio.remove_temporaries(root)
+            filesystem.remove(path)
+    filesystem.remove_temporaries(root)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from llava_steps.core import cli, fsio
+from llava_steps.core import cli, filesystem
 from llava_steps.core.config import Config, Stage
 from llava_steps.core.former import ELSEWHERE, OPTIONS, field_of
 from llava_steps.core.load import STANDALONE, sections
@@ -39,7 +39,7 @@ def schema() -> str:
     }
     described["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     described["title"] = "llava-steps configuration"
-    return fsio.dump_json(described)
+    return filesystem.dump_json(described)
 
 
 def tables() -> str:
@@ -74,7 +74,9 @@ def _type(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_type(a) for a in get_args(annotation) if a is not type(None))
     if origin is Literal:
-        return ", ".join(f"`{fsio.dump_json(choice).strip()}`" for choice in get_args(annotation))
+        return ", ".join(
+            f"`{filesystem.dump_json(choice).strip()}`" for choice in get_args(annotation)
+        )
     if origin is list:
         return f"list of {_type(get_args(annotation)[0])}"
     if origin is dict:
@@ -89,7 +91,7 @@ def _default(name: str, info: FieldInfo) -> str:
     assert value is not PydanticUndefined
     if value == "":
         return "filled in" if name in FILLED and cli.role(info) == "source" else "empty"
-    return f"`{fsio.dump_json(value, indent=None).strip()}`"
+    return f"`{filesystem.dump_json(value, indent=None).strip()}`"
 
 
 def options_table() -> str:
@@ -120,9 +122,9 @@ def renewed(text: str, made: str) -> str:
 
 def main() -> None:
     """Renew the files."""
-    fsio.write_bytes(SCHEMA, schema().encode())
+    filesystem.write_bytes(SCHEMA, schema().encode())
     for page, made in ((README, tables()), (OPTIONS_PAGE, options_table())):
-        fsio.write_bytes(page, renewed(page.read_text(encoding="utf-8"), made).encode())
+        filesystem.write_bytes(page, renewed(page.read_text(encoding="utf-8"), made).encode())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
 
 CACHE = "digests.json"
@@ -29,28 +29,28 @@ class Digests:
         stat = path.stat()
         key = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
         if key not in self._known:
-            self._known[key] = fsio.sha256_file(path)
+            self._known[key] = filesystem.sha256_file(path)
             self._new = True
         return self._known[key]
 
     def files(self, root: Path, paths: Iterable[Path]) -> str:
         """Digest of the relative names and contents of some files below `root`."""
         listing = {path.relative_to(root).as_posix(): self.file(path) for path in paths}
-        return fsio.sha256_json(listing)
+        return filesystem.sha256_json(listing)
 
     def path(self, path: Path) -> str:
         """Digest of a file, or of all files below a directory with their relative names."""
         if path.is_file():
             return self.file(path)
         if path.is_dir():
-            return self.files(path, fsio.files_below(path))
+            return self.files(path, filesystem.files_below(path))
         raise InputError(f"input {path} does not exist")
 
     def save(self) -> None:
         """Write the cache when it learnt something, keeping what others wrote meanwhile."""
         if self._new:
             self._known = self._read() | self._known
-            fsio.write_json(self._path, self._known)
+            filesystem.write_json(self._path, self._known)
             self._new = False
 
     def _read(self) -> dict[str, str]:

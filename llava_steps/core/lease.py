@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import LockedError
 
 HEARTBEAT = 5.0
@@ -120,7 +120,7 @@ class Lease:
                     seen == watched and seconds >= STALE_AFTER
                 ):
                     return False
-            fsio.write_json(self.path, self._identity)
+            filesystem.write_json(self.path, self._identity)
             self._note("taken" if seen is None else "taken over")
         return True
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import cli, fsio
+from llava_steps.core import cli, filesystem
 from llava_steps.core.blend import read_blend
 from llava_steps.core.codeversion import code_version
 from llava_steps.core.config import Audit, Config, Report, Stage, StepConfig
@@ -159,7 +159,7 @@ class Rule:
         """Stands for the step's code and for every setting, defaults included."""
         fields = type(self.settings).model_fields
         values = {k: getattr(self.settings, k) for k in fields if cli.role(fields[k]) == "value"}
-        return f"{code_version(self.module)} {fsio.sha256_json(values)[:16]}"
+        return f"{code_version(self.module)} {filesystem.sha256_json(values)[:16]}"
 
 
 def chain(config: Config, image: str = "") -> dict[str, Rule]:

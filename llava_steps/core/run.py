@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
-from llava_steps.core import cli, container, fsio, store
+from llava_steps.core import cli, container, filesystem, store
 from llava_steps.core.codeversion import code_version
 from llava_steps.core.config import StepConfig
 from llava_steps.core.digest import Digests
@@ -402,7 +402,7 @@ def _digest(step: Step[C], config: C, key: str, path: Path, digests: Digests) ->
         return digests.files(*step.parts[key](path, config))
     if key in step.members and path.is_file():
         named = [_member_digest(member, digests) for member in step.members[key](path)]
-        return fsio.sha256_json([digests.file(path), named])
+        return filesystem.sha256_json([digests.file(path), named])
     return digests.path(path)
 
 
@@ -426,7 +426,7 @@ def _still_the_same(
             # What was read from both versions must not be found by the next attempt either.
             for made in entry.iterdir():
                 if made.name != store.WORK:
-                    fsio.remove(made)
+                    filesystem.remove(made)
             raise InputError(
                 f"{item.path} changed while the step read it; nothing was kept, run again"
             )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 
 MANIFEST = "manifest.json"
@@ -69,13 +69,13 @@ def fingerprint(
         "code": code,
         "image": image,
     }
-    return fsio.sha256_json(parts)[:32]
+    return filesystem.sha256_json(parts)[:32]
 
 
 def content_digest(files: Iterable[Mapping[str, Any]]) -> str:
     """Digest of the payload: names, sizes and sha256 of all files that are not volatile."""
     rows = [[f["path"], f["size"], f["sha256"]] for f in files if not f.get("volatile")]
-    return fsio.sha256_json(sorted(rows))
+    return filesystem.sha256_json(sorted(rows))
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -101,7 +101,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 def check(
     directory: Path,
     manifest: Mapping[str, Any],
-    sha256: Callable[[Path], str] | None = fsio.sha256_file,
+    sha256: Callable[[Path], str] | None = filesystem.sha256_file,
 ) -> None:
     """Compare the files of an entry with its manifest: presence, size and sha256.
 
@@ -133,7 +133,7 @@ def seal(
     entry: Path,
     description: Mapping[str, Any],
     volatile: Iterable[str] = (),
-    sha256: Callable[[Path], str] = fsio.sha256_file,
+    sha256: Callable[[Path], str] = filesystem.sha256_file,
 ) -> dict[str, Any]:
     """Write the manifest of a finished entry, after its payload is on stable storage.
 
@@ -141,7 +141,7 @@ def seal(
     """
     patterns = tuple(volatile)
     files = []
-    for path in fsio.files_below(entry, skip=[WORK, MANIFEST]):
+    for path in filesystem.files_below(entry, skip=[WORK, MANIFEST]):
         name = path.relative_to(entry).as_posix()
         row: dict[str, Any] = {
             "path": name,
@@ -153,7 +153,7 @@ def seal(
         files.append(row)
     if not files:
         raise IntegrityError(f"{entry}: the step wrote no file; refusing to seal an empty artefact")
-    fsio.fsync_tree(entry)
+    filesystem.fsync_tree(entry)
     manifest = {
         "format": FORMAT,
         "content": content_digest(files),
@@ -162,7 +162,7 @@ def seal(
         "packages": package_versions(),
         **description,
     }
-    fsio.write_json(entry / MANIFEST, manifest)
+    filesystem.write_json(entry / MANIFEST, manifest)
     return manifest
 
 
@@ -191,7 +191,7 @@ def publish(entry: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for item in _payload(entry):
         _link(item, out / item.name)
-    fsio.write_bytes(out / MANIFEST, (entry / MANIFEST).read_bytes())
+    filesystem.write_bytes(out / MANIFEST, (entry / MANIFEST).read_bytes())
 
 
 def shows(out: Path, entry: Path) -> bool:
@@ -208,7 +208,7 @@ def _payload(entry: Path) -> list[Path]:
     return [
         item
         for item in sorted(entry.iterdir())
-        if item.name not in (MANIFEST, WORK) and not item.name.startswith(fsio.TEMPORARY)
+        if item.name not in (MANIFEST, WORK) and not item.name.startswith(filesystem.TEMPORARY)
     ]
 
 
@@ -223,7 +223,7 @@ def unpublish(out: Path) -> None:
     """Remove what `publish` or `show_work` put at `out`."""
     if not out.is_dir():
         return
-    fsio.remove_temporaries(out)
+    filesystem.remove_temporaries(out)
     for item in sorted(out.iterdir(), key=lambda p: p.name != MANIFEST):
         if not (item.is_symlink() or item.name == MANIFEST):
             raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.blend import Blend, Member, read_blend
 from llava_steps.core.errors import ConfigError
 from llava_steps.data.order import EpochOrder, Order, WeightedOrder
@@ -51,7 +51,7 @@ class Corpus:
         if len(digests) == 1 and blend.members[0].repetitions == 1:
             return digests[0]
         shares = [m.weight if blend.by == "weights" else m.repetitions for m in blend.members]
-        return fsio.sha256_json([blend.by, shares, digests])
+        return filesystem.sha256_json([blend.by, shares, digests])
 
     def _make_order(self, blend: Blend, seed: int, path: Path) -> Order:
         if blend.by == "epochs":

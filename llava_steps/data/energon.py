@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.data import pool
 from llava_steps.data.fields import FieldMap
@@ -37,7 +37,7 @@ def find_tars(root: Path) -> list[str]:
     names = sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*.tar")
-        if path.is_file() and not path.name.startswith(fsio.TEMPORARY)
+        if path.is_file() and not path.name.startswith(filesystem.TEMPORARY)
     )
     if not names:
         raise InputError(f"{root} holds no .tar files")
@@ -101,18 +101,18 @@ def prepare(
             _compare(tar_dir, index, known[index.name])
         writer.add(number, index)
         _place(tar_dir / index.name, entry / index.name)
-        fsio.write_bytes(entry / f"{index.name}.idx", index.offsets())
+        filesystem.write_bytes(entry / f"{index.name}.idx", index.offsets())
         rows.append(
             {"name": index.name, "samples": len(index.samples), "size": index.size,
              "sha256": index.sha256}
         )  # fmt: skip
         advance(1)
     writer.close()
-    fsio.write_json(entry / SHARDS, {"shards": rows})
+    filesystem.write_json(entry / SHARDS, {"shards": rows})
     counts = {row["name"]: row["samples"] for row in rows}
     _write_metadata(meta, counts, parts, SAMPLE_TYPES[sample_type], field_map)
-    identity = uuid.uuid5(uuid.NAMESPACE_OID, fsio.sha256_json(rows))
-    fsio.write_bytes(meta / "index.uuid", str(identity).encode())
+    identity = uuid.uuid5(uuid.NAMESPACE_OID, filesystem.sha256_json(rows))
+    filesystem.write_bytes(meta / "index.uuid", str(identity).encode())
     return {
         "samples": {part: sum(counts[name] for name in parts[part]) for part in parts},
         "shards": {part: len(parts[part]) for part in parts},
@@ -133,7 +133,7 @@ def _compare(tar_dir: Path, index: TarIndex, row: dict[str, Any]) -> None:
 def _place(source: Path, target: Path) -> None:
     """Show a tar in the dataset."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    fsio.link_or_copy(source, target)
+    filesystem.link_or_copy(source, target)
 
 
 def _write_metadata(
@@ -148,17 +148,17 @@ def _write_metadata(
     from megatron.energon.bracecollapse import collapse
 
     info = json.dumps({"energon_version": __version__, "shard_counts": counts}, indent=2)
-    fsio.write_bytes(meta / ".info.json", info.encode())
+    filesystem.write_bytes(meta / ".info.json", info.encode())
     table = {
         "split_parts": {part: collapse(names, keep_order=True) for part, names in parts.items()},
         "exclude": [],
     }
-    fsio.write_bytes(meta / "split.yaml", yaml.dump(table, sort_keys=False).encode())
+    filesystem.write_bytes(meta / "split.yaml", yaml.dump(table, sort_keys=False).encode())
     dataset = {
         "sample_type": {"__module__": "megatron.energon", "__class__": sample_class},
         "field_map": field_map,
     }
-    fsio.write_bytes(meta / "dataset.yaml", yaml.dump(dataset, sort_keys=False).encode())
+    filesystem.write_bytes(meta / "dataset.yaml", yaml.dump(dataset, sort_keys=False).encode())
 
 
 class _SqliteIndex:
@@ -169,7 +169,7 @@ class _SqliteIndex:
         from megatron.energon.flavors.webdataset.indexing import SqliteIndexWriter
 
         self._path = meta / "index.sqlite"
-        self._temporary = meta / f"{fsio.TEMPORARY}index.sqlite"
+        self._temporary = meta / f"{filesystem.TEMPORARY}index.sqlite"
         self._writer = SqliteIndexWriter(EPath(self._temporary))
 
     def add(self, number: int, index: TarIndex) -> None:
@@ -204,16 +204,16 @@ class _SqliteIndex:
 
     def close(self) -> None:
         self._writer.close()
-        fsio.fsync_path(self._temporary)
+        filesystem.fsync_path(self._temporary)
         os.replace(self._temporary, self._path)
 
 
 def _clean(entry: Path, names: list[str]) -> None:
     """Remove what a killed attempt left."""
-    fsio.remove(entry / META)
+    filesystem.remove(entry / META)
     for name in names:
         for path in (entry / name, entry / f"{name}.idx"):
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
-                fsio.remove_temporaries(path.parent)
+                filesystem.remove_temporaries(path.parent)
     (entry / SHARDS).unlink(missing_ok=True)

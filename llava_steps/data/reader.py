@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
 from llava_steps.data.fields import SEED, FieldMap
 from llava_steps.data.metadata import SHARDS, read_metadata, split_shards
@@ -81,7 +81,7 @@ class SampleReader:
                 index = _read(self.root / f"{name}.idx")
                 content = f"{(self.root / name).stat().st_size}:{hashlib.sha256(index).hexdigest()}"
             rows.append([name, self._meta.shard_counts[name], content])
-        return fsio.sha256_json(rows)
+        return filesystem.sha256_json(rows)
 
     def raw(self, index: int, images: bool = True) -> RawSample:
         """The parts of sample `index` in [0, len(self)).

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio, lease, store
+from llava_steps.core import filesystem, lease, store
 from llava_steps.core.errors import InputError, LockedError
 from llava_steps.core.run import FORCE_REQUEST
 from llava_steps.data import pool, shards
@@ -50,12 +50,12 @@ def write_share(
     number, _, count = share.partition("/")
     for path in settings.entry.glob("part-*"):
         path.unlink()  # of an attempt that was killed
-    fsio.remove_temporaries(settings.entry)
+    filesystem.remove_temporaries(settings.entry)
     chunks = settings.source.chunks(settings.samples_per_shard)
     own = islice(chunks, int(number) - 1, None, int(count))
     rows = []
     for part in pool.ordered(partial(shards.make_part, settings), own, workers):
-        start = part.path.name.removeprefix(f"{fsio.TEMPORARY}part-")
+        start = part.path.name.removeprefix(f"{filesystem.TEMPORARY}part-")
         part.path.rename(settings.entry / f"part-{start}.tar")
         name = f"part-{start}.tar"
         rows.append({"start": int(start)} | asdict(part) | {"path": name})
@@ -65,7 +65,7 @@ def write_share(
             f"{settings.source.path} has too few records for {count} shares of whole shards; "
             "take fewer shares or a smaller samples_per_shard"
         )
-    fsio.write_json(settings.entry / BOOKS, rows)
+    filesystem.write_json(settings.entry / BOOKS, rows)
     return {
         "samples_in": sum(row["records"] for row in rows),
         "samples_written": sum(len(row["samples"]) for row in rows),
@@ -154,10 +154,10 @@ def _removed(entry: Path) -> bool:
         with lease.Lease(entry / store.WORK):
             for item in sorted(entry.iterdir(), key=lambda path: path.name != store.MANIFEST):
                 if item.name != store.WORK:
-                    fsio.remove(item)
+                    filesystem.remove(item)
     except LockedError:
         return False
-    fsio.remove(entry)
+    filesystem.remove(entry)
     return True
 
 
@@ -171,4 +171,4 @@ def _is_share(entry: Path) -> bool:
     manifest = store.read_manifest(entry)
     if manifest is not None:
         return bool(manifest["config"].get("part"))
-    return any(entry.glob("part-*.tar")) or any(entry.glob(f"{fsio.TEMPORARY}part-*"))
+    return any(entry.glob("part-*.tar")) or any(entry.glob(f"{filesystem.TEMPORARY}part-*"))

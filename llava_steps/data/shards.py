@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.data import pool, tars
 from llava_steps.data.metadata import SHARDS
 from llava_steps.data.samples import SampleError, to_parts
@@ -80,7 +80,7 @@ def write_shards(
     with ThreadPoolExecutor(1) as disk:
         flushed = []
         for part in parts:
-            flushed.append(disk.submit(fsio.fsync_path, part.path))
+            flushed.append(disk.submit(filesystem.fsync_path, part.path))
             for refused in plan.add(part):
                 row = {
                     "file": refused.file, "place": refused.place, "index": refused.index,
@@ -90,11 +90,11 @@ def write_shards(
             advance(part.records)
         for done in flushed:
             done.result()
-    fsio.write_bytes(entry / QUARANTINE, "".join(lines).encode())
+    filesystem.write_bytes(entry / QUARANTINE, "".join(lines).encode())
     plan.check(quarantine_limit, settings.source.path, entry / QUARANTINE)
     rows = _finish(entry, list(plan.shards()), workers, keep=made is not None)
-    fsio.remove_temporaries(entry)
-    fsio.write_json(entry / SHARDS, {"shards": rows})
+    filesystem.remove_temporaries(entry)
+    filesystem.write_json(entry / SHARDS, {"shards": rows})
     return {
         "samples_in": plan.records,
         "samples_written": plan.written,
@@ -108,7 +108,7 @@ def write_shards(
 
 def make_part(settings: Settings, chunk: Chunk) -> Part:
     """Write the usable records of `chunk` to a part file, a whole tar; runs in a worker."""
-    path = settings.entry / f"{fsio.TEMPORARY}part-{chunk.start:0{KEY_DIGITS}d}"
+    path = settings.entry / f"{filesystem.TEMPORARY}part-{chunk.start:0{KEY_DIGITS}d}"
     samples, refused = [], []
     with _Writer(path) as out:
         for row in settings.source.rows(chunk):
@@ -188,19 +188,19 @@ def _finish(entry: Path, shards: list[Shard], workers: int, keep: bool) -> list[
             digest = next(made)
             os.replace(_temporary(entry, shard), final)
         elif keep:
-            fsio.link_or_copy(shard.ranges[0].path, final)
+            filesystem.link_or_copy(shard.ranges[0].path, final)
         else:
             os.replace(shard.ranges[0].path, final)
         for path in () if keep else shard.last_of:
             path.unlink(missing_ok=True)
         size = final.stat().st_size
         rows.append({"name": final.name, "samples": shard.samples, "size": size, "sha256": digest})
-    fsio.fsync_path(entry)
+    filesystem.fsync_path(entry)
     return rows
 
 
 def _temporary(entry: Path, shard: Shard) -> Path:
-    return entry / f"{fsio.TEMPORARY}{shard.number:06d}.tar"
+    return entry / f"{filesystem.TEMPORARY}{shard.number:06d}.tar"
 
 
 def _assemble(entry: Path, shard: Shard) -> str:
@@ -228,6 +228,6 @@ def _assemble(entry: Path, shard: Shard) -> str:
 
 def _clean(entry: Path) -> None:
     """Remove what a killed attempt left; nothing of it is used again."""
-    fsio.remove_temporaries(entry)
+    filesystem.remove_temporaries(entry)
     for path in (*entry.glob("[0-9]*.tar"), entry / SHARDS, entry / QUARANTINE):
         path.unlink(missing_ok=True)

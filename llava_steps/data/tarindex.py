@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
 from llava_steps.data import tars
 from llava_steps.data.decode import check_image
@@ -110,7 +110,7 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
     if bad:
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise InputError(f"{path}: unusable samples: {'; '.join(bad[:_SHOWN])}{more}")
-    return TarIndex(name, path.stat().st_size, fsio.sha256_file(path), rows, tuple(parts))
+    return TarIndex(name, path.stat().st_size, filesystem.sha256_file(path), rows, tuple(parts))
 
 
 def split_name(path: Path, name: str, image_parts: Collection[str]) -> tuple[str, str]:

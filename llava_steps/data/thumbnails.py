@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.data.decode import decode
 
 SIDE = 192
@@ -46,6 +46,6 @@ class Thumbnails:
     def _write(self, data: bytes) -> str:
         name = f"{self._folder}/{len(self._names):03d}.jpg"
         (self._entry / self._folder).mkdir(exist_ok=True)
-        fsio.write_bytes(self._entry / name, thumbnail(data))
+        filesystem.write_bytes(self._entry / name, thumbnail(data))
         self._names[data] = name
         return name

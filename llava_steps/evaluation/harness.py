@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.core.orphan import die_with_parent
+from llava_steps.core.process import die_with_parent
 
 TAIL = 12
 """Lines of a harness's output that an error shows."""

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError
 
 TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"
@@ -97,12 +97,12 @@ def _ids(processor: Any, text: str, special: bool = True) -> list[int]:
 
 def _linked(model: Path, place: Path, template: str) -> Path:
     """`place` with links to the files of `model`, and another chat template."""
-    fsio.remove(place)
+    filesystem.remove(place)
     place.mkdir(parents=True)
     for path in model.iterdir():
         if path.name not in (TEMPLATE, OLDER_TEMPLATE) and not path.name.startswith("."):
             (place / path.name).symlink_to(path.absolute())
-    fsio.write_bytes(place / TEMPLATE, template.encode())
+    filesystem.write_bytes(place / TEMPLATE, template.encode())
     if (model / OLDER_TEMPLATE).exists():
-        fsio.write_json(place / OLDER_TEMPLATE, {"chat_template": template})
+        filesystem.write_json(place / OLDER_TEMPLATE, {"chat_template": template})
     return place

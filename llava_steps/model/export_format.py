@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, IntegrityError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model.hf_names import canonical
@@ -45,7 +45,7 @@ def rewrite_companions(directory: Path, geometry: Geometry) -> None:
         IntegrityError: the new config.json describes another model.
     """
     path = directory / "config.json"
-    fsio.write_json(path, older_config(_read(path)))
+    filesystem.write_json(path, older_config(_read(path)))
     if Geometry.load(directory).tokens_per_image != geometry.tokens_per_image:
         raise IntegrityError(f"{path}: the model changed with its format")
     _older_processor(directory, geometry)
@@ -72,7 +72,7 @@ def _older_processor(directory: Path, geometry: Geometry) -> None:
     images = processor.pop("image_processor", None)
     if images is not None:
         older = {**images, "processor_class": "LlavaProcessor"}
-        fsio.write_json(directory / "preprocessor_config.json", older)
+        filesystem.write_json(directory / "preprocessor_config.json", older)
     patches = (geometry.image_size // geometry.patch_size) ** 2
     strategies = {patches: "default", patches + 1: "full"}
     if geometry.tokens_per_image not in strategies:
@@ -82,9 +82,9 @@ def _older_processor(directory: Path, geometry: Geometry) -> None:
         )
     processor["vision_feature_select_strategy"] = strategies[geometry.tokens_per_image]
     processor["num_additional_image_tokens"] = 1
-    fsio.write_json(path, processor)
+    filesystem.write_json(path, processor)
     template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    fsio.write_json(directory / "chat_template.json", {"chat_template": template})
+    filesystem.write_json(directory / "chat_template.json", {"chat_template": template})
 
 
 def _older_tokenizer(directory: Path) -> None:
@@ -98,7 +98,7 @@ def _older_tokenizer(directory: Path) -> None:
     special = tokenizer.pop("extra_special_tokens", [])
     names = special if isinstance(special, list) else list(special.values())
     tokenizer["additional_special_tokens"] = names
-    fsio.write_json(path, tokenizer)
+    filesystem.write_json(path, tokenizer)
 
 
 def _read(path: Path) -> dict[str, Any]:

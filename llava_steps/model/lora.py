@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model import dcp
@@ -49,7 +49,7 @@ class Lora:
 
     def write(self, weights: Path) -> None:
         """Leave `lora.json` in the directory of a checkpoint's weights."""
-        fsio.write_json(weights / FILE, asdict(self))
+        filesystem.write_json(weights / FILE, asdict(self))
 
     @classmethod
     def read(cls, weights: Path) -> Lora | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import Stage
 
 FILE = "job.json"
@@ -36,12 +36,12 @@ class Job:
         """Write the job for the workers of one launcher; returns the file."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
         path = self.work / (f"node-{launcher:04d}.json" if launcher else FILE)
-        fsio.write_json(path, values | {"stage": self.stage.model_dump()})
+        filesystem.write_json(path, values | {"stage": self.stage.model_dump()})
         return path
 
     def note(self, **how: object) -> None:
         """Leave how the processes compute, for the manifest; the first speaks for all."""
-        fsio.write_json(self.work / self.HOW, how)
+        filesystem.write_json(self.work / self.HOW, how)
 
     def noted(self) -> dict[str, object]:
         """What `note` left in the last attempt; empty when none came that far."""
@@ -78,7 +78,7 @@ class Failure:
         path = work / self.FILE
         if not path.exists():
             try:
-                fsio.write_json(path, asdict(self))
+                filesystem.write_json(path, asdict(self))
             except OSError:
                 print(f"rank {self.rank}: {self.message}", file=sys.stderr)
 

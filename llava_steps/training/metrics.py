@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.costs import Trained, Work, flops
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.hardware import peak_tflops
@@ -38,20 +38,20 @@ class Lines:
                 if not line.endswith(b"\n") or _step(line) >= start:
                     break
                 kept.append(line)
-        fsio.write_bytes(path, b"".join(kept))
+        filesystem.write_bytes(path, b"".join(kept))
         # Unbuffered: what a full disk did not take must not be tried again when it is closed.
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line; visible to readers at once."""
-        rest = memoryview(fsio.dump_json(row, indent=None).encode())
-        with fsio.named(self._path):
+        rest = memoryview(filesystem.dump_json(row, indent=None).encode())
+        with filesystem.named(self._path):
             while rest:  # a disk that is nearly full takes a part of it
                 rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
         """Put all lines on stable storage."""
-        with fsio.named(self._path):
+        with filesystem.named(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import BY_CODE, ConfigError, LockedError, StepError
 from llava_steps.core.store import MANIFEST
@@ -302,7 +302,7 @@ class _Lead(Party):
             "key": self._key.hex(),
         }
         path = work / NOTE
-        fsio.write_bytes(path, json.dumps(note).encode(), mode=0o600)
+        filesystem.write_bytes(path, json.dumps(note).encode(), mode=0o600)
         threading.Thread(target=self._accept, name="nodes", daemon=True).start()
         try:
             self._wait(stage)

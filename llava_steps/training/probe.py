@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError
 from llava_steps.training.nodes import interface_environment, own_address
@@ -114,7 +114,7 @@ def _where(given: argparse.Namespace, rank: int, world: int) -> tuple[str, int]:
         with socket.create_server(("", 0)) as free:
             found = (own_address(stage), free.getsockname()[1])
         given.place.mkdir(parents=True, exist_ok=True)
-        fsio.write_json(path, found)
+        filesystem.write_json(path, found)
         return found
     until = time.monotonic() + PATIENCE.total_seconds()
     while time.monotonic() < until:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from llava_steps.core import commit, fsio
+from llava_steps.core import commit, filesystem
 from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
 from llava_steps.model import dcp
@@ -62,27 +62,27 @@ def save(
     multiple of it. Returns the committed directory. Raises on rank 0 what the last commit raised.
     """
     final = root / commit.iteration_name(counters.step)
-    temporary = root / f"{fsio.TEMPORARY}{final.name}"
+    temporary = root / f"{filesystem.TEMPORARY}{final.name}"
     commits = commits or Commits()
     if dist.get_rank() == 0:
         commits.finish()
-        fsio.remove_temporaries(root)
+        filesystem.remove_temporaries(root)
     check_space(root, model, optimizer)
     optimizer.settle()
     if dist.get_rank() == 0:
         for name in (WEIGHTS, RNG):
             (temporary / name).mkdir(parents=True)
     dist.barrier()
-    with fsio.named(temporary):
+    with filesystem.named(temporary):
         save_weights(model, temporary / WEIGHTS)
         if stage.save_optim or counters.step < stage.train_steps:
             sharded = optimizer.sharded_state(sharded_weights(model), loading=False)
             save_sharded(sharded, temporary / OPTIMIZER)
-        fsio.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
+        filesystem.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
     dist.barrier()
     if dist.get_rank() == 0:
         info = asdict(counters)  # now: the counters go on
-        fsio.write_json(temporary / STATE, info | {"loader": loader, "layout": layout(stage)})
+        filesystem.write_json(temporary / STATE, info | {"loader": loader, "layout": layout(stage)})
 
         def complete() -> None:
             commit.commit_dir(temporary, final, info)
@@ -119,7 +119,7 @@ def find(root: Path, log: logging.Logger) -> Path | None:
     """
     found: list[Path | str | None] = [None]
     if dist.get_rank() == 0:
-        fsio.remove_temporaries(root)
+        filesystem.remove_temporaries(root)
         try:
             found[0] = _newest_valid(root, log)
         except IntegrityError as error:
@@ -140,7 +140,7 @@ def _newest_valid(root: Path, log: logging.Logger) -> Path | None:
             continue
         for bad, reason in damaged:
             aside = root / DAMAGED / bad.name
-            fsio.remove(aside)
+            filesystem.remove(aside)
             aside.parent.mkdir(parents=True, exist_ok=True)
             bad.rename(aside)
             log.error("DAMAGED CHECKPOINT: %s; set aside, going on from %s", reason, path.name)

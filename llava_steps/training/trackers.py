@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.core.config import Stage
 
 PATIENCE = 60.0
@@ -77,7 +77,7 @@ class Wandb:
         """The id of this training: made once, kept beside its logs."""
         path = self._work / RUN
         if not path.exists():
-            fsio.write_json(path, {"id": uuid.uuid4().hex[:12]})
+            filesystem.write_json(path, {"id": uuid.uuid4().hex[:12]})
         return str(json.loads(path.read_bytes())["id"])
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.data import shards, sources
 
 SIZE = (640, 480)
@@ -70,17 +70,17 @@ def shard(source: Path, entry: Path, workers: int) -> None:
     entry.mkdir()
     settings = shards.Settings(sources.open_source(source), entry, 500)
     shards.write_shards(settings, workers, 0.0)
-    fsio.fsync_tree(entry)
+    filesystem.fsync_tree(entry)
 
 
 def tar(files: Path, target: Path) -> None:
     subprocess.run(["tar", "-c", "-f", str(target), "-C", str(files), "."], check=True)
-    fsio.fsync_path(target)
+    filesystem.fsync_path(target)
 
 
 def copy(shards: Path, target: Path) -> None:
     subprocess.run(["cp", "-r", str(shards), str(target)], check=True)
-    fsio.fsync_tree(target)
+    filesystem.fsync_tree(target)
 
 
 def digests(file: Path, processes: int) -> None:

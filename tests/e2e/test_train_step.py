@@ -148,7 +148,7 @@ def test_a_checkpoint_without_its_marker_is_a_damaged_one(chain: Chain) -> None:
 
 SLOW_END = """
 import time
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 from llava_steps.training import trackers
 trackers.PATIENCE = 7
 flush = fsio.fsync_tree

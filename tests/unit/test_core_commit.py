@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core import commit, fsio
+from llava_steps.core import commit, filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 
 DAMAGES = int(os.environ.get("LLAVA_STEPS_DAMAGES", "500"))
 
 
 def make(root: Path, step: int) -> Path:
-    temporary = root / f"{fsio.TEMPORARY}x"
+    temporary = root / f"{filesystem.TEMPORARY}x"
     (temporary / "weights").mkdir(parents=True)
     (temporary / "weights/a.bin").write_bytes(bytes(range(200)))
     (temporary / "state.json").write_text(f'{{"step": {step}}}')
@@ -29,7 +29,7 @@ def test_latest_is_the_newest_committed(tmp_path: Path) -> None:
     for step in (5, 20, 100):
         make(tmp_path, step)
     (tmp_path / "iter_0000900").mkdir()
-    (tmp_path / f"{fsio.TEMPORARY}iter_0001000").mkdir()
+    (tmp_path / f"{filesystem.TEMPORARY}iter_0001000").mkdir()
     assert commit.latest_commit(tmp_path).name == "iter_0000100"
     assert commit.read_commit(commit.latest_commit(tmp_path)) == {"step": 100}
     commit.prune(tmp_path, 2)

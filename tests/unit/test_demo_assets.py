@@ -20,7 +20,7 @@ from data_fixtures import fake_context
 from llava_steps import build_hf, demo_assets
 from llava_steps.core.config import DemoAssets, HfModel
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.fsio import files_below, sha256_file
+from llava_steps.core.filesystem import files_below, sha256_file
 from llava_steps.demo import questions, scans, text
 from tests.chain import environment
 

@@ -299,7 +299,7 @@ def test_a_full_disk_leaves_no_report_but_the_code(
     """It is said where there is room to: on stderr."""
     body = """
 import errno
-from llava_steps.core import fsio
+from llava_steps.core import filesystem
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 fsio.write_json = full
