@@ -134,9 +134,9 @@ format: ## put code into the style that `make check` wants
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt workflow
 
-describe: ## renew config.schema.json and the tables of config/README.md from core/config.py
+describe: ## renew config.schema.json and the tables of config/README.md from settings/config.py
 	@.ci/environment
-	$(BIN)/python -m llava_steps.core.describe
+	$(BIN)/python -m llava_steps.settings.describe
 
 environment: ## only make .venv, with the test tools
 	@.ci/environment test

@@ -8,8 +8,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from llava_steps.core import cli
 from llava_steps.core.pipeline import MODULES
+from llava_steps.settings import cli
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.blend import read_blend
-from llava_steps.core.config import Audit
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.core.run import Context, Step, main
+from llava_steps.settings.blend import read_blend
+from llava_steps.settings.config import Audit
 
 if TYPE_CHECKING:
     from llava_steps.data.audit import Example

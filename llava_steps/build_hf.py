@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.config import HfModel
 from llava_steps.core.errors import InputError
 from llava_steps.core.run import Context, Step, main
+from llava_steps.settings.config import HfModel
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 

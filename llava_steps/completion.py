@@ -17,7 +17,8 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llava_steps.core import cli, run
+from llava_steps.core import run
+from llava_steps.settings import cli
 
 PYTHONS = ("python", "python3", *(f"python3.{minor}" for minor in range(11, 15)))
 

@@ -24,12 +24,13 @@ from pathlib import Path
 
 from llava_steps.checks import disk, partitions, processes, tracking
 from llava_steps.checks.finding import Finding
-from llava_steps.core import load, pipeline
-from llava_steps.core.config import Config
+from llava_steps.core import pipeline
 from llava_steps.core.errors import ConfigError, InputError, StepError, tell
 from llava_steps.evaluation import harness
 from llava_steps.planning import stages
 from llava_steps.planning.models import model_of
+from llava_steps.settings import load
+from llava_steps.settings.config import Config
 
 
 def main(arguments: list[str] | None = None) -> int:

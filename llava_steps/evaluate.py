@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.config import Evaluation
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.run import Context, Step, main
+from llava_steps.settings.config import Evaluation
 
 if TYPE_CHECKING:
     from llava_steps.evaluation.ask import Model, Question

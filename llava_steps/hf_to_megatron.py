@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 
-from llava_steps.core.config import MegatronCheckpoint
 from llava_steps.core.run import Context, Step, main
+from llava_steps.settings.config import MegatronCheckpoint
 
 
 def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:

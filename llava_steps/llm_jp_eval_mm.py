@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.config import LlmJpEvalMm
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.run import Context, Step, main
 from llava_steps.evaluation import eval_mm_driver, harness
 from llava_steps.evaluation.harness import Score
+from llava_steps.settings.config import LlmJpEvalMm
 
 SECTION = "llm_jp_eval_mm"
 PACKAGE = harness.PACKAGES[SECTION]

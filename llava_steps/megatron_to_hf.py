@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 
-from llava_steps.core.config import HfExport
 from llava_steps.core.run import Context, Step, main
+from llava_steps.settings.config import HfExport
 
 
 def run(ctx: Context, cfg: HfExport) -> dict[str, object]:

@@ -21,12 +21,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import container, load, pipeline
-from llava_steps.core.config import Config, Stage
+from llava_steps.core import container, pipeline
 from llava_steps.core.errors import ConfigError, InputError, tell
 from llava_steps.core.hardware import GPUS, Gpu
 from llava_steps.planning import cached, stages, text
 from llava_steps.planning.models import Model, model_of
+from llava_steps.settings import load
+from llava_steps.settings.config import Config, Stage
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.config import Report
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.pipeline import UPSTREAM
 from llava_steps.core.run import Context, Step, main
+from llava_steps.settings.config import Report
 
 PAGE = "report.html"
 

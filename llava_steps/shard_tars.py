@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_steps.core.config import TarShards
 from llava_steps.core.errors import InputError
 from llava_steps.core.run import Context, Step, main
+from llava_steps.settings.config import TarShards
 
 if TYPE_CHECKING:
     from llava_steps.data import shards

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import load
-from llava_steps.core.config import Config
 from llava_steps.core.errors import InputError, tell
+from llava_steps.settings import load
+from llava_steps.settings.config import Config
 
 KIND = "what_digit"
 MODELS = {

@@ -21,7 +21,7 @@ import transformers.models.clip.modeling_clip
 import transformers.models.llava.modeling_llava  # noqa: F401
 from torch.distributed import distributed_c10d
 
-from llava_steps.core.config import Stage
+from llava_steps.settings.config import Stage
 from llava_steps.training import loop, parallel
 from llava_steps.training.job import Job
 from llava_steps.training.stop import StopRequest

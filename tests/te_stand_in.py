@@ -99,10 +99,10 @@ def install() -> None:
 
 def deviations(rank: int) -> dict[str, float]:
     """Tiny model -> deviation of the logits of spec te from those of local; a `spawn` worker."""
-    from llava_steps.core.config import Stage
     from llava_steps.core.geometry import Geometry
     from llava_steps.model.llava import build_llava
     from llava_steps.model.options import ModelOptions
+    from llava_steps.settings.config import Stage
     from llava_steps.training.optimizer import Optimizer, wrap
     from tests.dist_helpers import model_parallel
     from tests.model_fixtures import TINY, config_of, pack_samples, samples

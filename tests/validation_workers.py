@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
-from llava_steps.core.config import Stage
+from llava_steps.settings.config import Stage
 from llava_steps.training import parallel, start, state
 from llava_steps.training.answers import Answers
 from llava_steps.training.job import Job

@@ -17,7 +17,7 @@ from llava_steps.core.families import VISION_FAMILIES
 from llava_steps.core.geometry import Geometry
 
 if TYPE_CHECKING:
-    from llava_steps.core.config import Stage
+    from llava_steps.settings.config import Stage
 
 
 class Sum:

@@ -16,7 +16,7 @@ from llava_steps.core.geometry import Geometry
 from llava_steps.core.layout import even_split, filled, pipeline_split
 
 if TYPE_CHECKING:
-    from llava_steps.core.config import Stage
+    from llava_steps.settings.config import Stage
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
-from llava_steps.core import cli, container, filesystem, store
+from llava_steps.core import container, filesystem, store
 from llava_steps.core.codeversion import code_version
-from llava_steps.core.config import StepConfig
 from llava_steps.core.digest import Digests
 from llava_steps.core.errors import (
     ConfigError,
@@ -37,6 +36,8 @@ from llava_steps.core.errors import (
 from llava_steps.core.lease import Lease
 from llava_steps.core.log import Progress, ignore_known_warnings, logger
 from llava_steps.core.store import Input
+from llava_steps.settings import cli
+from llava_steps.settings.config import StepConfig
 
 C = TypeVar("C", bound=StepConfig)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llava_steps.core.config import Cluster, Stage, StepConfig
+from llava_steps.settings.config import Cluster, Stage, StepConfig
 
 TASK = (
     "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURMD_NODENAME",

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_steps.core import filesystem
-from llava_steps.core.blend import Blend, Member, read_blend
 from llava_steps.core.errors import ConfigError
 from llava_steps.data.order import EpochOrder, Order, WeightedOrder
 from llava_steps.data.reader import RawSample, SampleReader
 from llava_steps.data.samples import PLACEHOLDER, Sample
+from llava_steps.settings.blend import Blend, Member, read_blend
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Corpus:
     Files are opened at the first read, so that an instance can be sent to another process.
 
     Args:
-        path: prepared dataset directory, or the YAML file of a blend (core/blend.py).
+        path: prepared dataset directory, or the YAML file of a blend (settings/blend.py).
         split: such as `train`.
         seed: of the order.
 

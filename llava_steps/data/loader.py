@@ -27,7 +27,7 @@ class TrainLoader:
     """Iterates for ever over training steps; each item is this rank's list of microbatches.
 
     Args:
-        dataset: prepared energon dataset, or the YAML file of a blend (core/blend.py).
+        dataset: prepared energon dataset, or the YAML file of a blend (settings/blend.py).
         split: its split, such as `train`.
         hf_dir: HF directory with tokenizer, chat template and image processor.
         seq_length: longest accepted sample in tokens.

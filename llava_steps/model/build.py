@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_steps.core.config import HfModel
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.core.families import TEXT_FAMILIES
 from llava_steps.core.geometry import Geometry, padded
+from llava_steps.settings.config import HfModel
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

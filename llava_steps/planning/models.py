@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import store
-from llava_steps.core.config import Config, DemoAssets
 from llava_steps.core.errors import InputError
 from llava_steps.core.geometry import Geometry, padded
-from llava_steps.core.load import DEMO
+from llava_steps.settings.config import Config, DemoAssets
+from llava_steps.settings.load import DEMO
 
 SHAPES = Path("config/recipes/models")
 """Configurations of published models, beside the recipes that name them."""

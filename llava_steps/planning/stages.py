@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from llava_steps.core.config import Stage
 from llava_steps.core.costs import (
     Flops,
     Trained,
@@ -22,6 +21,7 @@ from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.hardware import GIB, SET_ASIDE, Gpu
 from llava_steps.core.memory import Layout, Memory, Row, memory
+from llava_steps.settings.config import Stage
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import BY_CODE, StepError
+from llava_steps.settings.config import Stage
 from llava_steps.training.job import Failure, Job
 from llava_steps.training.nodes import (
     LISTENING,

@@ -15,9 +15,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, StepError, StoppedError
 from llava_steps.data.batch import MicroBatch
+from llava_steps.settings.config import Stage
 from llava_steps.training import parallel, rows, state
 from llava_steps.training.ahead import Ahead
 from llava_steps.training.commits import Commits

@@ -7,10 +7,10 @@ import socket
 from pathlib import Path
 
 from llava_steps.core import flash4
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.layout import pipeline_split
+from llava_steps.settings.config import Stage
 from llava_steps.training import gpus, te_check
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError
+from llava_steps.settings.config import Stage
 from llava_steps.training.nodes import interface_environment, own_address
 
 PATIENCE = timedelta(seconds=120)

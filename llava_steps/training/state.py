@@ -28,7 +28,6 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from llava_steps.core import commit, filesystem
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
 from llava_steps.model import dcp
 from llava_steps.model.checkpoint import (
@@ -38,6 +37,7 @@ from llava_steps.model.checkpoint import (
     sharded_weights,
 )
 from llava_steps.model.llava import Llava
+from llava_steps.settings.config import Stage
 from llava_steps.training import parallel
 from llava_steps.training.commits import Commits
 from llava_steps.training.guard import Counters

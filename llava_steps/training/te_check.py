@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
 from llava_steps.core.layout import check_fp8
+from llava_steps.settings.config import Stage
 from llava_steps.training.gpus import probe
 
 OLDEST = (2, 3)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llava_steps.core.cli import commands
+from llava_steps.settings.cli import commands
 
 ROOT = Path(__file__).parents[2]
 HELP_RATIO, DRY_RUN_RATIO = 15.0, 3.0

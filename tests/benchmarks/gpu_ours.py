@@ -189,8 +189,8 @@ def main() -> int:
     }  # fmt: skip
     import torch
 
-    from llava_steps.core.config import Stage
     from llava_steps.core.costs import Work
+    from llava_steps.settings.config import Stage
     from llava_steps.training import loop, parallel, start
     from llava_steps.training.guard import Counters
     from llava_steps.training.job import Job

@@ -16,7 +16,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-from llava_steps.core.cli import commands
+from llava_steps.settings.cli import commands
 
 ROOT = Path(__file__).parents[2]
 

@@ -30,8 +30,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from llava_steps.core import cli, load
 from llava_steps.core.errors import ConfigError
+from llava_steps.settings import cli, load
 from tests.workflow.project import Project, make_project
 
 DIRECT = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core.config import Stage
 from llava_steps.core.geometry import padded
+from llava_steps.settings.config import Stage
 from llava_steps.training import launch
 from llava_steps.training.nodes import Party, Place
 from tests import reference

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from llava_steps.core import errors
-from llava_steps.core.config import Config
-from llava_steps.core.load import load
 from llava_steps.core.pipeline import MODULES, UPSTREAM
+from llava_steps.settings.config import Config
+from llava_steps.settings.load import load
 from tests.chain import run_step
 
 ROOT = Path(__file__).parents[2]

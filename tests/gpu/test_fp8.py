@@ -82,7 +82,7 @@ def test_fp8(tmp_path: Path, bf16: dict[str, float], recipe: str, recompute: str
 
 @ENGINE
 def test_the_launcher_lets_it_pass() -> None:
-    from llava_steps.core.config import Stage
+    from llava_steps.settings.config import Stage
     from llava_steps.training import te_check
 
     found = te_check.probe("")

@@ -13,12 +13,12 @@ import torch
 from data_fixtures import fake_context, make_energon, make_hf_dir, members, sample_parts, write_tar
 
 from llava_steps import audit as step
-from llava_steps.core.config import Audit
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.data import audit
 from llava_steps.data.conversation import ConversationEncoder, Encoded
 from llava_steps.data.corpus import Corpus, Place
 from llava_steps.data.samples import from_parts
+from llava_steps.settings.config import Audit
 
 SAMPLES = 25
 PLAIN: dict[str, Any] = {"seq_length": 512, "samples": 0}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from llava_steps import completion
-from llava_steps.core import cli
 from llava_steps.core.pipeline import MODULES
+from llava_steps.settings import cli
 
 ROOT = Path(__file__).parents[2]
 

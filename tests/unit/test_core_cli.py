@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_steps.core import cli, config
 from llava_steps.core.errors import ConfigError
+from llava_steps.settings import cli, config
 
 MODELS = [
     config.DemoAssets,

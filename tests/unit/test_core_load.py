@@ -9,11 +9,11 @@ import jsonschema
 import pytest
 import yaml
 
-from llava_steps.core import describe
-from llava_steps.core.config import RULES, Config
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.load import load
 from llava_steps.core.pipeline import UPSTREAM
+from llava_steps.settings import describe
+from llava_steps.settings.config import RULES, Config
+from llava_steps.settings.load import load
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "config/config.yaml"
@@ -163,8 +163,8 @@ def test_schema_and_tables_are_those_of_the_classes() -> None:
     )
     texts = [(page.read_text(encoding="utf-8"), made) for page, made in pages]
     assert schema_is_new and all(text == describe.renewed(text, made) for text, made in texts), (
-        "config.schema.json and the tables of the pages are made from core/config.py; renew "
-        " them with `make describe` (python -m llava_steps.core.describe)"
+        "config.schema.json and the tables of the pages are made from settings/config.py; renew "
+        " them with `make describe` (python -m llava_steps.settings.describe)"
     )
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_steps.core.config import Stage
 from llava_steps.core.costs import Trained, Work, flops, parameters, trained_parameters
 from llava_steps.core.geometry import Geometry
 from llava_steps.model.vision import tower_shapes
+from llava_steps.settings.config import Stage
 from tests.cost_workers import Case, Counted
 from tests.dist_helpers import spawn
 from tests.model_fixtures import TINY, config_of, pack_samples, samples

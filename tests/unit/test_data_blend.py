@@ -14,12 +14,12 @@ import pytest
 import yaml
 from data_fixtures import TEMPLATE, make_energon, make_hf_dir
 
-from llava_steps.core.blend import read_blend
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.corpus import Corpus
 from llava_steps.data.loader import TrainLoader
 from llava_steps.data.order import EpochOrder, SampleOrder, WeightedOrder, largest_remainder
+from llava_steps.settings.blend import read_blend
+from llava_steps.settings.config import Stage
 
 HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 SIZES = {"one": 12, "two": 20, "three": 8}
@@ -260,7 +260,8 @@ def test_the_content_of_a_blend_is_its_file_and_its_datasets(root: Path, tmp_pat
 
 
 def test_the_workflow_watches_the_file_and_what_it_names(root: Path) -> None:
-    from llava_steps.core import load, pipeline
+    from llava_steps.core import pipeline
+    from llava_steps.settings import load
 
     config = load.load([Path(__file__).parents[2] / "config" / "config.yaml"])
     (root / "watched.jinja").write_text(TEMPLATE)

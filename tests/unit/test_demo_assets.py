@@ -18,10 +18,10 @@ import pytest
 from data_fixtures import fake_context
 
 from llava_steps import build_hf, demo_assets
-from llava_steps.core.config import DemoAssets, HfModel
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.filesystem import files_below, sha256_file
 from llava_steps.demo import questions, scans, text
+from llava_steps.settings.config import DemoAssets, HfModel
 from tests.chain import environment
 
 BRIEF = {"pretrain_vision_steps": 3, "pretrain_text_steps": 3, "text_layers": 1, "vision_layers": 2}

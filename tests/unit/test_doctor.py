@@ -17,8 +17,9 @@ import yaml
 from llava_steps import doctor
 from llava_steps.checks import disk, partitions, processes, tracking
 from llava_steps.checks.finding import Finding
-from llava_steps.core import load, pipeline
-from llava_steps.core.config import Config, Stage
+from llava_steps.core import pipeline
+from llava_steps.settings import load
+from llava_steps.settings.config import Config, Stage
 from tests.unit.test_imports import HEAVY
 
 ROOT = Path(__file__).parents[2]

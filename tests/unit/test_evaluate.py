@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_steps import chat, evaluate
-from llava_steps.core.config import Evaluation, HfModel
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.conversation import ConversationEncoder
 from llava_steps.data.samples import Turn
 from llava_steps.evaluation import ask, score
 from llava_steps.model.build import build
+from llava_steps.settings.config import Evaluation, HfModel
 from tests.chain import run_step
 
 TEMPLATES = {"demo": None, "text": STRING_TEMPLATE, "parts": PARTS_TEMPLATE}

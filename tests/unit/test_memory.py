@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from llava_steps.core.config import Stage
 from llava_steps.core.costs import Trained
 from llava_steps.core.geometry import Geometry
-from llava_steps.core.load import load
 from llava_steps.core.memory import Layout, Memory, Row, memory, of_stage
 from llava_steps.planning.models import model_of
+from llava_steps.settings.config import Stage
+from llava_steps.settings.load import load
 from tests.benchmarks import gpu_work
 from tests.cost_workers import Kept, Training
 from tests.dist_helpers import spawn

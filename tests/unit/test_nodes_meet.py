@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError, DivergedError, LockedError, StepError, StoppedError
+from llava_steps.settings.config import Stage
 from llava_steps.training import nodes
 from llava_steps.training.nodes import LostError, Party, Place, place_of
 
@@ -148,7 +148,7 @@ def test_a_stop_is_told_as_one(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from llava_steps.core.config import Stage
+from llava_steps.settings.config import Stage
 from llava_steps.training import nodes
 stage = Stage(nodes=2, gpus=2, global_batch_size=4, master_addr="127.0.0.1")
 party = nodes.meet(stage, nodes.Place(1, 2, 2, 2), Path(sys.argv[1]))

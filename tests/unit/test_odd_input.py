@@ -10,9 +10,10 @@ import pytest
 
 from llava_steps import chat, doctor, plan, summary
 from llava_steps.checks import partitions
-from llava_steps.core import errors, load
+from llava_steps.core import errors
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.planning.models import model_of
+from llava_steps.settings import load
 from tests.chain import ROOT
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "vocab_size": 100,

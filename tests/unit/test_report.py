@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from llava_steps.core import codeversion
-from llava_steps.core.config import Config
 from llava_steps.core.errors import InputError
 from llava_steps.core.pipeline import OPTIONAL, UPSTREAM, chain
 from llava_steps.reporting import charts, html
+from llava_steps.settings.config import Config
 from tests.chain import run_step
 from tests.report_fixtures import HOSTILE, make_run
 

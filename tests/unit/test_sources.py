@@ -15,9 +15,9 @@ import pytest
 from data_fixtures import fake_context, jpeg, members, write_tar
 from PIL import Image
 
-from llava_steps.core.config import TarShards
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.sources import detect
+from llava_steps.settings.config import TarShards
 from llava_steps.shard_tars import run
 
 TALKS = [(f"s{n}", f"What is {n}?", f"It is, 「{n}」.") for n in range(7)]

@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from llava_steps.core import flash4
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.geometry import Geometry
 from llava_steps.model import cpu_shim
+from llava_steps.settings.config import Stage
 
 cpu_shim.install()
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core.config import Stage
 from llava_steps.core.errors import (
     DivergedError,
     InputError,
@@ -24,6 +23,7 @@ from llava_steps.core.errors import (
     StoppedError,
     of_surroundings,
 )
+from llava_steps.settings.config import Stage
 from llava_steps.training import launch as launching
 from llava_steps.training.job import Job
 from llava_steps.training.metrics import Lines

@@ -25,7 +25,7 @@ STUB = '''
 """What every stub step does."""
 import json, os, time
 from pathlib import Path
-from llava_steps.core import cli
+from llava_steps.settings import cli
 
 def work(ctx, cfg):
     step = ctx.entry.parent.name
@@ -54,7 +54,7 @@ def work(ctx, cfg):
 STEP = '''
 """Stub."""
 from llava_steps import stub
-from llava_steps.core.config import {config}
+from llava_steps.settings.config import {config}
 from llava_steps.core.run import Context, Step, main
 
 def run(ctx: Context, cfg: {config}):

@@ -22,9 +22,10 @@ from pydantic import BaseModel, ValidationError
 from snakemake.deployment import singularity
 from snakemake.utils import format as snakemake_format
 
-from llava_steps.core import cli, load, pipeline, slurm
-from llava_steps.core.config import Config
+from llava_steps.core import pipeline, slurm
 from llava_steps.core.errors import ConfigError
+from llava_steps.settings import cli, load
+from llava_steps.settings.config import Config
 from tests.workflow.values import HOSTILE
 
 ROOT = Path(__file__).parents[2]

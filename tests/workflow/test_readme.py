@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 
-from llava_steps.core.load import load
 from llava_steps.core.pipeline import OPTIONAL, UPSTREAM, chain
+from llava_steps.settings.load import load
 from tests.workflow.project import ROOT, Project
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,9 +15,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llava_steps.core import cli
-from llava_steps.core.config import Config
 from llava_steps.core.errors import ConfigError
+from llava_steps.settings import cli
+from llava_steps.settings.config import Config
 
 SHIPPED = Path("config/config.yaml")
 STANDALONE = "standalone"

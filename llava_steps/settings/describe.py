@@ -1,7 +1,7 @@
 """The configuration described from its classes: JSON schema, the tables of config/README.md and
 that of docs/options.md.
 
-`python -m llava_steps.core.describe` renews the files; a test fails when they have drifted.
+`python -m llava_steps.settings.describe` renews the files; a test fails when they have drifted.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from llava_steps.core import cli, filesystem
-from llava_steps.core.config import Config, Stage
-from llava_steps.core.former import ELSEWHERE, OPTIONS, field_of
-from llava_steps.core.load import STANDALONE, sections
+from llava_steps.core import filesystem
 from llava_steps.core.pipeline import UPSTREAM
+from llava_steps.settings import cli
+from llava_steps.settings.config import Config, Stage
+from llava_steps.settings.former import ELSEWHERE, OPTIONS, field_of
+from llava_steps.settings.load import STANDALONE, sections
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"

@@ -6,8 +6,8 @@ asserts the effect of each.
 
 from __future__ import annotations
 
-from llava_steps.core import cli
-from llava_steps.core.config import Stage
+from llava_steps.settings import cli
+from llava_steps.settings.config import Stage
 
 OPTIONS: dict[str, str] = {
     "gpus": "on the command line -1 is all GPUs of the machine",
