@@ -18,7 +18,7 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     """Write `iter_0000000/weights/` and commit it."""
     from llava_steps.core import filesystem
     from llava_steps.core.commit import commit_dir, iteration_name
-    from llava_steps.core.geometry import Geometry
+    from llava_steps.geometry.geometry import Geometry
     from llava_steps.model.convert import count_entries, hf_to_dcp
     from llava_steps.model.dcp import Reader
     from llava_steps.model.selfcheck import compare_layers

@@ -20,7 +20,7 @@ from llava_steps.settings.config import HfExport
 def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     """Write the HF directory into the entry."""
     from llava_steps.core.commit import latest_commit, read_commit
-    from llava_steps.core.geometry import Geometry
+    from llava_steps.geometry.geometry import Geometry
     from llava_steps.model.convert import copy_companions, count_entries, dcp_to_hf
     from llava_steps.model.export_format import older_layout, rewrite_companions
     from llava_steps.model.lora import open_weights

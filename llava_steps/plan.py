@@ -23,7 +23,7 @@ from typing import Any
 
 from llava_steps.core import container, pipeline
 from llava_steps.core.errors import ConfigError, InputError, tell
-from llava_steps.core.hardware import GPUS, Gpu
+from llava_steps.geometry.hardware import GPUS, Gpu
 from llava_steps.planning import cached, stages, text
 from llava_steps.planning.models import Model, model_of
 from llava_steps.settings import load

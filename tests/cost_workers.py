@@ -15,8 +15,8 @@ from megatron.core.distributed import finalize_model_grads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_steps.core.costs import Trained
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.costs import Trained
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.settings.config import Stage

@@ -120,7 +120,7 @@ def _gradients(model: Any, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]
 
 def build(way: Way) -> Any:
     """Our model, in Megatron's wrapper, with the weights of the reference."""
-    from llava_steps.core.geometry import Geometry
+    from llava_steps.geometry.geometry import Geometry
     from llava_steps.model.llava import build_llava
     from llava_steps.model.options import DTYPES, ModelOptions
     from llava_steps.settings.config import Stage

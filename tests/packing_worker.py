@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from llava_steps.core.commit import latest_commit
-from llava_steps.core.geometry import Geometry
 from llava_steps.data.loader import TrainLoader
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.checkpoint import load_weights
 from llava_steps.model.head import IGNORED
 from llava_steps.model.llava import build_llava

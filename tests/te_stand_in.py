@@ -99,7 +99,7 @@ def install() -> None:
 
 def deviations(rank: int) -> dict[str, float]:
     """Tiny model -> deviation of the logits of spec te from those of local; a `spawn` worker."""
-    from llava_steps.core.geometry import Geometry
+    from llava_steps.geometry.geometry import Geometry
     from llava_steps.model.llava import build_llava
     from llava_steps.model.options import ModelOptions
     from llava_steps.settings.config import Stage

@@ -22,7 +22,7 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint as replicated
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint as cut
 from torch import Tensor
 
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.lora import PLACES, PREFIX, Lora
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
-from llava_steps.core.families import TEXT_FAMILIES
-from llava_steps.core.geometry import Geometry, padded
+from llava_steps.geometry.families import TEXT_FAMILIES
+from llava_steps.geometry.geometry import Geometry, padded
 from llava_steps.settings.config import HfModel
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"

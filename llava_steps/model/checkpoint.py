@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llava_steps.core.errors import IntegrityError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import dcp
 from llava_steps.model.llava import Llava
 from llava_steps.model.lora import PREFIX, Lora, check_same

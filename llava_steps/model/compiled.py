@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import fp8 as fp8_products
 from llava_steps.model.attention import Packed
 from llava_steps.model.decoder import decoder_layer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llava_steps.core.errors import IntegrityError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import dcp
 from llava_steps.model.cuts import Cuts, Part
 from llava_steps.model.hf_names import by_canonical_name

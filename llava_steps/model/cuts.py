@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import check_layout, even_split
+from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.layout import check_layout, even_split
 from llava_steps.model.mapping import Entry, Shape
 
 

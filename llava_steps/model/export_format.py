@@ -18,7 +18,7 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, IntegrityError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.hf_names import canonical
 from llava_steps.model.tensors import TensorDirectory, renamed
 

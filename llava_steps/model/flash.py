@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llava_steps.core import flash4
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.flash4 import Asked
+from llava_steps.geometry import flash4
+from llava_steps.geometry.flash4 import Asked
 
 Kernel = Literal["torch", "fa4"]
 

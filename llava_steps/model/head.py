@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
-from llava_steps.core.layout import filled
+from llava_steps.geometry.layout import filled
 from llava_steps.model.attention import upload
 
 IGNORED = -100

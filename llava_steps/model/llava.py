@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from llava_steps.core.errors import InputError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import compiled, te_spec
 from llava_steps.model.adapters import Adapters
 from llava_steps.model.attention import pack, upload

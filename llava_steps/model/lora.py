@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import dcp
 
 FILE, PREFIX = "lora.json", "lora."

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llava_steps.core.errors import IntegrityError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 
 LAYER = "{i}"
 Shape = tuple[int, ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 
 
 def inverse_frequencies(geometry: Geometry) -> tuple[Tensor, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 
 
 @dataclass(frozen=True)

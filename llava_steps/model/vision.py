@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 
 
 def _tower_config(geometry: Geometry) -> object:

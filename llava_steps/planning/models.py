@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_steps.core import store
 from llava_steps.core.errors import InputError
-from llava_steps.core.geometry import Geometry, padded
+from llava_steps.geometry.geometry import Geometry, padded
 from llava_steps.settings.config import Config, DemoAssets
 from llava_steps.settings.load import DEMO
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from llava_steps.core.costs import (
+from llava_steps.core.errors import ConfigError
+from llava_steps.geometry.costs import (
     Flops,
     Trained,
     Work,
@@ -17,10 +18,9 @@ from llava_steps.core.costs import (
     parameters,
     trained_parameters,
 )
-from llava_steps.core.errors import ConfigError
-from llava_steps.core.geometry import Geometry
-from llava_steps.core.hardware import GIB, SET_ASIDE, Gpu
-from llava_steps.core.memory import Layout, Memory, Row, memory
+from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.hardware import GIB, SET_ASIDE, Gpu
+from llava_steps.geometry.memory import Layout, Memory, Row, memory
 from llava_steps.settings.config import Stage
 
 

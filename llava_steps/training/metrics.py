@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from llava_steps.core import filesystem
-from llava_steps.core.costs import Trained, Work, flops
-from llava_steps.core.geometry import Geometry
-from llava_steps.core.hardware import peak_tflops
+from llava_steps.geometry.costs import Trained, Work, flops
+from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.hardware import peak_tflops
 from llava_steps.training.job import Job
 from llava_steps.training.sums import Sums
 
@@ -75,7 +75,7 @@ def _step(line: bytes) -> float:
 class Speed:
     """Rates of a step, and the share of the hardware's peak that the model makes use of (MFU).
 
-    The operations are those of core/costs.py: frozen parts are counted for what they do, padding
+    The operations are those of geometry/costs.py: frozen parts are counted for what they do, padding
     and recomputation are not.
     """
 

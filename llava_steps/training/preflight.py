@@ -6,10 +6,10 @@ import json
 import socket
 from pathlib import Path
 
-from llava_steps.core import flash4
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import pipeline_split
+from llava_steps.geometry import flash4
+from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.layout import pipeline_split
 from llava_steps.settings.config import Stage
 from llava_steps.training import gpus, te_check
 

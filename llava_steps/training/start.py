@@ -14,9 +14,9 @@ from megatron.core import parallel_state as ps
 
 from llava_steps.core import commit
 from llava_steps.core.errors import ConfigError, DivergedError
-from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import pipeline_split
 from llava_steps.data.loader import TrainLoader
+from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.layout import pipeline_split
 from llava_steps.model import flash
 from llava_steps.model.checkpoint import load_weights
 from llava_steps.model.fresh import draw_weights

@@ -6,8 +6,8 @@ import importlib.util
 from typing import Any
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import check_fp8
+from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.layout import check_fp8
 from llava_steps.settings.config import Stage
 from llava_steps.training.gpus import probe
 

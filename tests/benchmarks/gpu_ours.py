@@ -189,7 +189,7 @@ def main() -> int:
     }  # fmt: skip
     import torch
 
-    from llava_steps.core.costs import Work
+    from llava_steps.geometry.costs import Work
     from llava_steps.settings.config import Stage
     from llava_steps.training import loop, parallel, start
     from llava_steps.training.guard import Counters
@@ -232,7 +232,7 @@ def main() -> int:
 
     rows: list[list[int]] = []
     largest: list[int] = []
-    """Microbatches of its step; tokens, samples, longest, images, supervised: core/memory.py."""
+    """Microbatches of its step; tokens, samples, longest, images, supervised: geometry/memory.py."""
     meter = Meter(spec, work)
     loop.forward_backward = recorded
     loop.restore_or_start = draw

@@ -58,7 +58,7 @@ def main() -> int:
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    from llava_steps.core.costs import Work
+    from llava_steps.geometry.costs import Work
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from llava_steps.core.errors import IntegrityError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
 from llava_steps.model.mapping import ROWS, Row, entries
 from llava_steps.model.tensors import TensorDirectory

@@ -6,7 +6,7 @@ our loader with 8 workers; bf16 with fp32 masters and gradients, AdamW, clipping
 Ours is the real training loop. Peers see gpu_peers.py.
 
 Figures: useful (non-padding) tokens per second, and the model's floating-point operations per
-second (core/costs.py, the head counted for every useful token, nothing for computing again) over
+second (geometry/costs.py, the head counted for every useful token, nothing for computing again) over
 the peak of bf16 matrix products, measured in the same run.
 
 Prints a line as soon as a part is done, a table, and one JSON line. Parts: see PARTS.
@@ -175,8 +175,8 @@ class Bench:
 
 def figures(result: dict[str, Any], spec: dict[str, Any], peak: float) -> dict[str, Any]:
     """What the table shows of a part."""
-    from llava_steps.core.costs import Trained, Work, flops
-    from llava_steps.core.geometry import Geometry
+    from llava_steps.geometry.costs import Trained, Work, flops
+    from llava_steps.geometry.geometry import Geometry
 
     if "error" in result:
         return result

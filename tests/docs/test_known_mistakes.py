@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core.geometry import padded
+from llava_steps.geometry.geometry import padded
 from llava_steps.settings.config import Stage
 from llava_steps.training import launch
 from llava_steps.training.nodes import Party, Place

@@ -22,7 +22,7 @@ from transformers import (
 
 from llava_steps import build_hf
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.hf_names import canonical
 from llava_steps.model.mapping import check_hf, entries
 from llava_steps.model.vision import tower_shapes

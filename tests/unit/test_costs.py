@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_steps.core.costs import Trained, Work, flops, parameters, trained_parameters
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.costs import Trained, Work, flops, parameters, trained_parameters
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.vision import tower_shapes
 from llava_steps.settings.config import Stage
 from tests.cost_workers import Case, Counted

@@ -20,7 +20,7 @@ from hf_fixtures import make_siglip, make_text, make_tokenizer, make_tower
 
 from llava_steps import build_hf, hf_to_megatron, megatron_to_hf
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.tensors import TensorDirectory
 from llava_steps.settings.config import HfExport, HfModel, MegatronCheckpoint
 from tests.chain import ROOT, environment

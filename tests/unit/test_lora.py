@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava_steps.core.errors import InputError, IntegrityError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import dcp
 from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
 from llava_steps.model.lora import FILE, Lora, check_same, open_weights, stored_shapes

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava_steps.core.errors import IntegrityError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import convert
 from llava_steps.model.hf_names import by_canonical_name, canonical
 from llava_steps.model.mapping import ROWS, Row, entries, stored_shapes

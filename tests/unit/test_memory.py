@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from llava_steps.core.costs import Trained
-from llava_steps.core.geometry import Geometry
-from llava_steps.core.memory import Layout, Memory, Row, memory, of_stage
+from llava_steps.geometry.costs import Trained
+from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.memory import Layout, Memory, Row, memory, of_stage
 from llava_steps.planning.models import model_of
 from llava_steps.settings.config import Stage
 from llava_steps.settings.load import load

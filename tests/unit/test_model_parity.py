@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import dcp
 from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
 from llava_steps.model.dcp_read import read_metadata

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from llava_steps.core import flash4
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry import flash4
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import cpu_shim
 from llava_steps.settings.config import Stage
 

@@ -194,8 +194,8 @@ def test_losses_are_told_apart_by_dataset() -> None:
 def test_speed_counts_what_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from llava_steps.core.costs import Trained, Work
-    from llava_steps.core.hardware import peak_tflops
+    from llava_steps.geometry.costs import Trained, Work
+    from llava_steps.geometry.hardware import peak_tflops
     from llava_steps.training import metrics
     from llava_steps.training.job import Job
     from llava_steps.training.sums import Sums

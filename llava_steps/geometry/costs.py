@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
-from llava_steps.core.families import VISION_FAMILIES
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.families import VISION_FAMILIES
+from llava_steps.geometry.geometry import Geometry
 
 if TYPE_CHECKING:
     from llava_steps.settings.config import Stage

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava_steps.core.errors import InputError
-from llava_steps.core.families import TEXT_FAMILIES, VISION_FAMILIES, refuse_window
+from llava_steps.geometry.families import TEXT_FAMILIES, VISION_FAMILIES, refuse_window
 
 T = TypeVar("T")
 

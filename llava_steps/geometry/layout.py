@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from llava_steps.core.costs import Trained, Work, flops
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.geometry import Geometry
+from llava_steps.geometry.costs import Trained, Work, flops
+from llava_steps.geometry.geometry import Geometry
 from llava_steps.settings.config import Stage
 
 Split = Sequence[int] | Literal["even"]

@@ -3,7 +3,7 @@
 What is kept is what each kind of layer keeps for its backward pass: plain ones of the `local`
 spec, or those over the kernels of model/kernels.py (compiled, or with Transformer Engine's
 linears). Sizes are bytes. Temporary tensors of single kernels, the CUDA context and the buffers of
-communication libraries are not in it; `core/hardware.py` sets a share of a GPU aside for them.
+communication libraries are not in it; `geometry/hardware.py` sets a share of a GPU aside for them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from llava_steps.core.costs import Sum, Trained, kv_width, parameters, q_width
-from llava_steps.core.geometry import Geometry
-from llava_steps.core.layout import even_split, filled, pipeline_split
+from llava_steps.geometry.costs import Sum, Trained, kv_width, parameters, q_width
+from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.layout import even_split, filled, pipeline_split
 
 if TYPE_CHECKING:
     from llava_steps.settings.config import Stage
