@@ -18,8 +18,8 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
-from llava_steps.core.run import Context, Step, main
 from llava_steps.settings.config import HfModel
+from llava_steps.store.run import Context, Step, main
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 

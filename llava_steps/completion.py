@@ -17,8 +17,8 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llava_steps.core import run
 from llava_steps.settings import cli
+from llava_steps.store import run
 
 PYTHONS = ("python", "python3", *(f"python3.{minor}" for minor in range(11, 15)))
 

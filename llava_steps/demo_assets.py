@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.run import Context, Step, main
 from llava_steps.settings.config import DemoAssets
+from llava_steps.store.run import Context, Step, main
 
 
 def run(ctx: Context, cfg: DemoAssets) -> Mapping[str, Any]:

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import json
 
-from llava_steps.core.run import Context, Step, main
 from llava_steps.settings.config import MegatronCheckpoint
+from llava_steps.store.run import Context, Step, main
 
 
 def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     """Write `iter_0000000/weights/` and commit it."""
     from llava_steps.core import filesystem
-    from llava_steps.core.commit import commit_dir, iteration_name
     from llava_steps.geometry.geometry import Geometry
     from llava_steps.model.convert import count_entries, hf_to_dcp
     from llava_steps.model.dcp import Reader
     from llava_steps.model.selfcheck import compare_layers
     from llava_steps.model.tensors import TensorDirectory
+    from llava_steps.store.commit import commit_dir, iteration_name
 
     source = ctx.inputs["hf_dir"].path
     geometry = Geometry.load(source)

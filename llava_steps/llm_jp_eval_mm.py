@@ -19,10 +19,10 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.core.run import Context, Step, main
 from llava_steps.evaluation import eval_mm_driver, harness
 from llava_steps.evaluation.harness import Score
 from llava_steps.settings.config import LlmJpEvalMm
+from llava_steps.store.run import Context, Step, main
 
 SECTION = "llm_jp_eval_mm"
 PACKAGE = harness.PACKAGES[SECTION]

@@ -22,10 +22,10 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.core.run import Context, Step, main
 from llava_steps.evaluation import harness
 from llava_steps.evaluation.harness import Score
 from llava_steps.settings.config import LmmsEval
+from llava_steps.store.run import Context, Step, main
 
 SECTION = "lmms_eval"
 PACKAGE = harness.PACKAGES[SECTION]

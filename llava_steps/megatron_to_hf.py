@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import json
 
-from llava_steps.core.run import Context, Step, main
 from llava_steps.settings.config import HfExport
+from llava_steps.store.run import Context, Step, main
 
 
 def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     """Write the HF directory into the entry."""
-    from llava_steps.core.commit import latest_commit, read_commit
     from llava_steps.geometry.geometry import Geometry
     from llava_steps.model.convert import copy_companions, count_entries, dcp_to_hf
     from llava_steps.model.export_format import older_layout, rewrite_companions
     from llava_steps.model.lora import open_weights
     from llava_steps.model.selfcheck import compare_layers
     from llava_steps.model.tensors import TensorDirectory
+    from llava_steps.store.commit import latest_commit, read_commit
 
     template = ctx.inputs["tokenizer_dir"].path
     checkpoint = latest_commit(ctx.inputs["megatron_dir"].path)

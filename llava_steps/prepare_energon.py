@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llava_steps.core.run import Context, Step, main
 from llava_steps.settings.config import EnergonDataset
+from llava_steps.store.run import Context, Step, main
 
 
 def run(ctx: Context, cfg: EnergonDataset) -> Mapping[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.pipeline import UPSTREAM
-from llava_steps.core.run import Context, Step, main
 from llava_steps.settings.config import Report
+from llava_steps.store.run import Context, Step, main
 
 PAGE = "report.html"
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.errors import InputError
-from llava_steps.core.run import Context, Step, main
 from llava_steps.settings.config import TarShards
+from llava_steps.store.run import Context, Step, main
 
 if TYPE_CHECKING:
     from llava_steps.data import shards
@@ -65,8 +65,8 @@ def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
 
 
 def _shares(ctx: Context, cfg: TarShards, settings: shards.Settings) -> Iterator[Part]:
-    from llava_steps.core.codeversion import code_version
     from llava_steps.data import shardparts
+    from llava_steps.store.code_version import code_version
 
     folder = Path(cfg.parts)
     if not folder.is_dir():

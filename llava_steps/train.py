@@ -16,11 +16,11 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llava_steps.core import commit
 from llava_steps.core.errors import ConfigError, DivergedError
-from llava_steps.core.run import Context, Step, main
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.config import Stage
+from llava_steps.store import commit
+from llava_steps.store.run import Context, Step, main
 
 if TYPE_CHECKING:
     # Runs in the workers; named here so that its code counts for this step's code version.

@@ -15,8 +15,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llava_steps.core import commit, filesystem, store
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.store import commit, store
 
 
 def artefacts(root: Path) -> Iterator[Path]:

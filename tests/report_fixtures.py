@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava_steps.core import filesystem, store
+from llava_steps.core import filesystem
+from llava_steps.store import store
 
 HOSTILE = (
     "<script>document.title='taken'</script>",

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.checks.finding import Finding
-from llava_steps.core import container, slurm
+from llava_steps.core import slurm
 from llava_steps.core.errors import ConfigError
 from llava_steps.settings.config import Config, Stage
+from llava_steps.store import container
 
 PROBE = "llava_steps.training.probe"
 INSTALL = "Install Apptainer, or leave image empty to use the environment that you are in"

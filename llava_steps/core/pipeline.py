@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.codeversion import code_version
-from llava_steps.core.store import MANIFEST, read_manifest
 from llava_steps.settings import cli
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.config import Audit, Config, Report, Stage, StepConfig
 from llava_steps.settings.load import DEMO
+from llava_steps.store.code_version import code_version
+from llava_steps.store.store import MANIFEST, read_manifest
 
 UPSTREAM: dict[str, dict[str, str]] = {
     "demo_assets": {},

@@ -16,12 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import filesystem, lease, store
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, LockedError
-from llava_steps.core.run import FORCE_REQUEST
 from llava_steps.data import pool, shards
 from llava_steps.data.shardplan import Part, Refused, Written
 from llava_steps.data.sources import Chunk
+from llava_steps.store import lease, store
+from llava_steps.store.run import FORCE_REQUEST
 
 BOOKS = "parts.json"
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_steps.core import run, store
-from llava_steps.core.commit import committed
-from llava_steps.core.digest import Digests
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.core.pipeline import Rule
+from llava_steps.store import run, store
+from llava_steps.store.commit import committed
+from llava_steps.store.digest import Digests
 
 LISTED = 4
 

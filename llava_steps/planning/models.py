@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import store
 from llava_steps.core.errors import InputError
 from llava_steps.geometry.geometry import Geometry, padded
 from llava_steps.settings.config import Config, DemoAssets
 from llava_steps.settings.load import DEMO
+from llava_steps.store import store
 
 SHAPES = Path("config/recipes/models")
 """Configurations of published models, beside the recipes that name them."""

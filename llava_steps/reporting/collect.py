@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 
 from llava_steps.core.errors import InputError
-from llava_steps.core.store import Input
 from llava_steps.reporting import charts
+from llava_steps.store.store import Input
 
 STAGES = {"stage1_checkpoint": "Stage 1", "stage2_checkpoint": "Stage 2"}
 MODELS = {"before": "Before", "after_stage1": "Stage 1", "after_stage2": "Stage 2"}

@@ -35,8 +35,8 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import BY_CODE, ConfigError, LockedError, StepError
-from llava_steps.core.store import MANIFEST
 from llava_steps.settings.config import Stage
+from llava_steps.store.store import MANIFEST
 
 NOTE = "nodes.json"
 RENDEZVOUS = "LLAVA_STEPS_RENDEZVOUS"

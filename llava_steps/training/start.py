@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
-from llava_steps.core import commit
 from llava_steps.core.errors import ConfigError, DivergedError
 from llava_steps.data.loader import TrainLoader
 from llava_steps.geometry.geometry import Geometry
@@ -24,6 +23,7 @@ from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.lora import Lora
 from llava_steps.model.options import ModelOptions
 from llava_steps.settings.config import Stage
+from llava_steps.store import commit
 from llava_steps.training import parallel, state
 from llava_steps.training.guard import Counters
 from llava_steps.training.job import Job

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from llava_steps.core import commit, filesystem
+from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
 from llava_steps.model import dcp
 from llava_steps.model.checkpoint import (
@@ -38,6 +38,7 @@ from llava_steps.model.checkpoint import (
 )
 from llava_steps.model.llava import Llava
 from llava_steps.settings.config import Stage
+from llava_steps.store import commit
 from llava_steps.training import parallel
 from llava_steps.training.commits import Commits
 from llava_steps.training.guard import Counters

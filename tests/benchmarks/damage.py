@@ -16,8 +16,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from llava_steps.core import commit
 from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.store import commit
 from tests import chain
 from tests.unit.test_core_commit import damage
 

@@ -36,9 +36,9 @@ from PIL import Image
 
 from llava_steps import prepare_energon, shard_tars
 from llava_steps.core.errors import StepError
-from llava_steps.core.run import Context
-from llava_steps.core.store import Input
 from llava_steps.settings.config import EnergonDataset, TarShards
+from llava_steps.store.run import Context
+from llava_steps.store.store import Input
 
 SECONDS = 2.0
 MAX_PIXELS = 25_000_000

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core.run import parser
 from llava_steps.settings import cli
+from llava_steps.store.run import parser
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")

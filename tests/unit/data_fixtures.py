@@ -152,8 +152,8 @@ def make_energon(
 
 def fake_context(entry: Path, **inputs: Path) -> Any:
     """A `Context` without store and lease."""
-    from llava_steps.core.run import Context
-    from llava_steps.core.store import Input
+    from llava_steps.store.run import Context
+    from llava_steps.store.store import Input
 
     log = logging.getLogger("test")
     found = {name: Input(path, "digest") for name, path in inputs.items()}

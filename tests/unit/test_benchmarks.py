@@ -14,10 +14,10 @@ from hf_fixtures import PARTS_TEMPLATE, STRING_TEMPLATE, make_text, make_tokeniz
 
 from llava_steps import llm_jp_eval_mm, lmms_eval
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.core.run import execute
 from llava_steps.evaluation import ask, eval_mm_driver, harness, same_prompts
 from llava_steps.model.build import build
 from llava_steps.settings.config import HfModel, LmmsEval
+from llava_steps.store.run import execute
 from tests.patience import wait_for
 
 STANDINS = Path(__file__).parents[1] / "standins"

@@ -18,14 +18,14 @@ from data_fixtures import fake_context
 from safetensors.torch import load_file, save_file
 
 from llava_steps import hf_to_megatron, megatron_to_hf
-from llava_steps.core import commit, store
 from llava_steps.core.errors import InputError, IntegrityError, StepError
-from llava_steps.core.run import execute
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import dcp
 from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
 from llava_steps.model.tensors import INDEX, LikeWriter, TensorDirectory
 from llava_steps.settings.config import HfExport, MegatronCheckpoint
+from llava_steps.store import commit, store
+from llava_steps.store.run import execute
 from tests.model_fixtures import TINY, save_hf
 
 SINGLE = "model.safetensors"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core import commit, filesystem
+from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.store import commit
 
 DAMAGES = int(os.environ.get("LLAVA_STEPS_DAMAGES", "500"))
 

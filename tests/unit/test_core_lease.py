@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core import lease
 from llava_steps.core.errors import LockedError
+from llava_steps.store import lease
 from tests.patience import PATIENCE, wait_for
 
 

@@ -21,7 +21,7 @@ import os, time
 from pathlib import Path
 from llava_steps.settings.config import StepConfig, quiet, source, value
 from llava_steps.core.errors import InputError
-from llava_steps.core.run import Context, Step, main
+from llava_steps.store.run import Context, Step, main
 
 class Settings(StepConfig):
     data: str = source("", "what is copied")

@@ -21,11 +21,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_steps.core import container
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.settings import cli
 from llava_steps.settings.config import Stage
 from llava_steps.settings.former import OPTIONS, field_of
+from llava_steps.store import container
 from llava_steps.training import launch, parallel, preflight, state
 from llava_steps.training.commits import Commits
 from llava_steps.training.guard import Counters, Guard

@@ -15,15 +15,15 @@ import pytest
 from data_fixtures import fake_context, jpeg, members, sample_parts, write_tar
 
 from llava_steps import prepare_energon, shard_tars
-from llava_steps.core import store
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
-from llava_steps.core.run import execute
 from llava_steps.data import metadata
 from llava_steps.data.reader import SampleReader
 from llava_steps.data.split import split
 from llava_steps.prepare_energon import run
 from llava_steps.settings.config import EnergonDataset, TarShards
 from llava_steps.shard_tars import run as shard
+from llava_steps.store import store
+from llava_steps.store.run import execute
 
 FIELDS = {"image": "jpg", "context": "json[question]", "answers": "txt"}
 

@@ -21,10 +21,10 @@ from PIL import Image
 
 from llava_steps import llm_jp_eval_mm, lmms_eval
 from llava_steps.core.errors import InputError
-from llava_steps.core.run import execute
 from llava_steps.evaluation import ask
 from llava_steps.model.build import build
 from llava_steps.settings.config import HfModel
+from llava_steps.store.run import execute
 
 LMMS_EVAL, EVAL_MM = (
     os.environ.get(f"LLAVA_STEPS_{name}", "") for name in ("LMMS_EVAL", "EVAL_MM")

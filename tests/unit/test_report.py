@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core import codeversion
 from llava_steps.core.errors import InputError
 from llava_steps.core.pipeline import OPTIONAL, UPSTREAM, chain
 from llava_steps.reporting import charts, html
 from llava_steps.settings.config import Config
+from llava_steps.store import code_version
 from tests.chain import run_step
 from tests.report_fixtures import HOSTILE, make_run
 
@@ -160,13 +160,13 @@ def test_numbers_and_texts_for_people() -> None:
 
 
 def test_a_template_is_code_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = Path(shutil.copytree(codeversion.PACKAGE, tmp_path / "llava_steps"))
-    monkeypatch.setattr(codeversion, "PACKAGE", copy)
+    copy = Path(shutil.copytree(code_version.PACKAGE, tmp_path / "llava_steps"))
+    monkeypatch.setattr(code_version, "PACKAGE", copy)
 
     def version(module: str) -> str:
-        for function in (codeversion._read, codeversion.modules_of, codeversion.code_version):
+        for function in (code_version._read, code_version.modules_of, code_version.code_version):
             function.cache_clear()
-        return codeversion.code_version(module)
+        return code_version.code_version(module)
 
     before = [version(f"llava_steps.{name}") for name in ("report", "evaluate")]
     with (copy / "reporting/style.css").open("a") as file:

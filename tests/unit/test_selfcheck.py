@@ -12,13 +12,13 @@ import torch
 
 from llava_steps import hf_to_megatron, megatron_to_hf
 from llava_steps.core.errors import IntegrityError
-from llava_steps.core.run import execute
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import convert, dcp
 from llava_steps.model.mapping import ROWS, entries
 from llava_steps.model.selfcheck import TOLERANCE, compare_layers
 from llava_steps.model.tensors import TensorDirectory
 from llava_steps.model.transforms import TRANSFORMS
+from llava_steps.store.run import execute
 from tests.model_fixtures import TINY, save_hf
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from data_fixtures import jpeg
 
-from llava_steps.core import store
 from llava_steps.core.errors import InputError, IntegrityError
-from llava_steps.core.lease import Lease
-from llava_steps.core.run import execute
 from llava_steps.shard_tars import STEP
+from llava_steps.store import store
+from llava_steps.store.lease import Lease
+from llava_steps.store.run import execute
 
 
 def make(folder: Path, bad: tuple[int, ...]) -> None:

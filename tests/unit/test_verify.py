@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llava_steps import verify
-from llava_steps.core import commit, store
-from llava_steps.core.lease import Lease
+from llava_steps.store import commit, store
+from llava_steps.store.lease import Lease
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ STEP = '''
 """Stub."""
 from llava_steps import stub
 from llava_steps.settings.config import {config}
-from llava_steps.core.run import Context, Step, main
+from llava_steps.store.run import Context, Step, main
 
 def run(ctx: Context, cfg: {config}):
     return stub.work(ctx, cfg)

@@ -13,9 +13,10 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from llava_steps import plan
-from llava_steps.core import lease, pipeline, run, slurm
+from llava_steps.store import lease, run
+from llava_steps.core import pipeline, slurm
 from llava_steps.settings import load
-from llava_steps.core.container import exec_words, image_digest
+from llava_steps.store.container import exec_words, image_digest
 from llava_steps.core.errors import ConfigError, LockedError, StepError
 from llava_steps.core.log import PROGRESS
 from llava_steps.planning import cached

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llava_steps.core.digest import Digests
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.store.digest import Digests
 
 RUNTIMES = ("apptainer", "singularity")
 INSIDE = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")

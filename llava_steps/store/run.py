@@ -23,9 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
-from llava_steps.core import container, filesystem, store
-from llava_steps.core.codeversion import code_version
-from llava_steps.core.digest import Digests
+from llava_steps.core import filesystem
 from llava_steps.core.errors import (
     ConfigError,
     InputError,
@@ -33,11 +31,14 @@ from llava_steps.core.errors import (
     StoppedError,
     of_surroundings,
 )
-from llava_steps.core.lease import Lease
 from llava_steps.core.log import Progress, ignore_known_warnings, logger
-from llava_steps.core.store import Input
 from llava_steps.settings import cli
 from llava_steps.settings.config import StepConfig
+from llava_steps.store import container, store
+from llava_steps.store.code_version import code_version
+from llava_steps.store.digest import Digests
+from llava_steps.store.lease import Lease
+from llava_steps.store.store import Input
 
 C = TypeVar("C", bound=StepConfig)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
