@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from llava_steps.core.pipeline import MODULES
+from llava_steps.pipeline.steps import MODULES
 from llava_steps.settings import cli
 
 

@@ -21,9 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import pipeline
 from llava_steps.core.errors import ConfigError, InputError, tell
 from llava_steps.geometry.hardware import GPUS, Gpu
+from llava_steps.pipeline import steps as pipeline
 from llava_steps.planning import cached, stages, text
 from llava_steps.planning.models import Model, model_of
 from llava_steps.settings import load

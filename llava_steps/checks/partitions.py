@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from llava_steps.checks.finding import Finding
-from llava_steps.core import slurm
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.pipeline import Rule
+from llava_steps.pipeline import slurm
+from llava_steps.pipeline.steps import Rule
 from llava_steps.settings.config import Cluster
 
 FORMAT = "%P|%a|%l|%D|%c|%m|%G"

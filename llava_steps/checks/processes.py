@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.checks.finding import Finding
-from llava_steps.core import slurm
 from llava_steps.core.errors import ConfigError
+from llava_steps.pipeline import slurm
 from llava_steps.settings.config import Config, Stage
 from llava_steps.store import container
 

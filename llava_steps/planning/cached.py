@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
-from llava_steps.core.pipeline import Rule
+from llava_steps.pipeline.steps import Rule
 from llava_steps.store import run, store
 from llava_steps.store.commit import committed
 from llava_steps.store.digest import Digests

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from llava_steps.core import filesystem
-from llava_steps.core.pipeline import UPSTREAM
+from llava_steps.pipeline.steps import UPSTREAM
 from llava_steps.settings import cli
 from llava_steps.settings.config import Config, Stage
 from llava_steps.settings.former import ELSEWHERE, OPTIONS, field_of

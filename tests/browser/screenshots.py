@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llava_steps.core.pipeline import UPSTREAM
+from llava_steps.pipeline.steps import UPSTREAM
 from tests.chain import ROOT, environment
 
 

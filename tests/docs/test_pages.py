@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from llava_steps.core import errors
-from llava_steps.core.pipeline import MODULES, UPSTREAM
+from llava_steps.pipeline.steps import MODULES, UPSTREAM
 from llava_steps.settings.config import Config
 from llava_steps.settings.load import load
 from tests.chain import run_step

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps import completion
-from llava_steps.core.pipeline import MODULES
+from llava_steps.pipeline.steps import MODULES
 from llava_steps.settings import cli
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.pipeline import UPSTREAM
+from llava_steps.pipeline.steps import UPSTREAM
 from llava_steps.settings import describe
 from llava_steps.settings.config import RULES, Config
 from llava_steps.settings.load import load

@@ -260,7 +260,7 @@ def test_the_content_of_a_blend_is_its_file_and_its_datasets(root: Path, tmp_pat
 
 
 def test_the_workflow_watches_the_file_and_what_it_names(root: Path) -> None:
-    from llava_steps.core import pipeline
+    from llava_steps.pipeline import steps as pipeline
     from llava_steps.settings import load
 
     config = load.load([Path(__file__).parents[2] / "config" / "config.yaml"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core.pipeline import MODULES
+from llava_steps.pipeline.steps import MODULES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "llava_steps"

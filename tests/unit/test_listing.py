@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.core.pipeline import MODULES
+from llava_steps.pipeline.steps import MODULES
 
 PACKAGE = Path(__file__).parents[2] / "llava_steps"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps.core.errors import InputError
-from llava_steps.core.pipeline import OPTIONAL, UPSTREAM, chain
+from llava_steps.pipeline.steps import OPTIONAL, UPSTREAM, chain
 from llava_steps.reporting import charts, html
 from llava_steps.settings.config import Config
 from llava_steps.store import code_version

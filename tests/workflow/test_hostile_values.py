@@ -22,8 +22,8 @@ from pydantic import BaseModel, ValidationError
 from snakemake.deployment import singularity
 from snakemake.utils import format as snakemake_format
 
-from llava_steps.core import pipeline, slurm
 from llava_steps.core.errors import ConfigError
+from llava_steps.pipeline import slurm, steps
 from llava_steps.settings import cli, load
 from llava_steps.settings.config import Config
 from tests.workflow.values import HOSTILE
@@ -114,7 +114,7 @@ def templates() -> dict[str, str]:
     return found
 
 
-def commands(rules: dict[str, pipeline.Rule], config: Config, page: Path) -> Iterator[str]:
+def commands(rules: dict[str, steps.Rule], config: Config, page: Path) -> Iterator[str]:
     """What Snakemake hands to bash: stage 2 by itself, for srun; all others in the container."""
     inside = ["apptainer", "exec", "--home=/x", "--nv", "--cleanenv", config.image]
     starts = {}
@@ -179,7 +179,7 @@ def check(config: dict[str, Any], place: Path) -> None:
     (place / "own.yaml").write_text(yaml.safe_dump(config))
     settled = load.load(["own.yaml"])
     assert settled == Config.model_validate(config), "YAML changed a value"
-    rules = pipeline.chain(settled, "sha256:0")
+    rules = steps.chain(settled, "sha256:0")
     out = rules["report"].out
     out.mkdir(parents=True)
     (out / "report.html").write_text("page")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_steps.core.pipeline import AFTER, UPSTREAM
+from llava_steps.pipeline.steps import AFTER, UPSTREAM
 from tests.workflow.project import MODULES, ROOT, RULES, Project
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
-from llava_steps.core.pipeline import OPTIONAL, UPSTREAM, chain
+from llava_steps.pipeline.steps import OPTIONAL, UPSTREAM, chain
 from llava_steps.settings.load import load
 from tests.workflow.project import ROOT, Project
 

@@ -9,8 +9,8 @@ import pytest
 
 from llava_steps import plan
 from llava_steps.core.errors import ConfigError
-from llava_steps.core.pipeline import OPTIONAL, UPSTREAM
 from llava_steps.geometry.costs import parameters
+from llava_steps.pipeline.steps import OPTIONAL, UPSTREAM
 from llava_steps.planning.models import model_of
 from llava_steps.settings.config import Config
 from llava_steps.settings.load import load
