@@ -25,7 +25,7 @@ from llava_steps.settings.config import Audit
 from llava_steps.store.run import Context, Step, main
 
 if TYPE_CHECKING:
-    from llava_steps.data.audit import Example
+    from llava_steps.data.loader.audit import Example
 
 REPORT, EXAMPLES, PICTURES = "report.json", "examples.txt", "examples.json"
 LISTED = 3
@@ -39,9 +39,9 @@ def run(ctx: Context, cfg: Audit) -> Mapping[str, Any]:
         InputError: training would refuse samples.
         IntegrityError: labels or image tokens are not what they must be.
     """
-    from llava_steps.data import audit
-    from llava_steps.data.corpus import Corpus
-    from llava_steps.data.thumbnails import Thumbnails
+    from llava_steps.data.loader import audit
+    from llava_steps.data.loader.corpus import Corpus
+    from llava_steps.data.samples.thumbnails import Thumbnails
 
     # Not resolved: what a blend names is relative to where its file stands, link or not.
     corpus = Corpus(ctx.inputs["data_path"].path.absolute(), cfg.split, cfg.seed)

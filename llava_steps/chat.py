@@ -104,8 +104,8 @@ def as_question(images: Sequence[Path], question: str) -> Question:
     for path in images:
         if not os.path.isfile(path):  # Path.is_file raises for a text too long for a name
             raise InputError(f"{path} is no file; the question is the last word, in quotes")
-    from llava_steps.data.decode import check_image
-    from llava_steps.data.samples import PLACEHOLDER, SampleError
+    from llava_steps.data.samples.decode import check_image
+    from llava_steps.data.samples.sample import PLACEHOLDER, SampleError
     from llava_steps.evaluation.ask import Question
 
     if PLACEHOLDER in question:

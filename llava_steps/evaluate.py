@@ -36,7 +36,7 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
         ConfigError: no model is given, or a metric's library is not installed.
         InputError: a model or a sample cannot be used.
     """
-    from llava_steps.data.thumbnails import Thumbnails
+    from llava_steps.data.samples.thumbnails import Thumbnails
     from llava_steps.evaluation import ask, metrics, score
 
     names = [name for name in MODELS if name in ctx.inputs]
@@ -106,7 +106,7 @@ def _scores(
 
 def prompted(questions: Sequence[Question], prompts: Sequence[str], images: int) -> list[Question]:
     """Every prompt about each of the first `images` single images, without what was said there."""
-    from llava_steps.data.samples import PLACEHOLDER
+    from llava_steps.data.samples.sample import PLACEHOLDER
 
     shown = dict.fromkeys(q.images for q in questions if len(q.images) == 1)
     return [
@@ -130,7 +130,8 @@ def read_questions(path: Path) -> list[Question]:
         InputError: the file, or any of its samples, cannot be used: leaving out what is difficult
             would change what an accuracy means.
     """
-    from llava_steps.data import samples, sources
+    from llava_steps.data import sources
+    from llava_steps.data.samples import sample as samples
     from llava_steps.evaluation.ask import Question
 
     source = sources.open_source(path, "llava", sources.Options(max_pixels=MAX_PIXELS))

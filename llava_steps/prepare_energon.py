@@ -19,7 +19,7 @@ from llava_steps.store.run import Context, Step, main
 
 def run(ctx: Context, cfg: EnergonDataset) -> Mapping[str, Any]:
     """Make `ctx.entry` an energon dataset; metrics give samples and tars of each split."""
-    from llava_steps.data import energon
+    from llava_steps.data.energon import prepare as energon
 
     tar_dir = ctx.inputs["tar_dir"].path
     with ctx.progress("indexing tars", len(energon.find_tars(tar_dir))) as bar:

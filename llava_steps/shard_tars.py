@@ -24,29 +24,29 @@ from llava_steps.settings.config import TarShards
 from llava_steps.store.run import Context, Step, main
 
 if TYPE_CHECKING:
-    from llava_steps.data import shards
-    from llava_steps.data.shardplan import Part
+    from llava_steps.data.shards import write
+    from llava_steps.data.shards.plan import Part
     from llava_steps.data.sources import Options
 
 
 def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
     """Write the shards into `ctx.entry`; metrics say how many samples went where."""
-    from llava_steps.data import shardparts, shards, sources
+    from llava_steps.data import sources
+    from llava_steps.data.shards import share as shardparts
+    from llava_steps.data.shards import write
 
     source = sources.open_source(ctx.inputs["source"].path, cfg.source_format, _options(cfg))
     ctx.log.info("reading %s as %s", source.path, source.name)
     for note in source.notes():
         ctx.log.warning("%s", note)
-    settings = shards.Settings(source, ctx.entry, cfg.samples_per_shard)
+    settings = write.Settings(source, ctx.entry, cfg.samples_per_shard)
     if cfg.part:
         size = shardparts.share_size(source.count(), cfg.samples_per_shard, cfg.part)
         with ctx.progress(f"sharding, share {cfg.part}", size) as bar:
             return shardparts.write_share(settings, cfg.part, cfg.workers, bar.advance)
     made = _shares(ctx, cfg, settings) if cfg.parts else None
     with ctx.progress("sharding", source.count()) as bar:
-        metrics = shards.write_shards(
-            settings, cfg.workers, cfg.quarantine_limit, bar.advance, made
-        )
+        metrics = write.write_shards(settings, cfg.workers, cfg.quarantine_limit, bar.advance, made)
     for reason, count in metrics["quarantine_reasons"].items():
         ctx.log.warning("quarantined %d x %s", count, reason)
     if metrics["duplicate_ids"]:
@@ -64,8 +64,8 @@ def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
     return metrics
 
 
-def _shares(ctx: Context, cfg: TarShards, settings: shards.Settings) -> Iterator[Part]:
-    from llava_steps.data import shardparts
+def _shares(ctx: Context, cfg: TarShards, settings: write.Settings) -> Iterator[Part]:
+    from llava_steps.data.shards import share as shardparts
     from llava_steps.store.code_version import code_version
 
     folder = Path(cfg.parts)
@@ -105,7 +105,7 @@ def _whole(cfg: TarShards) -> TarShards | None:
 
 def _published(cfg: TarShards) -> None:
     if cfg.remove_parts:
-        from llava_steps.data.shardparts import remove_shares
+        from llava_steps.data.shards.share import remove_shares
 
         remove_shares(Path(cfg.parts))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llava_steps.data.loader import TrainLoader
+from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.checkpoint import load_weights
 from llava_steps.model.head import IGNORED

@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from typing import TypeVar
 
 from llava_steps.core.errors import StepError
-from llava_steps.data import server
+from llava_steps.data import fork_server
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,7 +36,7 @@ def ordered(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterato
     if workers == 1:
         yield from map(work, tasks)
         return
-    server.start([work.__module__])
+    fork_server.start([work.__module__])
     context = multiprocessing.get_context("forkserver")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     pending: deque[Future[R]] = deque()
@@ -60,7 +60,7 @@ def _begin() -> None:
 
     Its pipes alone would keep it waiting.
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, server.STOP)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, fork_server.STOP)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

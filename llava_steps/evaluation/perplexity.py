@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.conversation import IGNORE, ConversationEncoder
-from llava_steps.data.samples import SampleError, Turn
+from llava_steps.data.samples.conversation import IGNORE, ConversationEncoder
+from llava_steps.data.samples.sample import SampleError, Turn
 from llava_steps.evaluation.ask import Model, Question
 
 _NO_LIMIT = 1 << 30

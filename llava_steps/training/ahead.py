@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from llava_steps.data.batch import MicroBatch
-from llava_steps.data.loader import TrainLoader
+from llava_steps.data.loader.batch import MicroBatch
+from llava_steps.data.loader.loader import TrainLoader
 
 Busy = Callable[[], contextlib.AbstractContextManager[Any]]
 

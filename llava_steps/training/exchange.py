@@ -6,7 +6,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
-from llava_steps.data.batch import MicroBatch
+from llava_steps.data.loader.batch import MicroBatch
 from llava_steps.model.attention import upload
 from llava_steps.training import parallel
 

@@ -16,7 +16,7 @@ from statistics import median
 import torch.distributed as dist
 
 from llava_steps.core.errors import DivergedError
-from llava_steps.data.batch import MicroBatch, sample_names
+from llava_steps.data.loader.batch import MicroBatch, sample_names
 from llava_steps.settings.config import Stage
 
 WINDOW = 64

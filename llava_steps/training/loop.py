@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from torch import Tensor
 
 from llava_steps.core.errors import ConfigError, StepError, StoppedError
-from llava_steps.data.batch import MicroBatch
+from llava_steps.data.loader.batch import MicroBatch
 from llava_steps.settings.config import Stage
 from llava_steps.training import parallel, rows, state
 from llava_steps.training.ahead import Ahead

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
 from llava_steps.core.log import Progress
-from llava_steps.data.batch import MicroBatch
+from llava_steps.data.loader.batch import MicroBatch
 from llava_steps.training import parallel
 from llava_steps.training.answers import Answers
 from llava_steps.training.job import Job

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from llava_steps.data.batch import MicroBatch
+from llava_steps.data.loader.batch import MicroBatch
 from llava_steps.settings.config import Stage
 from llava_steps.training.exchange import whole_images
 

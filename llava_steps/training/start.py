@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
 from llava_steps.core.errors import ConfigError, DivergedError
-from llava_steps.data.loader import TrainLoader
+from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import pipeline_split
 from llava_steps.model import flash

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_steps.data.batch import MicroBatch
-from llava_steps.data.conversation import IGNORE
+from llava_steps.data.loader.batch import MicroBatch
+from llava_steps.data.samples.conversation import IGNORE
 from llava_steps.model.attention import upload
 
 

@@ -14,8 +14,8 @@ import torch
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
-from llava_steps.data.batch import MicroBatch
-from llava_steps.data.heldout import HeldOut
+from llava_steps.data.loader.batch import MicroBatch
+from llava_steps.data.loader.validation_set import HeldOut
 from llava_steps.training import parallel, rows
 from llava_steps.training.job import Job
 

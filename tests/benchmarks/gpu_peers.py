@@ -20,7 +20,7 @@ from typing import Any
 
 def batches(spec: dict[str, Any], count: int) -> list[list[Any]]:
     """`count` global batches of single samples."""
-    from llava_steps.data.loader import TrainLoader
+    from llava_steps.data.loader.loader import TrainLoader
 
     loader = TrainLoader(
         Path(spec["dataset"]), "train", Path(spec["hf_dir"]), 2048 + 128, spec["batch"], 1, 0, 1, 7,

@@ -35,11 +35,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava_steps.data.conversation import load_processor
-from llava_steps.data.feed import Feed
-from llava_steps.data.loader import TrainLoader
-from llava_steps.data.packing import pack
-from llava_steps.data.workers import start_server
+from llava_steps.data.loader.feed import Feed
+from llava_steps.data.loader.loader import TrainLoader
+from llava_steps.data.loader.packing import pack
+from llava_steps.data.loader.workers import start_server
+from llava_steps.data.samples.conversation import load_processor
 from tests.unit.data_fixtures import make_hf_dir, members, write_tar
 
 ROUNDS, STEPS, BATCH = 5, 4, 16

@@ -27,7 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_steps.core import filesystem
-from llava_steps.data import shards, sources
+from llava_steps.data import sources
+from llava_steps.data.shards import write
 
 SIZE = (640, 480)
 REST = 3.0
@@ -68,8 +69,8 @@ def make(folder: Path, samples: int) -> Path:
 
 def shard(source: Path, entry: Path, workers: int) -> None:
     entry.mkdir()
-    settings = shards.Settings(sources.open_source(source), entry, 500)
-    shards.write_shards(settings, workers, 0.0)
+    settings = write.Settings(sources.open_source(source), entry, 500)
+    write.write_shards(settings, workers, 0.0)
     filesystem.fsync_tree(entry)
 
 
@@ -78,8 +79,8 @@ def tar(files: Path, target: Path) -> None:
     filesystem.fsync_path(target)
 
 
-def copy(shards: Path, target: Path) -> None:
-    subprocess.run(["cp", "-r", str(shards), str(target)], check=True)
+def copy(write: Path, target: Path) -> None:
+    subprocess.run(["cp", "-r", str(write), str(target)], check=True)
     filesystem.fsync_tree(target)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from llava_steps.data.loader import TrainLoader
+from llava_steps.data.loader.loader import TrainLoader
 from tests.unit.data_fixtures import make_energon, make_hf_dir
 
 BATCH = 8

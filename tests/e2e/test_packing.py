@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from llava_steps.core.errors import IntegrityError
-from llava_steps.data.corpus import Corpus
+from llava_steps.data.loader.corpus import Corpus
 from tests.chain import Chain, run_step, sample_ids
 from tests.dist_helpers import spawn
 from tests.packing_worker import BATCH, LENGTH, STEPS

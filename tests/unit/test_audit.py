@@ -14,10 +14,10 @@ from data_fixtures import fake_context, make_energon, make_hf_dir, members, samp
 
 from llava_steps import audit as step
 from llava_steps.core.errors import InputError, IntegrityError
-from llava_steps.data import audit
-from llava_steps.data.conversation import ConversationEncoder, Encoded
-from llava_steps.data.corpus import Corpus, Place
-from llava_steps.data.samples import from_parts
+from llava_steps.data.loader import audit
+from llava_steps.data.loader.corpus import Corpus, Place
+from llava_steps.data.samples.conversation import ConversationEncoder, Encoded
+from llava_steps.data.samples.sample import from_parts
 from llava_steps.settings.config import Audit
 
 SAMPLES = 25

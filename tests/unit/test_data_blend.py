@@ -15,9 +15,9 @@ import yaml
 from data_fixtures import TEMPLATE, make_energon, make_hf_dir
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.data.corpus import Corpus
-from llava_steps.data.loader import TrainLoader
-from llava_steps.data.order import EpochOrder, SampleOrder, WeightedOrder, largest_remainder
+from llava_steps.data.loader.corpus import Corpus
+from llava_steps.data.loader.loader import TrainLoader
+from llava_steps.data.loader.order import EpochOrder, SampleOrder, WeightedOrder, largest_remainder
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.config import Stage
 

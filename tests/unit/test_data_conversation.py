@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.data.conversation import ConversationEncoder, load_processor
-from llava_steps.data.decode import decode
-from llava_steps.data.images import ImageTransform
-from llava_steps.data.samples import Sample, SampleError, Turn, from_parts
-from llava_steps.data.template import message_parts
+from llava_steps.data.samples.conversation import ConversationEncoder, load_processor
+from llava_steps.data.samples.decode import decode
+from llava_steps.data.samples.images import ImageTransform
+from llava_steps.data.samples.sample import Sample, SampleError, Turn, from_parts
+from llava_steps.data.samples.template import message_parts
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.data.batch import image_share
-from llava_steps.data.conversation import ConversationEncoder
-from llava_steps.data.corpus import Corpus
-from llava_steps.data.loader import TrainLoader
-from llava_steps.data.packing import pack
+from llava_steps.data.loader.batch import image_share
+from llava_steps.data.loader.corpus import Corpus
+from llava_steps.data.loader.loader import TrainLoader
+from llava_steps.data.loader.packing import pack
+from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.settings.config import Stage
 
 CAPACITY = 120

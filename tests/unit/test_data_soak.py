@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from data_fixtures import make_hf_dir
 
-from llava_steps.data import loader as loader_module
+from llava_steps.data.loader import loader as loader_module
 from tests.benchmarks.soak_data import make_blend, soak
 
 

@@ -16,13 +16,13 @@ import pytest
 from data_fixtures import make_energon, make_hf_dir
 
 from llava_steps.core.errors import StepError
-from llava_steps.data import loader as loader_module
 from llava_steps.data import pool
-from llava_steps.data.corpus import Place
-from llava_steps.data.feed import Feed
-from llava_steps.data.reader import RawSample
-from llava_steps.data.rows import RowMaker
-from llava_steps.data.workers import Task, Workers, _Worker
+from llava_steps.data.energon.reader import RawSample
+from llava_steps.data.loader import loader as loader_module
+from llava_steps.data.loader.corpus import Place
+from llava_steps.data.loader.feed import Feed
+from llava_steps.data.loader.row_builder import RowMaker
+from llava_steps.data.loader.workers import Task, Workers, _Worker
 from tests.patience import wait_for
 
 server = forkserver._forkserver  # type: ignore[attr-defined]

@@ -299,8 +299,8 @@ def test_remains_of_a_killed_attempt_do_not_stay(assets: Path, tmp_path: Path) -
 
 def test_they_become_a_model_that_training_takes(assets: Path, tmp_path: Path) -> None:
     """Every sample of the demo is encoded within the demo's seq_length, answers supervised."""
-    from llava_steps.data.conversation import ConversationEncoder
-    from llava_steps.data.samples import parse_turns
+    from llava_steps.data.samples.conversation import ConversationEncoder
+    from llava_steps.data.samples.sample import parse_turns
 
     parts = {"vision_tower": assets / "vision_tower", "text_model": assets / "text_model"}
     config = HfModel(**{name: str(path) for name, path in parts.items()})

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from llava_steps.data import jpeg
-from llava_steps.data.decode import decode
-from llava_steps.data.samples import SampleError
+from llava_steps.data.samples import jpeg
+from llava_steps.data.samples.decode import decode
+from llava_steps.data.samples.sample import SampleError
 from tests.benchmarks.fuzz_data import damaged, picture
 
 PLAIN = {

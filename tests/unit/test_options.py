@@ -357,7 +357,7 @@ def test_global_batch_size(trial: SimpleNamespace, whole: SimpleNamespace) -> No
 
 
 def test_num_workers(chain: Chain, trial: SimpleNamespace) -> None:
-    from llava_steps.data.loader import TrainLoader
+    from llava_steps.data.loader.loader import TrainLoader
 
     assert len(metrics(trial.out)) == 4, "with a worker"
     loader = TrainLoader(chain.dataset, "train", chain.hf, 256, 2, 2, 0, 1, 1, 2, 0, False)

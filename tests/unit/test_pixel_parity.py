@@ -13,9 +13,9 @@ from data_fixtures import make_hf_dir
 from PIL import Image
 from transformers.image_utils import load_image
 
-from llava_steps.data.conversation import ConversationEncoder, load_processor
-from llava_steps.data.decode import check_image
-from llava_steps.data.samples import Turn
+from llava_steps.data.samples.conversation import ConversationEncoder, load_processor
+from llava_steps.data.samples.decode import check_image
+from llava_steps.data.samples.sample import Turn
 from llava_steps.evaluation import ask
 
 SIZES = {"square": (40, 40), "wide": (200, 31), "tall": (29, 170), "tiny": (5, 3)}

@@ -16,9 +16,9 @@ from data_fixtures import fake_context, jpeg, members, sample_parts, write_tar
 
 from llava_steps import prepare_energon, shard_tars
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
-from llava_steps.data import metadata
-from llava_steps.data.reader import SampleReader
-from llava_steps.data.split import split
+from llava_steps.data.energon import metadata
+from llava_steps.data.energon.reader import SampleReader
+from llava_steps.data.energon.split import split
 from llava_steps.prepare_energon import run
 from llava_steps.settings.config import EnergonDataset, TarShards
 from llava_steps.shard_tars import run as shard

@@ -17,9 +17,9 @@ from data_fixtures import fake_context, jpeg
 from PIL import Image
 
 from llava_steps.core.errors import InputError
-from llava_steps.data import shards
-from llava_steps.data.decode import check_jpeg, decode
-from llava_steps.data.samples import SampleError
+from llava_steps.data.samples.decode import check_jpeg, decode
+from llava_steps.data.samples.sample import SampleError
+from llava_steps.data.shards import write as shards
 from llava_steps.data.sources import Options, content_files, open_source
 from llava_steps.settings.config import TarShards
 from llava_steps.shard_tars import run

@@ -172,7 +172,7 @@ def test_tensorboard_is_asked_for_before_training(
 def test_losses_are_told_apart_by_dataset() -> None:
     import torch
 
-    from llava_steps.data.batch import MicroBatch
+    from llava_steps.data.loader.batch import MicroBatch
     from llava_steps.training.sums import Sums, by_dataset, counts
 
     labels = torch.tensor([[-100, 5, 5, -100, 5, 5, -100, 5, -100, -100]])

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.data.heldout import HeldOut
+from llava_steps.data.loader.validation_set import HeldOut
 from tests import reference
 from tests.chain import Chain, metrics
 from tests.dist_helpers import spawn

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_steps.data.samples import Sample
+from llava_steps.data.samples.sample import Sample
 
 
 @dataclass(frozen=True)

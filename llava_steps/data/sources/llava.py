@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.samples import Sample, SampleError
+from llava_steps.data.samples.sample import Sample, SampleError
 from llava_steps.data.sources import record
 from llava_steps.data.sources.base import Chunk, Row, Source
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.data.decode import check_jpeg, to_jpeg
-from llava_steps.data.samples import (
+from llava_steps.data.samples.decode import check_jpeg, to_jpeg
+from llava_steps.data.samples.sample import (
     PLACEHOLDER,
     Sample,
     SampleError,

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llava_steps.core.errors import InputError
-from llava_steps.data import tars
-from llava_steps.data.fields import FieldMap
-from llava_steps.data.samples import Sample, SampleError, from_parts
+from llava_steps.data.energon.field_map import FieldMap
+from llava_steps.data.energon.index import split_name
+from llava_steps.data.samples.sample import Sample, SampleError, from_parts
+from llava_steps.data.shards import tar as tars
 from llava_steps.data.sources import record
 from llava_steps.data.sources.base import Chunk, Options, Row, Source
-from llava_steps.data.tarindex import split_name
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 FIELDS = FieldMap(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError
-from llava_steps.data.order import EpochOrder, Order, WeightedOrder
-from llava_steps.data.reader import RawSample, SampleReader
-from llava_steps.data.samples import PLACEHOLDER, Sample
+from llava_steps.data.energon.reader import RawSample, SampleReader
+from llava_steps.data.loader.order import EpochOrder, Order, WeightedOrder
+from llava_steps.data.samples.sample import PLACEHOLDER, Sample
 from llava_steps.settings.blend import Blend, Member, read_blend
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.data.batch import MicroBatch, pad, round_up
-from llava_steps.data.corpus import Corpus
-from llava_steps.data.feed import Feed, Layout, serial
-from llava_steps.data.lengths import Lengths
-from llava_steps.data.rows import RowMaker
-from llava_steps.data.workers import Workers, start_server
+from llava_steps.data.loader.batch import MicroBatch, pad, round_up
+from llava_steps.data.loader.corpus import Corpus
+from llava_steps.data.loader.feed import Feed, Layout, serial
+from llava_steps.data.loader.lengths import Lengths
+from llava_steps.data.loader.row_builder import RowMaker
+from llava_steps.data.loader.workers import Workers, start_server
 
 
 class TrainLoader:

@@ -19,10 +19,10 @@ import yaml
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.data import pool
-from llava_steps.data.fields import FieldMap
-from llava_steps.data.metadata import META, SHARDS
-from llava_steps.data.split import split
-from llava_steps.data.tarindex import TarIndex, index_tar
+from llava_steps.data.energon.field_map import FieldMap
+from llava_steps.data.energon.index import TarIndex, index_tar
+from llava_steps.data.energon.metadata import META, SHARDS
+from llava_steps.data.energon.split import split
 
 SAMPLE_TYPES = {"VQAWebdataset": "VQASample"}
 """energon renamed its classes; the config keeps the name that the seed's dialogue shows."""

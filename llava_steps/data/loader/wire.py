@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_steps.data.batch import MicroBatch
+from llava_steps.data.loader.batch import MicroBatch
 
 _ALIGN = 64
 _HEADER = 8

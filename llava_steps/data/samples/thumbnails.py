@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llava_steps.core import filesystem
-from llava_steps.data.decode import decode
+from llava_steps.data.samples.decode import decode
 
 SIDE = 192
 """Longest side of a thumbnail in pixels; smaller images keep their size."""

@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.fields import SEED, FieldMap, look_up
+from llava_steps.data.energon.field_map import SEED, FieldMap, look_up
 
 PLACEHOLDER = "<image>"
 """Stands for an image in raw and stored conversations, whatever the model's token is."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.data.samples import PLACEHOLDER, SampleError, Turn
+from llava_steps.data.samples.sample import PLACEHOLDER, SampleError, Turn
 
 _PROBE = ("probe-question", "probe-answer", "probe-again", "probe-end")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llava_steps.data.conversation import IGNORE, Encoded
+from llava_steps.data.samples.conversation import IGNORE, Encoded
 
 
 @dataclass(frozen=True)

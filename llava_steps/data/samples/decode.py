@@ -7,8 +7,8 @@ import warnings
 
 from PIL import Image, ImageOps
 
-from llava_steps.data import jpeg
-from llava_steps.data.samples import SampleError
+from llava_steps.data.samples import jpeg
+from llava_steps.data.samples.sample import SampleError
 
 _QUALITY = 95
 

@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
-from llava_steps.data.fields import SEED, FieldMap
-from llava_steps.data.metadata import SHARDS, read_metadata, split_shards
-from llava_steps.data.samples import Sample, SampleError, from_parts, is_image_part
+from llava_steps.data.energon.field_map import SEED, FieldMap
+from llava_steps.data.energon.metadata import SHARDS, read_metadata, split_shards
+from llava_steps.data.samples.sample import Sample, SampleError, from_parts, is_image_part
 
 OPEN_TARS = 64
 """Tars that a reader keeps open at the same time."""

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.data.images import ImageTransform
-from llava_steps.data.samples import SampleError, Turn
-from llava_steps.data.template import Template
+from llava_steps.data.samples.images import ImageTransform
+from llava_steps.data.samples.sample import SampleError, Turn
+from llava_steps.data.samples.template import Template
 
 IGNORE = -100
 """Label of positions that are not supervised."""

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.batch import MicroBatch, pad, round_up
-from llava_steps.data.conversation import IGNORE
-from llava_steps.data.corpus import Corpus
-from llava_steps.data.rows import RowMaker
+from llava_steps.data.loader.batch import MicroBatch, pad, round_up
+from llava_steps.data.loader.corpus import Corpus
+from llava_steps.data.loader.row_builder import RowMaker
+from llava_steps.data.samples.conversation import IGNORE
 
 
 class HeldOut:

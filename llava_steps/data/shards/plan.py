@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.samples import SampleError
+from llava_steps.data.samples.sample import SampleError
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, LockedError
-from llava_steps.data import pool, shards
-from llava_steps.data.shardplan import Part, Refused, Written
+from llava_steps.data import pool
+from llava_steps.data.shards import write as shards
+from llava_steps.data.shards.plan import Part, Refused, Written
 from llava_steps.data.sources import Chunk
 from llava_steps.store import lease, store
 from llava_steps.store.run import FORCE_REQUEST

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.data import pool, tars
-from llava_steps.data.metadata import SHARDS
-from llava_steps.data.samples import SampleError, to_parts
-from llava_steps.data.shardplan import Part, Plan, Refused, Shard, Written
+from llava_steps.data import pool
+from llava_steps.data.energon.metadata import SHARDS
+from llava_steps.data.samples.sample import SampleError, to_parts
+from llava_steps.data.shards import tar as tars
+from llava_steps.data.shards.plan import Part, Plan, Refused, Shard, Written
 from llava_steps.data.sources import Chunk, Source
 
 QUARANTINE = "quarantine.jsonl"

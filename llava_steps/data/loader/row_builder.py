@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from llava_steps.core.errors import StepError
-from llava_steps.data.batch import MicroBatch, image_share, join
-from llava_steps.data.conversation import ConversationEncoder, Encoded
-from llava_steps.data.corpus import Corpus, Place
-from llava_steps.data.lengths import Lengths
-from llava_steps.data.reader import RawSample
-from llava_steps.data.samples import Sample, SampleError
+from llava_steps.data.energon.reader import RawSample
+from llava_steps.data.loader.batch import MicroBatch, image_share, join
+from llava_steps.data.loader.corpus import Corpus, Place
+from llava_steps.data.loader.lengths import Lengths
+from llava_steps.data.samples.conversation import ConversationEncoder, Encoded
+from llava_steps.data.samples.sample import Sample, SampleError
 
 
 class RowMaker:

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llava_steps.data.batch import join, pad
-from llava_steps.data.conversation import IGNORE, ConversationEncoder, Encoded
-from llava_steps.data.corpus import Corpus, Place
-from llava_steps.data.samples import PLACEHOLDER, Sample, SampleError
+from llava_steps.data.loader.batch import join, pad
+from llava_steps.data.loader.corpus import Corpus, Place
+from llava_steps.data.samples.conversation import IGNORE, ConversationEncoder, Encoded
+from llava_steps.data.samples.sample import PLACEHOLDER, Sample, SampleError
 
 NAMED = 100
 """Samples that a report lists by name for each kind of trouble; all are counted."""

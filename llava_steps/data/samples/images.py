@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.data.decode import decode
-from llava_steps.data.samples import SampleError
+from llava_steps.data.samples.decode import decode
+from llava_steps.data.samples.sample import SampleError
 
 _KNOWN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil")
 

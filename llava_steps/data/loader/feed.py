@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llava_steps.data.batch import MicroBatch
-from llava_steps.data.packing import pack
-from llava_steps.data.rows import RowMaker
-from llava_steps.data.workers import Task, Workers, perform
+from llava_steps.data.loader.batch import MicroBatch
+from llava_steps.data.loader.packing import pack
+from llava_steps.data.loader.row_builder import RowMaker
+from llava_steps.data.loader.workers import Task, Workers, perform
 
 _ROWS_AHEAD = 4
 """Rows that wait for the training, for each worker; at least one whole step does."""

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
-from llava_steps.data import tars
-from llava_steps.data.decode import check_image
-from llava_steps.data.fields import FieldMap
-from llava_steps.data.samples import SampleError, from_parts
+from llava_steps.data.energon.field_map import FieldMap
+from llava_steps.data.samples.decode import check_image
+from llava_steps.data.samples.sample import SampleError, from_parts
+from llava_steps.data.shards import tar as tars
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 _IGNORED = re.compile(r"__[^/]*__/")

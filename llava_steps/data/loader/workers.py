@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from llava_steps.core.errors import StepError
-from llava_steps.data import server, wire
-from llava_steps.data.rows import RowMaker
+from llava_steps.data import fork_server
+from llava_steps.data.loader import wire
+from llava_steps.data.loader.row_builder import RowMaker
 
 _MESSAGE = 1 << 20
 _TOLD = 20_000
@@ -61,7 +62,7 @@ def start_server() -> None:
     It imports for some seconds, which is why a training starts it before it builds its model.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    server.start(["llava_steps.data.preload"])
+    fork_server.start(["llava_steps.data.loader.preload"])
 
 
 def perform(maker: RowMaker, task: Task) -> Any:

@@ -6,4 +6,4 @@ import tokenizers
 import transformers.models.auto.processing_auto
 import transformers.models.llava.processing_llava
 
-import llava_steps.data.loader
+import llava_steps.data.loader.loader
