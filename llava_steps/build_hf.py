@@ -26,7 +26,7 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
     """Build the model in `ctx.entry`; metrics say what was added."""
-    from llava_steps.model.build import build
+    from llava_steps.conversion.build import build
 
     for remains in ctx.entry.iterdir():  # of an attempt that was killed
         if remains != ctx.work:

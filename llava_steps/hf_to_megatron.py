@@ -16,12 +16,12 @@ from llava_steps.store.run import Context, Step, main
 
 def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     """Write `iter_0000000/weights/` and commit it."""
+    from llava_steps.conversion.convert import count_entries, hf_to_dcp
+    from llava_steps.conversion.selfcheck import compare_layers
+    from llava_steps.conversion.tensors import TensorDirectory
+    from llava_steps.conversion.torch_dist_write import Reader
     from llava_steps.core import filesystem
     from llava_steps.geometry.geometry import Geometry
-    from llava_steps.model.convert import count_entries, hf_to_dcp
-    from llava_steps.model.dcp import Reader
-    from llava_steps.model.selfcheck import compare_layers
-    from llava_steps.model.tensors import TensorDirectory
     from llava_steps.store.commit import commit_dir, iteration_name
 
     source = ctx.inputs["hf_dir"].path

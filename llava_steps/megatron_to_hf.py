@@ -19,12 +19,12 @@ from llava_steps.store.run import Context, Step, main
 
 def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     """Write the HF directory into the entry."""
+    from llava_steps.conversion.convert import copy_companions, count_entries, dcp_to_hf
+    from llava_steps.conversion.export_format import older_layout, rewrite_companions
+    from llava_steps.conversion.lora import open_weights
+    from llava_steps.conversion.selfcheck import compare_layers
+    from llava_steps.conversion.tensors import TensorDirectory
     from llava_steps.geometry.geometry import Geometry
-    from llava_steps.model.convert import copy_companions, count_entries, dcp_to_hf
-    from llava_steps.model.export_format import older_layout, rewrite_companions
-    from llava_steps.model.lora import open_weights
-    from llava_steps.model.selfcheck import compare_layers
-    from llava_steps.model.tensors import TensorDirectory
     from llava_steps.store.commit import latest_commit, read_commit
 
     template = ctx.inputs["tokenizer_dir"].path

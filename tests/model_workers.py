@@ -16,11 +16,11 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from llava_steps.conversion.lora import Lora
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.checkpoint import load_weights, save_weights
 from llava_steps.model.llava import build_llava
-from llava_steps.model.lora import Lora
 from llava_steps.model.options import ModelOptions
 from tests.dist_helpers import model_parallel
 from tests.model_fixtures import Batch

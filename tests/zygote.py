@@ -31,7 +31,7 @@ WORKER = "llava_steps.training.worker"
 PRELOAD = (
     "llava_steps.training.launch",
     "llava_steps.training.loop",
-    "llava_steps.model.convert",
+    "llava_steps.conversion.convert",
     "transformers.models.auto.processing_auto",
     "transformers.models.llava.processing_llava",
 )

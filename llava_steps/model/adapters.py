@@ -22,8 +22,8 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint as replicated
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint as cut
 from torch import Tensor
 
+from llava_steps.conversion.lora import PLACES, PREFIX, Lora
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.lora import PLACES, PREFIX, Lora
 
 
 class Adapter(torch.nn.Module):

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_steps.conversion.rope import rotate
 from llava_steps.core.errors import InputError
 from llava_steps.model import flash
-from llava_steps.model.rope import rotate
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,13 +21,13 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from llava_steps.conversion import torch_dist_write
+from llava_steps.conversion.lora import PREFIX, Lora, check_same
+from llava_steps.conversion.lora import stored_shapes as adapter_shapes
+from llava_steps.conversion.mapping import Shape, check_shapes, entries, stored_shapes
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model import dcp
 from llava_steps.model.llava import Llava
-from llava_steps.model.lora import PREFIX, Lora, check_same
-from llava_steps.model.lora import stored_shapes as adapter_shapes
-from llava_steps.model.mapping import Shape, check_shapes, entries, stored_shapes
 from llava_steps.model.vision import tower_shapes
 
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
@@ -80,7 +80,7 @@ def save_weights(chunks: Chunks, weights: str | Path) -> None:
     if lora and dist.get_rank() == 0:
         lora.write(Path(weights))
     shapes = megatron_shapes(model.geometry, lora)
-    check_shapes(shapes, dcp.Reader(weights).shapes(), str(weights), "this model")
+    check_shapes(shapes, torch_dist_write.Reader(weights).shapes(), str(weights), "this model")
 
 
 def save_sharded(state: dict[Any, Any], directory: str | Path) -> None:
@@ -92,15 +92,17 @@ def save_sharded(state: dict[Any, Any], directory: str | Path) -> None:
     """
     apply_factories(state)
     values: dict[tuple[str, Shape], Tensor] = {}
-    parts: list[dcp.Chunk] = []
+    parts: list[torch_dist_write.Chunk] = []
     for shard in nested_values(state):
         if is_main_replica(shard.replica_id):
             offsets = tuple(shard.global_offset)
             shape = (*(1,) * shard.prepend_axis_num, *shard.local_shape)
             whole = tuple(shard.global_shape)
             values[shard.key, offsets] = shard.data.detach()
-            parts.append(dcp.Chunk(shard.key, whole, offsets, shape, shard.dtype))
-    dcp.write(Path(directory), parts, lambda part: values[part.name, part.offsets], collective=True)
+            parts.append(torch_dist_write.Chunk(shard.key, whole, offsets, shape, shard.dtype))
+    torch_dist_write.write(
+        Path(directory), parts, lambda part: values[part.name, part.offsets], collective=True
+    )
 
 
 def load_weights(chunks: Chunks, weights: str | Path) -> None:
@@ -116,7 +118,7 @@ def load_weights(chunks: Chunks, weights: str | Path) -> None:
     adapted = check_same(lora, Path(weights))
     # megatron-core lets embeddings of another size pass, so the shapes are compared here.
     shapes = megatron_shapes(models[0].geometry, lora if adapted else None)
-    check_shapes(shapes, dcp.Reader(weights).shapes(), str(weights), "this model")
+    check_shapes(shapes, torch_dist_write.Reader(weights).shapes(), str(weights), "this model")
     wanted = sharded_weights(models)
     if lora and not adapted:
         wanted = {

@@ -12,8 +12,8 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
+from llava_steps.conversion.lora import PREFIX
 from llava_steps.model.checkpoint import Chunks, sharded_weights
-from llava_steps.model.lora import PREFIX
 
 
 @torch.no_grad()

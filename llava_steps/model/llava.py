@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from llava_steps.conversion.rope import RotaryTable
 from llava_steps.core.errors import InputError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import compiled, te_spec
@@ -26,7 +27,6 @@ from llava_steps.model.adapters import Adapters
 from llava_steps.model.attention import pack, upload
 from llava_steps.model.head import Targets, best, hits, targets_of
 from llava_steps.model.options import ModelOptions, transformer_config
-from llava_steps.model.rope import RotaryTable
 from llava_steps.model.specs import LOCAL, block_spec, mark_tensor_parallel
 from llava_steps.model.vision import (
     build_tower,

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from llava_steps.conversion.lora import Lora
 from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import check_fp8, check_layout, even_split
 from llava_steps.model.flash import Kernel
-from llava_steps.model.lora import Lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

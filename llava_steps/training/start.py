@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
+from llava_steps.conversion.lora import Lora
 from llava_steps.core.errors import ConfigError, DivergedError
 from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.geometry.geometry import Geometry
@@ -20,7 +21,6 @@ from llava_steps.model import flash
 from llava_steps.model.checkpoint import load_weights
 from llava_steps.model.fresh import draw_weights
 from llava_steps.model.llava import Llava, build_llava
-from llava_steps.model.lora import Lora
 from llava_steps.model.options import ModelOptions
 from llava_steps.settings.config import Stage
 from llava_steps.store import commit

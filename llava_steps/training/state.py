@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from llava_steps.conversion import torch_dist_write
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
-from llava_steps.model import dcp
 from llava_steps.model.checkpoint import (
     load_weights,
     save_sharded,
@@ -203,7 +203,9 @@ def _check_trained(path: Path, wanted: dict[int, Any]) -> None:
     own = {shard.key for shard in nested_values(wanted)}
     gathered: list[set[str]] = [set()] * dist.get_world_size()
     # All raise it: a rank that leaves alone has the others end with errors of their connections.
-    dist.all_gather_object(gathered, own - dcp.Reader(path / OPTIMIZER).shapes().keys())
+    dist.all_gather_object(
+        gathered, own - torch_dist_write.Reader(path / OPTIMIZER).shapes().keys()
+    )
     if missing := sorted(set().union(*gathered)):
         raise ConfigError(
             f"load_optim: the optimizer of {path} has no {missing[0]}, and {len(missing) - 1} more "

@@ -66,8 +66,8 @@ def llava_7b(layers: int) -> dict[str, object]:
 
 def write_model(directory: Path, layers: int) -> int:
     """A random model in shards of at most SHARD bytes; returns the bytes of its tensors."""
+    from llava_steps.conversion.mapping import entries
     from llava_steps.geometry.geometry import Geometry
-    from llava_steps.model.mapping import entries
     from llava_steps.model.vision import tower_shapes
 
     directory.mkdir(parents=True)

@@ -92,9 +92,9 @@ def tiny(vision: str, text: str) -> Tiny:
 
 def prepare(model: Tiny, root: Path) -> Expected:
     """HF directory, Megatron checkpoint, and what transformers computes."""
+    from llava_steps.conversion.convert import hf_to_dcp
+    from llava_steps.conversion.tensors import TensorDirectory
     from llava_steps.geometry.geometry import Geometry
-    from llava_steps.model.convert import hf_to_dcp
-    from llava_steps.model.tensors import TensorDirectory
 
     hf = save_hf(model, root / "hf")
     geometry = Geometry.load(root / "hf")
@@ -133,9 +133,9 @@ def cells(rank: int, jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
 
 def judge(job: Job, expected: Expected, logits: tuple[Tensor, Tensor]) -> tuple[bool, float, str]:
     """Whether a combination passes, its fp32 difference, and its row."""
+    from llava_steps.conversion.convert import dcp_to_hf
+    from llava_steps.conversion.tensors import TensorDirectory
     from llava_steps.geometry.geometry import Geometry
-    from llava_steps.model.convert import dcp_to_hf
-    from llava_steps.model.tensors import TensorDirectory
 
     exact, rounded = logits
     delta = (exact - expected.fp32).abs().max().item()

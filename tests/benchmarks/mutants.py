@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
+from llava_steps.conversion.convert import dcp_to_hf, hf_to_dcp
+from llava_steps.conversion.mapping import ROWS, Row, entries
+from llava_steps.conversion.tensors import TensorDirectory
+from llava_steps.conversion.transforms import TRANSFORMS
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
-from llava_steps.model.mapping import ROWS, Row, entries
-from llava_steps.model.tensors import TensorDirectory
-from llava_steps.model.transforms import TRANSFORMS
 from tests.dist_helpers import spawn
 from tests.model_fixtures import TINY, pack_samples, reference, samples, save_hf
 

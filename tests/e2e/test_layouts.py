@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_steps.model.dcp import Reader
+from llava_steps.conversion.torch_dist_write import Reader
 from tests import plain_lora, reference
 from tests.benchmarks.layouts import BAR, COMMON, LAYOUTS, Row, compare
 from tests.chain import Chain, metrics, sample_ids

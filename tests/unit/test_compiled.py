@@ -13,8 +13,8 @@ from llava_steps.model import cpu_shim
 
 cpu_shim.install()
 
+from llava_steps.conversion.rope import rotate  # noqa: E402
 from llava_steps.model import compiled, kernels  # noqa: E402
-from llava_steps.model.rope import rotate  # noqa: E402
 from tests import fast_model  # noqa: E402
 
 

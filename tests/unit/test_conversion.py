@@ -18,11 +18,11 @@ from data_fixtures import fake_context
 from safetensors.torch import load_file, save_file
 
 from llava_steps import hf_to_megatron, megatron_to_hf
+from llava_steps.conversion import torch_dist_write
+from llava_steps.conversion.convert import dcp_to_hf, hf_to_dcp
+from llava_steps.conversion.tensors import INDEX, LikeWriter, TensorDirectory
 from llava_steps.core.errors import InputError, IntegrityError, StepError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model import dcp
-from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
-from llava_steps.model.tensors import INDEX, LikeWriter, TensorDirectory
 from llava_steps.settings.config import HfExport, MegatronCheckpoint
 from llava_steps.store import commit, store
 from llava_steps.store.run import execute
@@ -326,7 +326,7 @@ def test_damage_is_reported_as_such_whatever_it_is(what: str) -> None:
                     for name in tensors.slots:
                         tensors.read(name)
             else:
-                reader = dcp.Reader("weights")
+                reader = torch_dist_write.Reader("weights")
                 for name in reader.shapes():
                     reader.read(name)
         except StepError as error:
@@ -346,32 +346,39 @@ def test_a_foreign_checkpoint_cannot_run_code() -> None:
     for payload in (Evil(), [1], {"state_dict_metadata": {}}):
         Path("weights/.metadata").write_bytes(pickle.dumps(payload))
         with pytest.raises(IntegrityError, match=r"\.metadata cannot be read"):
-            dcp.Reader("weights")
+            torch_dist_write.Reader("weights")
     assert not Path("ran").exists()
 
 
 def test_what_goes_wrong_while_writing_arrives_as_it_is(place: Path) -> None:
     """torch wraps it in an exception that is no Exception."""
     chunks = [
-        dcp.Chunk("a", (2, 3), (0, 0), (1, 3), torch.float32),
-        dcp.Chunk("a", (2, 3), (1, 0), (1, 3), torch.float32),
+        torch_dist_write.Chunk("a", (2, 3), (0, 0), (1, 3), torch.float32),
+        torch_dist_write.Chunk("a", (2, 3), (1, 0), (1, 3), torch.float32),
     ]
 
-    def resolve(error: BaseException) -> Callable[[dcp.Chunk], torch.Tensor]:
-        def fail(chunk: dcp.Chunk) -> torch.Tensor:
+    def resolve(error: BaseException) -> Callable[[torch_dist_write.Chunk], torch.Tensor]:
+        def fail(chunk: torch_dist_write.Chunk) -> torch.Tensor:
             raise error
 
         return fail
 
     for error in (IntegrityError("x ended inside 'a'"), OSError(28, "No space left on device")):
         with pytest.raises(type(error)) as caught:
-            dcp.write(place / type(error).__name__, chunks, resolve(error))
+            torch_dist_write.write(place / type(error).__name__, chunks, resolve(error))
         assert caught.value is error
     with pytest.raises(IntegrityError, match="planned"):
-        dcp.write(place / "dtype", chunks, lambda chunk: torch.zeros(1, 3, dtype=torch.float64))
-    for wrong in (chunks[:1], [chunks[0], dcp.Chunk("a", (2, 3), (0, 1), (2, 2), torch.float32)]):
+        torch_dist_write.write(
+            place / "dtype", chunks, lambda chunk: torch.zeros(1, 3, dtype=torch.float64)
+        )
+    for wrong in (
+        chunks[:1],
+        [chunks[0], torch_dist_write.Chunk("a", (2, 3), (0, 1), (2, 2), torch.float32)],
+    ):
         with pytest.raises(IntegrityError):
-            dcp.write(place / str(len(wrong)), wrong, lambda chunk: torch.zeros(chunk.shape))
+            torch_dist_write.write(
+                place / str(len(wrong)), wrong, lambda chunk: torch.zeros(chunk.shape)
+            )
     assert not list(place.glob("*/metadata.json"))
 
 
@@ -423,7 +430,7 @@ def test_memory_stays_at_a_few_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
         hf_to_dcp(geometry, template, Path("weights"))
         assert 0 < peak <= 4 * sizes[-1] < sum(sizes) / 4
         alive = peak = 0
-        monkeypatch.setattr(dcp.Reader, "read", counting(dcp.Reader.read))
+        monkeypatch.setattr(torch_dist_write.Reader, "read", counting(torch_dist_write.Reader.read))
         Path("export").mkdir()
         dcp_to_hf(geometry, Path("weights"), template, Path("export"))
         assert 0 < peak <= 4 * sizes[-1]

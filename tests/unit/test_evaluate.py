@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_steps import chat, evaluate
+from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.data.samples.sample import Turn
 from llava_steps.evaluation import ask, score
-from llava_steps.model.build import build
 from llava_steps.settings.config import Evaluation, HfModel
 from tests.chain import run_step
 

@@ -19,9 +19,9 @@ from data_fixtures import fake_context
 from hf_fixtures import make_siglip, make_text, make_tokenizer, make_tower
 
 from llava_steps import build_hf, hf_to_megatron, megatron_to_hf
+from llava_steps.conversion.tensors import TensorDirectory
 from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.tensors import TensorDirectory
 from llava_steps.settings.config import HfExport, HfModel, MegatronCheckpoint
 from tests.chain import ROOT, environment
 
@@ -155,7 +155,7 @@ def test_what_older_versions_cannot_count_is_refused(
     exports: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     """A SigLIP whose first patch is dropped: 4.45 has no number for it."""
-    from llava_steps.model.export_format import rewrite_companions
+    from llava_steps.conversion.export_format import rewrite_companions
 
     source = exports["transformers-5"][1]
     geometry = Geometry.load(source)

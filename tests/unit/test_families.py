@@ -30,10 +30,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.geometry.families import TEXT_FAMILIES, VISION_FAMILIES
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.build import build
 from llava_steps.settings.config import HfModel
 from tests.model_fixtures import TINY, config_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.model.mapping import ROWS
+from llava_steps.conversion.mapping import ROWS
 from tests.benchmarks import matrix
 from tests.dist_helpers import spawn
 

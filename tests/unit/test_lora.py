@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from llava_steps.conversion import torch_dist_write
+from llava_steps.conversion.convert import dcp_to_hf, hf_to_dcp
+from llava_steps.conversion.lora import FILE, Lora, check_same, open_weights, stored_shapes
+from llava_steps.conversion.mapping import check_shapes
+from llava_steps.conversion.tensors import TensorDirectory
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model import dcp
-from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
-from llava_steps.model.lora import FILE, Lora, check_same, open_weights, stored_shapes
-from llava_steps.model.mapping import check_shapes
-from llava_steps.model.tensors import TensorDirectory
 from tests import plain_lora
 from tests.dist_helpers import spawn
 from tests.model_fixtures import TINY, pack_samples, reference, samples, save_hf
@@ -34,15 +34,15 @@ LENGTH = 48
 
 def adapted(base: Path, geometry: Geometry, lora: Lora, out: Path) -> None:
     """The checkpoint `base` with random adapters."""
-    reader, generator = dcp.Reader(base), torch.Generator().manual_seed(3)
+    reader, generator = torch_dist_write.Reader(base), torch.Generator().manual_seed(3)
     values = {name: reader.read(name) for name in reader.shapes()}
     for name, shape in stored_shapes(geometry, lora).items():
         values[name] = 0.2 * torch.randn(shape, generator=generator)
     chunks = [
-        dcp.Chunk(n, tuple(v.shape), (0,) * v.dim(), tuple(v.shape), v.dtype)
+        torch_dist_write.Chunk(n, tuple(v.shape), (0,) * v.dim(), tuple(v.shape), v.dtype)
         for n, v in values.items()
     ]
-    dcp.write(out, chunks, lambda chunk: values[chunk.name])
+    torch_dist_write.write(out, chunks, lambda chunk: values[chunk.name])
     lora.write(out)
 
 
@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
         with TensorDirectory(room / "hf") as tensors:
             hf_to_dcp(geometry, tensors, room / "base")
         adapted(room / "base", geometry, lora, room / "adapted")
-        reader = dcp.Reader(room / "adapted")
+        reader = torch_dist_write.Reader(room / "adapted")
         plain_lora.add(hf, lambda n, r=reader: r.read(f"lora.{n}"), lora.targets, lora.scale)
         rows = samples(geometry.tokens_per_image)
         batch = pack_samples(rows, (0, 1, 2, 3), LENGTH)
@@ -107,7 +107,10 @@ def test_logits_are_those_of_plain_lora_and_of_the_merged_export(
 def test_saved_again_in_another_layout_they_are_the_same(runs: list[Run]) -> None:
     """`layouts` saves what it loaded; case 2 is tensor, pipeline and sequence parallel."""
     for run in runs[:3]:
-        before, after = dcp.Reader(run.weights), dcp.Reader(run.weights.parent / "out/weights")
+        before, after = (
+            torch_dist_write.Reader(run.weights),
+            torch_dist_write.Reader(run.weights.parent / "out/weights"),
+        )
         assert before.shapes() == after.shapes()
         for name in before.shapes():
             assert torch.equal(before.read(name), after.read(name)), name
@@ -117,7 +120,7 @@ def test_saved_again_in_another_layout_they_are_the_same(runs: list[Run]) -> Non
 def test_only_adapters_have_gradients(runs: list[Run]) -> None:
     """`layouts` leaves the gradients as a checkpoint, those of frozen weights being zero."""
     for (_, lora, _), run in zip(CASES, runs, strict=True):
-        grads = dcp.Reader(run.weights.parent / "out/grads")
+        grads = torch_dist_write.Reader(run.weights.parent / "out/grads")
         for name in grads.shapes():
             frozen = name.startswith(("language_model.", "vision_tower."))
             assert bool(grads.read(name).any()) != frozen, name

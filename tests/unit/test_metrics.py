@@ -14,10 +14,10 @@ from data_fixtures import jpeg
 from hf_fixtures import make_text, make_tokenizer, make_tower
 
 from llava_steps import evaluate
+from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.evaluation import ask, metrics, perplexity, score
 from llava_steps.evaluation.words import words
-from llava_steps.model.build import build
 from llava_steps.settings.config import HfModel
 
 

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from llava_steps.conversion import torch_dist_write
+from llava_steps.conversion.convert import dcp_to_hf, hf_to_dcp
+from llava_steps.conversion.hf_names import canonical
+from llava_steps.conversion.mapping import entries
+from llava_steps.conversion.tensors import TensorDirectory
+from llava_steps.conversion.torch_dist_read import read_metadata
+from llava_steps.conversion.transforms import TRANSFORMS
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model import dcp
-from llava_steps.model.convert import dcp_to_hf, hf_to_dcp
-from llava_steps.model.dcp_read import read_metadata
-from llava_steps.model.hf_names import canonical
-from llava_steps.model.mapping import entries
-from llava_steps.model.tensors import TensorDirectory
-from llava_steps.model.transforms import TRANSFORMS
 from llava_steps.model.vision import tower_shapes
 from tests.dist_helpers import spawn
 from tests.model_fixtures import (
@@ -180,7 +180,7 @@ def test_gradients(run: Run) -> None:
     worst = 0.0
     assert run.outputs["silent"] == []
     geometry = Geometry.load(run.job.hf)
-    reader = dcp.Reader(run.job.out / "grads")
+    reader = torch_dist_write.Reader(run.job.out / "grads")
     expected = {canonical(name): p.grad for name, p in run.hf.named_parameters()}
     for entry in entries(geometry, tower_shapes(geometry)):
         split = TRANSFORMS[entry.transform].split

@@ -436,10 +436,10 @@ def test_no_add_class_token(chain: Chain, tmp_path: Path) -> None:
 
 def test_freeze_lm(chain: Chain, whole: SimpleNamespace) -> None:
     """Only the projector has moved, also in stage 2."""
-    from llava_steps.model import dcp
+    from llava_steps.conversion import torch_dist_write
 
     def values(place: Path) -> dict[str, torch.Tensor]:
-        reader = dcp.Reader(next(place.glob("iter_*")) / "weights")
+        reader = torch_dist_write.Reader(next(place.glob("iter_*")) / "weights")
         return {name: reader.read(name) for name in reader.shapes()}
 
     before, after = values(chain.checkpoint), values(whole.out)

@@ -20,9 +20,9 @@ from hf_fixtures import PARTS_TEMPLATE, STRING_TEMPLATE, make_text, make_tokeniz
 from PIL import Image
 
 from llava_steps import llm_jp_eval_mm, lmms_eval
+from llava_steps.conversion.build import build
 from llava_steps.core.errors import InputError
 from llava_steps.evaluation import ask
-from llava_steps.model.build import build
 from llava_steps.settings.config import HfModel
 from llava_steps.store.run import execute
 

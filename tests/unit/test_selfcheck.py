@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from llava_steps import hf_to_megatron, megatron_to_hf
+from llava_steps.conversion import convert, torch_dist_write
+from llava_steps.conversion.mapping import ROWS, entries
+from llava_steps.conversion.selfcheck import TOLERANCE, compare_layers
+from llava_steps.conversion.tensors import TensorDirectory
+from llava_steps.conversion.transforms import TRANSFORMS
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model import convert, dcp
-from llava_steps.model.mapping import ROWS, entries
-from llava_steps.model.selfcheck import TOLERANCE, compare_layers
-from llava_steps.model.tensors import TensorDirectory
-from llava_steps.model.transforms import TRANSFORMS
 from llava_steps.store.run import execute
 from tests.model_fixtures import TINY, save_hf
 
@@ -25,7 +25,7 @@ from tests.model_fixtures import TINY, save_hf
 def check(hf: Path, weights: Path) -> dict[str, float]:
     text = json.loads((hf / "config.json").read_text())["text_config"]
     with TensorDirectory(hf) as tensors:
-        return compare_layers(Geometry.load(hf), text, tensors, dcp.Reader(weights))
+        return compare_layers(Geometry.load(hf), text, tensors, torch_dist_write.Reader(weights))
 
 
 def converted(model: str, root: Path) -> tuple[Path, Path]:

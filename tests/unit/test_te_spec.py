@@ -17,7 +17,7 @@ from llava_steps.settings.config import Stage
 
 cpu_shim.install()
 
-from llava_steps.model.lora import Lora  # noqa: E402
+from llava_steps.conversion.lora import Lora  # noqa: E402
 from llava_steps.model.options import ModelOptions, transformer_config  # noqa: E402
 from llava_steps.training import gpus, preflight, rows, te_check  # noqa: E402
 from tests import fast_model  # noqa: E402

@@ -240,7 +240,7 @@ def check_hf(items: list[Entry], present: Mapping[str, Shape], where: str) -> No
         for entry in items
         for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
     }
-    check_shapes(expected, present, where, "the mapping table (llava_steps/model/mapping.py)")
+    check_shapes(expected, present, where, "the mapping table (llava_steps/conversion/mapping.py)")
 
 
 def check_shapes(

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llava_steps.conversion import torch_dist_write
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model import dcp
 
 FILE, PREFIX = "lora.json", "lora."
 PLACES = {
@@ -110,7 +110,7 @@ def check_same(wanted: Lora | None, weights: Path) -> bool:
     return True
 
 
-class Merged(dcp.Reader):
+class Merged(torch_dist_write.Reader):
     """A checkpoint with adapters, read as one of merged weights."""
 
     def __init__(self, directory: Path, lora: Lora) -> None:
@@ -132,7 +132,7 @@ class Merged(dcp.Reader):
         return value
 
 
-def open_weights(weights: Path) -> dcp.Reader:
+def open_weights(weights: Path) -> torch_dist_write.Reader:
     """The reader of a checkpoint's weights, adapters merged if it has some."""
     lora = Lora.read(weights)
-    return dcp.Reader(weights) if lora is None else Merged(weights, lora)
+    return torch_dist_write.Reader(weights) if lora is None else Merged(weights, lora)

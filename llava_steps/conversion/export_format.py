@@ -16,11 +16,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava_steps.conversion.hf_names import canonical
+from llava_steps.conversion.tensors import TensorDirectory, renamed
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.hf_names import canonical
-from llava_steps.model.tensors import TensorDirectory, renamed
 
 TOWER, OLDER_TOWER = "vision_tower.", "vision_tower.vision_model."
 VERSION = "4.45.0"

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llava_steps.conversion.mapping import Entry, Shape
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import check_layout, even_split
-from llava_steps.model.mapping import Entry, Shape
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_steps.conversion import torch_dist_write
+from llava_steps.conversion.hf_names import by_canonical_name
+from llava_steps.conversion.mapping import entries
+from llava_steps.conversion.rope import RotaryTable, rotate
+from llava_steps.conversion.tensors import TensorDirectory
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model import dcp
-from llava_steps.model.hf_names import by_canonical_name
-from llava_steps.model.mapping import entries
-from llava_steps.model.rope import RotaryTable, rotate
-from llava_steps.model.tensors import TensorDirectory
 
 TOKENS = 12
 TOLERANCE = 1e-4
@@ -34,7 +34,10 @@ Weight = Callable[[str], Tensor | None]
 
 @torch.no_grad()
 def compare_layers(
-    geometry: Geometry, text_config: Mapping[str, Any], hf: TensorDirectory, reader: dcp.Reader
+    geometry: Geometry,
+    text_config: Mapping[str, Any],
+    hf: TensorDirectory,
+    reader: torch_dist_write.Reader,
 ) -> dict[str, float]:
     """Layer -> largest difference relative to the largest value, for the manifest.
 

@@ -15,15 +15,15 @@ from shutil import copyfile
 import torch
 from torch import Tensor
 
+from llava_steps.conversion import torch_dist_write
+from llava_steps.conversion.cuts import Cuts, Part
+from llava_steps.conversion.hf_names import by_canonical_name
+from llava_steps.conversion.lora import open_weights
+from llava_steps.conversion.mapping import Entry, check_hf, check_shapes, entries, stored_shapes
+from llava_steps.conversion.tensors import INDEX, LikeWriter, TensorDirectory
+from llava_steps.conversion.transforms import TRANSFORMS
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model import dcp
-from llava_steps.model.cuts import Cuts, Part
-from llava_steps.model.hf_names import by_canonical_name
-from llava_steps.model.lora import open_weights
-from llava_steps.model.mapping import Entry, check_hf, check_shapes, entries, stored_shapes
-from llava_steps.model.tensors import INDEX, LikeWriter, TensorDirectory
-from llava_steps.model.transforms import TRANSFORMS
 from llava_steps.model.vision import tower_shapes
 
 Tick = Callable[[int], None]
@@ -67,16 +67,16 @@ def hf_to_dcp(
     items, spelled = _plan(geometry, hf)
     dtypes = _stored_dtypes(items, spelled, hf)
     consumed: Counter[str] = Counter()
-    written: Counter[dcp.Chunk] = Counter()
+    written: Counter[torch_dist_write.Chunk] = Counter()
     cuts = Cuts(geometry, tp, pp)
-    planned: dict[dcp.Chunk, tuple[Entry, Part]] = {}
+    planned: dict[torch_dist_write.Chunk, tuple[Entry, Part]] = {}
     for entry in items:
         for part in cuts.parts(entry):
             planned[_chunk(entry, part, geometry.layers, dtypes[entry.megatron])] = entry, part
     chunks = list(planned)
     current: list[tuple[Entry, Tensor]] = []  # the chunks of a tensor come one after the other
 
-    def resolve(chunk: dcp.Chunk) -> Tensor:
+    def resolve(chunk: torch_dist_write.Chunk) -> Tensor:
         entry, part = planned[chunk]
         written[chunk] += 1
         if not current or current[0][0] is not entry:
@@ -99,28 +99,31 @@ def hf_to_dcp(
         tick(1)
         return fused
 
-    dcp.write(weights, chunks, resolve)
+    torch_dist_write.write(weights, chunks, resolve)
     once(consumed, spelled, f"{hf.directory}", "read")
     if written != Counter(chunks):
         raise IntegrityError(f"{weights}: not every Megatron tensor was written exactly once")
     # What was planned is one thing, what lies there another: read the metadata back.
     check_shapes(
-        stored_shapes(items), dcp.Reader(weights).shapes(), str(weights), "the mapping table"
+        stored_shapes(items),
+        torch_dist_write.Reader(weights).shapes(),
+        str(weights),
+        "the mapping table",
     )
     return {
         "hf_tensors": len(spelled),
         "megatron_tensors": len(dtypes),
         "chunks": len(chunks),
-        "bytes": dcp.total(chunks),
+        "bytes": torch_dist_write.total(chunks),
     }
 
 
-def _chunk(entry: Entry, part: Part, layers: int, dtype: torch.dtype) -> dcp.Chunk:
+def _chunk(entry: Entry, part: Part, layers: int, dtype: torch.dtype) -> torch_dist_write.Chunk:
     """A part of an entry as a block of the stored tensor, which is stacked if it has layers."""
     whole, offsets, shape = entry.shape, part.offsets, part.shape
     if entry.layer is not None:
         whole, offsets, shape = (layers, *whole), (entry.layer, *offsets), (1, *shape)
-    return dcp.Chunk(entry.megatron, whole, offsets, shape, dtype, part.rank)
+    return torch_dist_write.Chunk(entry.megatron, whole, offsets, shape, dtype, part.rank)
 
 
 def _stored_dtypes(

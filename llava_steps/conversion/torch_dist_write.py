@@ -43,9 +43,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from llava_steps.conversion.torch_dist_read import FORMAT, Shape
+from llava_steps.conversion.torch_dist_read import Reader as Reader
 from llava_steps.core.errors import IntegrityError
-from llava_steps.model.dcp_read import FORMAT, Shape
-from llava_steps.model.dcp_read import Reader as Reader
 
 
 @dataclass(frozen=True)
