@@ -172,7 +172,7 @@ def gradients(way: Way, directory: Path) -> tuple[float, dict[str, Tensor], int]
     """The same of our model, and the number of graphs that were compiled. Saves its weights."""
     from torch._dynamo.utils import counters
 
-    from llava_steps.model.checkpoint import save_weights
+    from llava_steps.model.weights import save_weights
 
     if way.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False
@@ -244,7 +244,7 @@ def compare(
 
 def load(directory: Path) -> None:
     """Load the weights that another spec saved into the local one; they must be the reference's."""
-    from llava_steps.model.checkpoint import load_weights
+    from llava_steps.model.weights import load_weights
 
     wanted = build(Way("bf16", wide=True)).module
     found = build(Way("bf16", wide=True)).module

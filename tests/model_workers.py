@@ -19,9 +19,9 @@ from torch import Tensor
 from llava_steps.conversion.lora import Lora
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.checkpoint import load_weights, save_weights
 from llava_steps.model.llava import build_llava
 from llava_steps.model.options import ModelOptions
+from llava_steps.model.weights import load_weights, save_weights
 from tests.dist_helpers import model_parallel
 from tests.model_fixtures import Batch
 

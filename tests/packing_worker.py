@@ -9,10 +9,10 @@ import torch
 
 from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.checkpoint import load_weights
 from llava_steps.model.head import IGNORED
 from llava_steps.model.llava import build_llava
 from llava_steps.model.options import ModelOptions
+from llava_steps.model.weights import load_weights
 from llava_steps.store.commit import latest_commit
 from tests.dist_helpers import model_parallel
 

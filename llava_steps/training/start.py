@@ -18,10 +18,10 @@ from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import pipeline_split
 from llava_steps.model import flash
-from llava_steps.model.checkpoint import load_weights
-from llava_steps.model.fresh import draw_weights
+from llava_steps.model.init_weights import draw_weights
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
+from llava_steps.model.weights import load_weights
 from llava_steps.settings.config import Stage
 from llava_steps.store import commit
 from llava_steps.training import parallel, state

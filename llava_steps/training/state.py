@@ -30,13 +30,13 @@ from torch import Tensor
 from llava_steps.conversion import torch_dist_write
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
-from llava_steps.model.checkpoint import (
+from llava_steps.model.llava import Llava
+from llava_steps.model.weights import (
     load_weights,
     save_sharded,
     save_weights,
     sharded_weights,
 )
-from llava_steps.model.llava import Llava
 from llava_steps.settings.config import Stage
 from llava_steps.store import commit
 from llava_steps.training import parallel

@@ -114,7 +114,7 @@ def prepare(model: Tiny, root: Path) -> Expected:
 
 def cells(rank: int, jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
     """For each job the logits in fp32 and bf16 on the last stage; saves the weights."""
-    from llava_steps.model.checkpoint import save_weights
+    from llava_steps.model.weights import save_weights
 
     found: dict[int, tuple[Tensor, Tensor]] = {}
     torch.set_grad_enabled(False)

@@ -100,7 +100,7 @@ class Checks:
         return self._forward()
 
     def _forward(self) -> str:
-        from llava_steps.model.checkpoint import load_weights
+        from llava_steps.model.weights import load_weights
 
         load_weights(self.model, self.work / "weights")
         batch = self.batch

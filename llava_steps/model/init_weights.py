@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from llava_steps.conversion.lora import PREFIX
-from llava_steps.model.checkpoint import Chunks, sharded_weights
+from llava_steps.model.weights import Chunks, sharded_weights
 
 
 @torch.no_grad()
