@@ -32,9 +32,9 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
 
     With several nodes the launchers meet first; all but the lead's only wait for the end.
     """
-    from llava_steps.training import nodes, preflight
-    from llava_steps.training.job import Failure, Job
-    from llava_steps.training.launch import launch
+    from llava_steps.launch import preflight, rendezvous
+    from llava_steps.launch.job import Failure, Job
+    from llava_steps.launch.launch import launch
 
     hf_dir = ctx.inputs["tokenizer_load_dir"].path.resolve()
     if "megatron_load_dir" not in ctx.inputs and not cfg.init:
@@ -54,10 +54,10 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         dataset=ctx.inputs["data_path"].path.absolute(),
         fingerprint=ctx.fingerprint,
     )
-    place = nodes.place_of(cfg)
+    place = rendezvous.place_of(cfg)
     if place.leads:
         Failure.forget(ctx.work)
-    party = nodes.meet(cfg, place, ctx.work, ctx.again)
+    party = rendezvous.meet(cfg, place, ctx.work, ctx.again)
     if party is None:
         return {}
     launch(job, ctx.until_sealed.enter_context(party))
@@ -94,7 +94,7 @@ def keep_beside(ctx: Context, cfg: Stage) -> None:
 
 def follows(cfg: Stage) -> bool:
     """Whether this is the launcher of another node than the first."""
-    from llava_steps.training.nodes import place_of
+    from llava_steps.launch.rendezvous import place_of
 
     return not place_of(cfg).leads
 

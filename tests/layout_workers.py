@@ -21,11 +21,11 @@ import transformers.models.clip.modeling_clip
 import transformers.models.llava.modeling_llava  # noqa: F401
 from torch.distributed import distributed_c10d
 
+from llava_steps.launch.job import Job
+from llava_steps.launch.stop import StopRequest
+from llava_steps.launch.watchdog import BEATS, Beat
 from llava_steps.settings.config import Stage
 from llava_steps.training import loop, parallel
-from llava_steps.training.job import Job
-from llava_steps.training.stop import StopRequest
-from llava_steps.training.watch import BEATS, Beat
 from tests import chain
 
 from megatron.core import parallel_state  # isort: skip  (needs the shim of llava_steps first)

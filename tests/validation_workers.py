@@ -10,10 +10,10 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
+from llava_steps.launch.job import Job
 from llava_steps.settings.config import Stage
 from llava_steps.training import parallel, start, state
 from llava_steps.training.answers import Answers
-from llava_steps.training.job import Job
 from llava_steps.training.optimizer import wrap
 from llava_steps.training.validate import Validation
 

@@ -29,7 +29,7 @@ from tests.patience import PATIENCE
 
 WORKER = "llava_steps.training.worker"
 PRELOAD = (
-    "llava_steps.training.launch",
+    "llava_steps.launch.launch",
     "llava_steps.training.loop",
     "llava_steps.conversion.convert",
     "transformers.models.auto.processing_auto",
@@ -87,7 +87,7 @@ def call(request: dict[str, Any]) -> NoReturn:
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_APPEND), number)
         os.chdir(request["cwd"])
         sys.path.insert(0, request["cwd"])
-        launch = sys.modules["llava_steps.training.launch"]
+        launch = sys.modules["llava_steps.launch.launch"]
         launch.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": Forked})  # type: ignore[attr-defined]
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -18,7 +18,7 @@ from llava_steps.pipeline import slurm
 from llava_steps.settings.config import Config, Stage
 from llava_steps.store import container
 
-PROBE = "llava_steps.training.probe"
+PROBE = "llava_steps.launch.probe"
 INSTALL = "Install Apptainer, or leave image empty to use the environment that you are in"
 
 

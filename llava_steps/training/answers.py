@@ -17,8 +17,8 @@ from torch import Tensor
 from llava_steps.data.loader.batch import MicroBatch, pad, round_up
 from llava_steps.data.loader.validation_set import HeldOut
 from llava_steps.data.samples.conversation import IGNORE
+from llava_steps.launch.job import Job
 from llava_steps.training import parallel, rows
-from llava_steps.training.job import Job
 from llava_steps.training.validate import look
 
 

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from llava_steps.core.errors import ConfigError, StepError, StoppedError
 from llava_steps.data.loader.batch import MicroBatch
+from llava_steps.launch.job import Job
+from llava_steps.launch.stop import StopRequest
+from llava_steps.launch.watchdog import Beat
 from llava_steps.settings.config import Stage
 from llava_steps.training import parallel, rows, state
 from llava_steps.training.ahead import Ahead
 from llava_steps.training.commits import Commits
 from llava_steps.training.guard import Guard
-from llava_steps.training.job import Job
 from llava_steps.training.metrics import peak_memory
 from llava_steps.training.optimizer import Optimizer, wrap
 from llava_steps.training.reports import Looks, Reports
 from llava_steps.training.schedule import learning_rate
 from llava_steps.training.start import build, restore_or_start, roll_back
-from llava_steps.training.stop import StopRequest
 from llava_steps.training.sums import Sums, by_dataset, counts
-from llava_steps.training.watch import Beat
 
 
 def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:

@@ -20,7 +20,7 @@ from llava_steps.core import filesystem
 from llava_steps.geometry.costs import Trained, Work, flops
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.hardware import peak_tflops
-from llava_steps.training.job import Job
+from llava_steps.launch.job import Job
 from llava_steps.training.sums import Sums
 
 METRICS = "metrics.jsonl"

@@ -17,6 +17,7 @@ from llava_steps.core.errors import ConfigError, DivergedError
 from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import pipeline_split
+from llava_steps.launch.job import Job
 from llava_steps.model import flash
 from llava_steps.model.init_weights import draw_weights
 from llava_steps.model.llava import Llava, build_llava
@@ -26,7 +27,6 @@ from llava_steps.settings.config import Stage
 from llava_steps.store import commit
 from llava_steps.training import parallel, state
 from llava_steps.training.guard import Counters
-from llava_steps.training.job import Job
 from llava_steps.training.optimizer import Optimizer
 from llava_steps.training.rows import compiles, row_multiple
 

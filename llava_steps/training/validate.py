@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llava_steps.data.loader.batch import MicroBatch
 from llava_steps.data.loader.validation_set import HeldOut
+from llava_steps.launch.job import Job
 from llava_steps.training import parallel, rows
-from llava_steps.training.job import Job
 
 
 class Validation:

@@ -14,9 +14,9 @@ from pathlib import Path
 from llava_steps.core.errors import StepError, StoppedError, of_surroundings
 from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.core.process import die_with_parent
-from llava_steps.training.job import Failure, Job
-from llava_steps.training.stop import StopRequest
-from llava_steps.training.watch import Beat
+from llava_steps.launch.job import Failure, Job
+from llava_steps.launch.stop import StopRequest
+from llava_steps.launch.watchdog import Beat
 
 
 def follow_launcher() -> None:

@@ -190,11 +190,11 @@ def main() -> int:
     import torch
 
     from llava_steps.geometry.costs import Work
+    from llava_steps.launch.job import Job
+    from llava_steps.launch.stop import StopRequest
     from llava_steps.settings.config import Stage
     from llava_steps.training import loop, parallel, start
     from llava_steps.training.guard import Counters
-    from llava_steps.training.job import Job
-    from llava_steps.training.stop import StopRequest
 
     stage = Stage.model_validate(settings(spec))
     log = logging.getLogger("train_gpu")

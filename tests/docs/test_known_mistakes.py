@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from llava_steps.geometry.geometry import padded
+from llava_steps.launch import launch
+from llava_steps.launch.rendezvous import Party, Place
 from llava_steps.settings.config import Stage
-from llava_steps.training import launch
-from llava_steps.training.nodes import Party, Place
 from tests import reference
 from tests.chain import Chain, metrics, sample_ids
 from tests.docs.named_tests import skips

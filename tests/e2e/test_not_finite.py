@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from llava_steps.core.errors import DivergedError
+from llava_steps.launch import launch as launching
+from llava_steps.launch.job import Job
 from llava_steps.settings.config import Stage
-from llava_steps.training import launch as launching
-from llava_steps.training.job import Job
 from tests.chain import ROOT, Chain, metrics
 from tests.poisoned_worker import CASES, MICRO
 

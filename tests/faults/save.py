@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llava_steps.core.errors import StepError
+from llava_steps.launch.job import Job
 from llava_steps.settings.config import Stage
 from llava_steps.store import commit
 from llava_steps.training import parallel, start, state
 from llava_steps.training.guard import Counters
-from llava_steps.training.job import Job
 from llava_steps.training.optimizer import Optimizer, wrap
 
 from megatron.core import parallel_state  # isort: skip  (needs the shim of llava_steps first)

@@ -82,8 +82,8 @@ def test_fp8(tmp_path: Path, bf16: dict[str, float], recipe: str, recompute: str
 
 @ENGINE
 def test_the_launcher_lets_it_pass() -> None:
+    from llava_steps.launch import te_check
     from llava_steps.settings.config import Stage
-    from llava_steps.training import te_check
 
     found = te_check.probe("")
     print(found)

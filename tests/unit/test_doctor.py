@@ -204,7 +204,7 @@ def test_nodes_are_asked_for_and_told(tmp_path: Path, monkeypatch: pytest.Monkey
     found = list(processes.on_nodes(settled, settled.stage2, ["-p", "gpu"], []))
     line = (tmp_path / "line").read_text()
     assert line.startswith("--cpus-per-task=8 --time=10 -p gpu --nodes=2 --ntasks=2 ")
-    assert "--gres=gpu:8 python -m llava_steps.training.probe --place=" in line
+    assert "--gres=gpu:8 python -m llava_steps.launch.probe --place=" in line
     assert any("met and added up by nccl, 10000 MB/s" in finding.found for finding in found)
     (line,) = failures(found)
     assert "n1 shows 7 GPUs" in line

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from llava_steps.core.errors import ConfigError, DivergedError, LockedError, StepError, StoppedError
+from llava_steps.launch import rendezvous
+from llava_steps.launch.rendezvous import LostError, Party, Place, place_of
 from llava_steps.settings.config import Stage
-from llava_steps.training import nodes
-from llava_steps.training.nodes import LostError, Party, Place, place_of
 
 STAGE = Stage(nodes=2, gpus=2, global_batch_size=4, master_addr="127.0.0.1")
 SRUN = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0"}
@@ -86,8 +86,8 @@ def aside(work: Callable[[], Any]) -> Callable[[], Any]:
 def pair(work: Path) -> tuple[Party, Party]:
     """Lead and second launcher, met."""
     work.mkdir(exist_ok=True)
-    second = aside(lambda: nodes.meet(STAGE, place(1), work))
-    lead = nodes.meet(STAGE, place(0), work)
+    second = aside(lambda: rendezvous.meet(STAGE, place(1), work))
+    lead = rendezvous.meet(STAGE, place(0), work)
     assert lead is not None
     return lead, second()
 
@@ -103,7 +103,9 @@ def failure(party: Party) -> StepError:
 def test_they_meet_and_end_together(tmp_path: Path) -> None:
     lead, second = pair(tmp_path / ".work")
     assert (second.address, second.port) == ("127.0.0.1", lead.port) and lead.socket is not None
-    assert not (tmp_path / ".work" / nodes.NOTE).exists(), "the key is gone with the need for it"
+    assert not (tmp_path / ".work" / rendezvous.NOTE).exists(), (
+        "the key is gone with the need for it"
+    )
     waiting = aside(second.done)
     with lead:
         lead.done()
@@ -115,13 +117,13 @@ def test_the_note_is_for_its_owner_alone(tmp_path: Path) -> None:
     seen: list[int] = []
 
     def look() -> None:
-        while not (tmp_path / nodes.NOTE).exists():
+        while not (tmp_path / rendezvous.NOTE).exists():
             time.sleep(0.005)
-        seen.append((tmp_path / nodes.NOTE).stat().st_mode & 0o777)
-        nodes.meet(STAGE, place(1), tmp_path)
+        seen.append((tmp_path / rendezvous.NOTE).stat().st_mode & 0o777)
+        rendezvous.meet(STAGE, place(1), tmp_path)
 
     other = aside(look)
-    nodes.meet(STAGE, place(0), tmp_path)
+    rendezvous.meet(STAGE, place(0), tmp_path)
     other()
     assert seen == [0o600]
 
@@ -149,7 +151,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from llava_steps.settings.config import Stage
-from llava_steps.training import nodes
+from llava_steps.launch import rendezvous
 stage = Stage(nodes=2, gpus=2, global_batch_size=4, master_addr="127.0.0.1")
 party = nodes.meet(stage, nodes.Place(1, 2, 2, 2), Path(sys.argv[1]))
 print("met", flush=True)
@@ -162,7 +164,7 @@ def test_one_that_is_killed_is_missed(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ | {"PYTHONPATH": root}
     )
-    lead = nodes.meet(STAGE, place(0), tmp_path)
+    lead = rendezvous.meet(STAGE, place(0), tmp_path)
     assert lead is not None and lead.others_failed() is None
     process.kill()
     process.wait()
@@ -172,24 +174,24 @@ def test_one_that_is_killed_is_missed(tmp_path: Path) -> None:
 
 def test_one_that_falls_silent_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a machine is lost: nothing is closed, nothing comes."""
-    monkeypatch.setattr(nodes, "BEAT", 600.0)  # of both: nobody gives a sign of life
-    monkeypatch.setattr(nodes, "LOST", 0.5)
-    real = nodes.Connection.poll
-    monkeypatch.setattr(nodes.Connection, "poll", lambda self, _=0.0: real(self, 0.05))
+    monkeypatch.setattr(rendezvous, "BEAT", 600.0)  # of both: nobody gives a sign of life
+    monkeypatch.setattr(rendezvous, "LOST", 0.5)
+    real = rendezvous.Connection.poll
+    monkeypatch.setattr(rendezvous.Connection, "poll", lambda self, _=0.0: real(self, 0.05))
     lead, second = pair(tmp_path)
     assert isinstance(failure(lead), LostError) and isinstance(failure(second), LostError)
 
 
 def test_a_second_of_the_same_number_is_refused(tmp_path: Path) -> None:
     three = STAGE.model_copy(update={"nodes": 3})
-    lead = aside(lambda: nodes.meet(three, place(0, 3), tmp_path))
-    first = aside(lambda: nodes.meet(three, place(1, 3), tmp_path))
+    lead = aside(lambda: rendezvous.meet(three, place(0, 3), tmp_path))
+    first = aside(lambda: rendezvous.meet(three, place(1, 3), tmp_path))
     end = time.monotonic() + 30
     while True:  # whichever of the two comes second
-        again = aside(lambda: nodes.meet(three, place(1, 3), tmp_path))
+        again = aside(lambda: rendezvous.meet(three, place(1, 3), tmp_path))
         try:
             time.sleep(0.5)
-            third = aside(lambda: nodes.meet(three, place(2, 3), tmp_path))
+            third = aside(lambda: rendezvous.meet(three, place(2, 3), tmp_path))
             results = []
             for call in (first, again):
                 try:
@@ -205,25 +207,27 @@ def test_a_second_of_the_same_number_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_of_another_job_is_not_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "MEET", 3.0)
-    other = aside(lambda: nodes.meet(STAGE, place(1, launch="8.0"), tmp_path))
+    monkeypatch.setattr(rendezvous, "MEET", 3.0)
+    other = aside(lambda: rendezvous.meet(STAGE, place(1, launch="8.0"), tmp_path))
     with pytest.raises(StepError, match=r"launchers \[1\] did not come"):
-        nodes.meet(STAGE, place(0, launch="9.0"), tmp_path)
+        rendezvous.meet(STAGE, place(0, launch="9.0"), tmp_path)
     with pytest.raises(StepError, match="the first node did not come"):
         other()
 
 
 def test_a_stranger_and_an_old_note_do_no_harm(tmp_path: Path) -> None:
-    (tmp_path / nodes.NOTE).write_text(json.dumps({"address": "127.0.0.1", "port": 9, "key": "00"}))
-    second = aside(lambda: nodes.meet(STAGE, place(1), tmp_path))
-    lead = aside(lambda: nodes.meet(STAGE, place(0), tmp_path))
+    (tmp_path / rendezvous.NOTE).write_text(
+        json.dumps({"address": "127.0.0.1", "port": 9, "key": "00"})
+    )
+    second = aside(lambda: rendezvous.meet(STAGE, place(1), tmp_path))
+    lead = aside(lambda: rendezvous.meet(STAGE, place(0), tmp_path))
     assert lead() is not None and second() is not None
 
 
 def test_a_value_that_is_sealed_meanwhile_needs_nobody(tmp_path: Path) -> None:
     work = tmp_path / ".work"
     work.mkdir()
-    waiting = aside(lambda: nodes.meet(STAGE, place(1), work))
+    waiting = aside(lambda: rendezvous.meet(STAGE, place(1), work))
     (tmp_path / "manifest.json").write_text("{}")
     assert waiting() is None
 
@@ -232,7 +236,7 @@ def test_a_value_that_was_sealed_already_needs_nobody(tmp_path: Path) -> None:
     work = tmp_path / ".work"
     work.mkdir()
     (tmp_path / "manifest.json").write_text("{}")
-    assert nodes.meet(STAGE, place(1), work) is None
+    assert rendezvous.meet(STAGE, place(1), work) is None
 
 
 def test_a_value_that_is_to_be_replaced_is_waited_for(tmp_path: Path) -> None:
@@ -240,8 +244,8 @@ def test_a_value_that_is_to_be_replaced_is_waited_for(tmp_path: Path) -> None:
     work.mkdir()
     sealed = tmp_path / "manifest.json"
     sealed.write_text("{}")
-    second = aside(lambda: nodes.meet(STAGE, place(1), work, again=True))
+    second = aside(lambda: rendezvous.meet(STAGE, place(1), work, again=True))
     time.sleep(0.2)
     sealed.unlink()  # what the lead does first
-    lead = aside(lambda: nodes.meet(STAGE, place(0), work))
+    lead = aside(lambda: rendezvous.meet(STAGE, place(0), work))
     assert lead() is not None and second() is not None

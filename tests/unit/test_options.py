@@ -22,14 +22,15 @@ import pytest
 import torch
 
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.launch import launch, preflight
+from llava_steps.launch.rendezvous import Party, Place, place_of
 from llava_steps.settings import cli
 from llava_steps.settings.config import Stage
 from llava_steps.settings.former import OPTIONS, field_of
 from llava_steps.store import container
-from llava_steps.training import launch, parallel, preflight, state
+from llava_steps.training import parallel, state
 from llava_steps.training.commits import Commits
 from llava_steps.training.guard import Counters, Guard
-from llava_steps.training.nodes import Party, Place, place_of
 from llava_steps.training.trackers import Trackers
 from tests.chain import Chain, logged, metrics, run_step, sample_ids
 

@@ -161,7 +161,7 @@ def test_tensorboard_is_asked_for_before_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from llava_steps.core.errors import ConfigError
-    from llava_steps.training import preflight
+    from llava_steps.launch import preflight
 
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r"llava-steps\[tensorboard\]"):
@@ -196,8 +196,8 @@ def test_speed_counts_what_is_computed(tmp_path: Path, monkeypatch: pytest.Monke
 
     from llava_steps.geometry.costs import Trained, Work
     from llava_steps.geometry.hardware import peak_tflops
+    from llava_steps.launch.job import Job
     from llava_steps.training import metrics
-    from llava_steps.training.job import Job
     from llava_steps.training.sums import Sums
 
     geometry = object()

@@ -23,12 +23,12 @@ from llava_steps.core.errors import (
     StoppedError,
     of_surroundings,
 )
+from llava_steps.launch import launch as launching
+from llava_steps.launch.job import Job
+from llava_steps.launch.stop import SIGNALS, StopRequest, age
 from llava_steps.settings.config import Stage
-from llava_steps.training import launch as launching
-from llava_steps.training.job import Job
 from llava_steps.training.metrics import Lines
 from llava_steps.training.schedule import learning_rate
-from llava_steps.training.stop import SIGNALS, StopRequest, age
 from tests.patience import wait_for
 
 
@@ -156,7 +156,7 @@ def test_job_file_round_trip(tmp_path: Path) -> None:
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from llava_steps.training.job import Failure, Job
+from llava_steps.launch.job import Failure, Job
 from llava_steps.training.worker import follow_launcher
 follow_launcher()
 job, rank = Job.read(Path(sys.argv[-1])), int(os.environ["RANK"])
@@ -196,7 +196,7 @@ time.sleep(600)
 
 
 BEATS = """
-from llava_steps.training.watch import Beat
+from llava_steps.launch.watchdog import Beat
 beat = Beat(rank, job.work / "logs")
 """
 
@@ -313,7 +313,7 @@ sys.exit(3)
 
 
 LISTENS = """
-from llava_steps.training.stop import StopRequest
+from llava_steps.launch.stop import StopRequest
 def listen():
     stop = StopRequest()
     (job.work / f"ready{rank}").touch()

@@ -1,4 +1,4 @@
-"""python -m llava_steps.training.probe --place store/.probe
+"""python -m llava_steps.launch.probe --place store/.probe
 
 What a process of a job sees of its machine, and whether all of them reach each other: the doctor
 starts it where a training would run, one process on a node. The first one's note in --place tells
@@ -20,8 +20,8 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError
+from llava_steps.launch.rendezvous import interface_environment, own_address
 from llava_steps.settings.config import Stage
-from llava_steps.training.nodes import interface_environment, own_address
 
 PATIENCE = timedelta(seconds=120)
 WORDS = 4 << 20

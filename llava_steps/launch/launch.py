@@ -21,9 +21,8 @@ from pathlib import Path
 from types import FrameType
 
 from llava_steps.core.errors import BY_CODE, StepError
-from llava_steps.settings.config import Stage
-from llava_steps.training.job import Failure, Job
-from llava_steps.training.nodes import (
+from llava_steps.launch.job import Failure, Job
+from llava_steps.launch.rendezvous import (
     LISTENING,
     RENDEZVOUS,
     LostError,
@@ -31,8 +30,9 @@ from llava_steps.training.nodes import (
     Place,
     interface_environment,
 )
-from llava_steps.training.stop import SIGNALS, held_back
-from llava_steps.training.watch import BEATS, Watch
+from llava_steps.launch.stop import SIGNALS, held_back
+from llava_steps.launch.watchdog import BEATS, Watch
+from llava_steps.settings.config import Stage
 
 GRACE = 10.0
 """Seconds that workers get to end by themselves after one of them failed."""
