@@ -84,21 +84,21 @@ def poison(loop: Any) -> None:
     loop.forward_backward, loop.forward_step = forward_backward, forward_step
 
 
-def fetch_ahead(ahead: Any) -> None:
+def fetch_ahead(prefetch: Any) -> None:
     """Have batches fetched while the step before is under way."""
     event = types.SimpleNamespace(
         record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 0.0
     )
     cuda = types.SimpleNamespace(is_available=lambda: True)
-    ahead.torch = types.SimpleNamespace(cuda=cuda)
-    ahead._event, ahead._pinned = lambda: event, lambda row: row
+    prefetch.torch = types.SimpleNamespace(cuda=cuda)
+    prefetch._event, prefetch._pinned = lambda: event, lambda row: row
 
 
 if __name__ == "__main__":
-    from llava_steps.training import ahead, loop
+    from llava_steps.training import loop, prefetch
 
     poison(loop)
-    fetch_ahead(ahead)
+    fetch_ahead(prefetch)
     code = worker.main()
     sys.stdout.flush()
     sys.stderr.flush()

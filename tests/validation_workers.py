@@ -12,10 +12,11 @@ from megatron.core import parallel_state as ps
 
 from llava_steps.launch.job import Job
 from llava_steps.settings.config import Stage
-from llava_steps.training import parallel, start, state
+from llava_steps.training import checkpoint as state
+from llava_steps.training import parallel, start
 from llava_steps.training.answers import Answers
 from llava_steps.training.optimizer import wrap
-from llava_steps.training.validate import Validation
+from llava_steps.training.validation import Validation
 
 
 def look(rank: int, paths: dict[str, Path], layouts: list[dict[str, Any]]) -> list[Any]:

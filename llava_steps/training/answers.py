@@ -18,8 +18,8 @@ from llava_steps.data.loader.batch import MicroBatch, pad, round_up
 from llava_steps.data.loader.validation_set import HeldOut
 from llava_steps.data.samples.conversation import IGNORE
 from llava_steps.launch.job import Job
-from llava_steps.training import parallel, rows
-from llava_steps.training.validate import look
+from llava_steps.training import forward, parallel
+from llava_steps.training.validation import look
 
 
 class Answers:
@@ -28,7 +28,7 @@ class Answers:
     def __init__(self, job: Job) -> None:
         stage = job.stage
         self._limit = stage.eval_new_tokens
-        self._multiple = rows.row_multiple(stage)
+        self._multiple = forward.row_multiple(stage)
         self._rows = stage.pipeline_model_parallel
         self._data = None
         if ps.get_data_parallel_rank() == 0:
@@ -109,6 +109,6 @@ def next_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]
     """One row through this stage; at its end float64 []: the id that comes next."""
 
     def id_(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return best.sum(), rows.count(best, 1), best.double().sum()
+        return best.sum(), forward.count(best, 1), best.double().sum()
 
-    return rows.through(next(batches), wrapped, "next", lambda row: row.pixel_values), id_
+    return forward.through(next(batches), wrapped, "next", lambda row: row.pixel_values), id_

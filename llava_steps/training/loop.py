@@ -21,16 +21,17 @@ from llava_steps.launch.job import Job
 from llava_steps.launch.stop import StopRequest
 from llava_steps.launch.watchdog import Beat
 from llava_steps.settings.config import Stage
-from llava_steps.training import parallel, rows, state
-from llava_steps.training.ahead import Ahead
-from llava_steps.training.commits import Commits
+from llava_steps.training import checkpoint as state
+from llava_steps.training import forward, parallel
+from llava_steps.training.async_save import Commits
+from llava_steps.training.batch_stats import Sums, by_dataset, counts
 from llava_steps.training.guard import Guard
+from llava_steps.training.lr_schedule import learning_rate
 from llava_steps.training.metrics import peak_memory
+from llava_steps.training.monitor import Looks, Reports
 from llava_steps.training.optimizer import Optimizer, wrap
-from llava_steps.training.reports import Looks, Reports
-from llava_steps.training.schedule import learning_rate
+from llava_steps.training.prefetch import Ahead
 from llava_steps.training.start import build, restore_or_start, roll_back
-from llava_steps.training.sums import Sums, by_dataset, counts
 
 
 def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
@@ -160,7 +161,7 @@ def forward_backward(
     waits = [chunk.no_sync for chunk in wrapped]
     config.no_sync_func = waits if len(waits) > 1 else waits[0]
     step = functools.partial(forward_step, datasets=datasets)
-    losses = rows.run(step, wrapped, batch, functools.partial(beating, beat=beat))
+    losses = forward.run(step, wrapped, batch, functools.partial(beating, beat=beat))
     place = parallel.device()
     found = torch.stack(losses) if losses else torch.zeros(0, 1 + 2 * len(datasets), device=place)
     micro = found[:, 0].tolist()
@@ -191,6 +192,6 @@ def forward_step(
         parts = [total.detach().double()[None]]
         if datasets:
             parts.append(by_dataset(losses, batch, datasets))
-        return total, rows.count(losses, losses.numel()), torch.cat(parts)
+        return total, forward.count(losses, losses.numel()), torch.cat(parts)
 
-    return rows.through(batch, wrapped), loss_sum
+    return forward.through(batch, wrapped), loss_sum

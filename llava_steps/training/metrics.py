@@ -21,7 +21,7 @@ from llava_steps.geometry.costs import Trained, Work, flops
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.hardware import peak_tflops
 from llava_steps.launch.job import Job
-from llava_steps.training.sums import Sums
+from llava_steps.training.batch_stats import Sums
 
 METRICS = "metrics.jsonl"
 ANSWERS = "answers.jsonl"

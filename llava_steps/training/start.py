@@ -25,10 +25,11 @@ from llava_steps.model.options import ModelOptions
 from llava_steps.model.weights import load_weights
 from llava_steps.settings.config import Stage
 from llava_steps.store import commit
-from llava_steps.training import parallel, state
+from llava_steps.training import checkpoint as state
+from llava_steps.training import parallel
+from llava_steps.training.forward import compiles, row_multiple
 from llava_steps.training.guard import Counters
 from llava_steps.training.optimizer import Optimizer
-from llava_steps.training.rows import compiles, row_multiple
 
 
 def build(job: Job, log: logging.Logger) -> list[Llava]:

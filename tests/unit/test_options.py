@@ -28,8 +28,9 @@ from llava_steps.settings import cli
 from llava_steps.settings.config import Stage
 from llava_steps.settings.former import OPTIONS, field_of
 from llava_steps.store import container
-from llava_steps.training import parallel, state
-from llava_steps.training.commits import Commits
+from llava_steps.training import checkpoint as state
+from llava_steps.training import parallel
+from llava_steps.training.async_save import Commits
 from llava_steps.training.guard import Counters, Guard
 from llava_steps.training.trackers import Trackers
 from tests.chain import Chain, logged, metrics, run_step, sample_ids

@@ -173,7 +173,7 @@ def test_losses_are_told_apart_by_dataset() -> None:
     import torch
 
     from llava_steps.data.loader.batch import MicroBatch
-    from llava_steps.training.sums import Sums, by_dataset, counts
+    from llava_steps.training.batch_stats import Sums, by_dataset, counts
 
     labels = torch.tensor([[-100, 5, 5, -100, 5, 5, -100, 5, -100, -100]])
     row = MicroBatch(
@@ -198,7 +198,7 @@ def test_speed_counts_what_is_computed(tmp_path: Path, monkeypatch: pytest.Monke
     from llava_steps.geometry.hardware import peak_tflops
     from llava_steps.launch.job import Job
     from llava_steps.training import metrics
-    from llava_steps.training.sums import Sums
+    from llava_steps.training.batch_stats import Sums
 
     geometry = object()
     monkeypatch.setattr(metrics.Geometry, "load", lambda path: geometry)

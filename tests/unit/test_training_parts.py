@@ -27,8 +27,8 @@ from llava_steps.launch import launch as launching
 from llava_steps.launch.job import Job
 from llava_steps.launch.stop import SIGNALS, StopRequest, age
 from llava_steps.settings.config import Stage
+from llava_steps.training.lr_schedule import learning_rate
 from llava_steps.training.metrics import Lines
-from llava_steps.training.schedule import learning_rate
 from tests.patience import wait_for
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from llava_steps.data.loader.batch import MicroBatch
 from llava_steps.data.loader.validation_set import HeldOut
 from llava_steps.launch.job import Job
-from llava_steps.training import parallel, rows
+from llava_steps.training import forward as rows
+from llava_steps.training import parallel
 
 
 class Validation:

@@ -17,11 +17,11 @@ from llava_steps.launch.job import Job
 from llava_steps.launch.watchdog import Beat
 from llava_steps.training import parallel
 from llava_steps.training.answers import Answers
+from llava_steps.training.batch_stats import Sums
 from llava_steps.training.metrics import ANSWERS, METRICS, Lines, Speed
 from llava_steps.training.optimizer import Optimizer
-from llava_steps.training.sums import Sums
 from llava_steps.training.trackers import Trackers
-from llava_steps.training.validate import Validation
+from llava_steps.training.validation import Validation
 
 
 class Looks:

@@ -40,7 +40,7 @@ from llava_steps.model.weights import (
 from llava_steps.settings.config import Stage
 from llava_steps.store import commit
 from llava_steps.training import parallel
-from llava_steps.training.commits import Commits
+from llava_steps.training.async_save import Commits
 from llava_steps.training.guard import Counters
 from llava_steps.training.optimizer import Optimizer
 
