@@ -31,7 +31,7 @@ help: ## this list
 demo: ## from handwritten digits to a LLaVA that reads them: install, run, evaluate
 	@start=$$(date +%s.%N); .ci/environment; \
 	HF_HUB_OFFLINE=1 $(BIN)/python -m snakemake --cores $(CORES); \
-	$(BIN)/python -m llava_steps.summary --started $$start
+	$(BIN)/python -m llava_steps.commands.summary --started $$start
 
 test: ## the whole test suite
 	@.ci/environment test

@@ -15,7 +15,7 @@ import torch
 from data_fixtures import jpeg
 from hf_fixtures import make_text, make_tokenizer, make_tower
 
-from llava_steps import chat
+from llava_steps.commands import chat
 from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError
 from llava_steps.evaluation import ask

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps import completion
+from llava_steps.commands import completion
 from llava_steps.pipeline.steps import MODULES
 from llava_steps.settings import cli
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As the command prints it, which must not take torch for it."""
     result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "llava_steps.completion", "bash"],
+        [sys.executable, "-X", "importtime", "-m", "llava_steps.commands.completion", "bash"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -66,7 +66,7 @@ def in_help(command: str) -> list[tuple[set[str], set[str]]]:
 
 def test_every_command_is_offered(script: Path) -> None:
     commands = cli.commands()
-    assert set(MODULES.values()) <= set(commands) and "llava_steps.plan" in commands
+    assert set(MODULES.values()) <= set(commands) and "llava_steps.commands.plan" in commands
     assert offered(script, "python", "-m", "llava_steps.") == commands
     assert offered(script, "python", "-m", "llava_steps.tr") == ["llava_steps.train"]
     assert offered(script, ".venv/bin/python", "-X", "dev", "-m", "llava_steps") == commands
@@ -100,8 +100,8 @@ def test_values_of_flags(script: Path) -> None:
         "--no-freeze-projector",
         "--no-freeze-lm",
     ]
-    assert offered(script, "python", "-m", "llava_steps.completion", "") == ["bash", "zsh"]
-    assert offered(script, "python", "-m", "llava_steps.chat", "--page", "") == []
+    assert offered(script, "python", "-m", "llava_steps.commands.completion", "") == ["bash", "zsh"]
+    assert offered(script, "python", "-m", "llava_steps.commands.chat", "--page", "") == []
 
 
 def test_other_lines_are_left_to_who_had_them(script: Path) -> None:
@@ -111,7 +111,7 @@ def test_other_lines_are_left_to_who_had_them(script: Path) -> None:
         assert offered(script, *words, before=before) == ["theirs"]
         assert offered(script, *words, before=f'{before} . "$1";') == ["theirs"]
     ours = ("python", "-m", "llava_steps.pla")
-    assert offered(script, *ours, before=before) == ["llava_steps.plan"]
+    assert offered(script, *ours, before=before) == ["llava_steps.commands.plan"]
 
 
 def test_names_of_python_are_registered(script: Path) -> None:

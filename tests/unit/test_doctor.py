@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from llava_steps import doctor
 from llava_steps.checks import disk, partitions, processes, tracking
 from llava_steps.checks.finding import Finding
+from llava_steps.commands import doctor
 from llava_steps.pipeline import steps
 from llava_steps.settings import load
 from llava_steps.settings.config import Config, Stage
@@ -215,7 +215,14 @@ def test_as_a_whole(tmp_path: Path) -> None:
     overlay = tmp_path / "own.yaml"
     places = {name: str(tmp_path / name) for name in ("store", "results")}
     overlay.write_text(yaml.safe_dump(places))
-    line = [sys.executable, "-m", "llava_steps.doctor", "--json", "--configfile", str(overlay)]
+    line = [
+        sys.executable,
+        "-m",
+        "llava_steps.commands.doctor",
+        "--json",
+        "--configfile",
+        str(overlay),
+    ]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     found = [json.loads(row) for row in done.stdout.splitlines()]
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,8 @@ from hf_fixtures import PARTS_TEMPLATE, STRING_TEMPLATE, make_text, make_tokeniz
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_steps import chat, evaluate
+from llava_steps import evaluate
+from llava_steps.commands import chat
 from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.samples.conversation import ConversationEncoder

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
-from llava_steps import chat, doctor, plan, summary
 from llava_steps.checks import partitions
+from llava_steps.commands import chat, doctor, plan, summary
 from llava_steps.core import errors
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.planning.models import model_of
@@ -208,7 +208,7 @@ def test_results_that_are_damaged(
         (place / "results/demo" / file).write_text(text)
     code, line = said(capsys, summary)
     assert code == InputError.exit_code and line.count("\n") == 1
-    assert f"llava_steps.verify results/demo/{name.split('/')[0]} " in line
+    assert f"llava_steps.commands.verify results/demo/{name.split('/')[0]} " in line
 
 
 def test_demo_images_are_named_only_where_there_are_some(

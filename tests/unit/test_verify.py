@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps import verify
+from llava_steps.commands import verify
 from llava_steps.store import commit, store
 from llava_steps.store.lease import Lease
 

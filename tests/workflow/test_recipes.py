@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps import plan
+from llava_steps.commands import plan
 from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.costs import parameters
 from llava_steps.pipeline.steps import OPTIONAL, UPSTREAM

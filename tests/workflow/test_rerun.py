@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps import verify
+from llava_steps.commands import verify
 from tests.patience import PATIENCE, wait_for
 from tests.workflow.project import ROOT, RULES, Project
 

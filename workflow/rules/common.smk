@@ -12,7 +12,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from llava_steps import plan
+from llava_steps.commands import plan
 from llava_steps.store import lease, run
 from llava_steps.pipeline import steps, slurm
 from llava_steps.settings import load
