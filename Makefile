@@ -31,7 +31,7 @@ help: ## this list
 demo: ## from handwritten digits to a LLaVA that reads them: install, run, evaluate
 	@start=$$(date +%s.%N); .ci/environment; \
 	HF_HUB_OFFLINE=1 $(BIN)/python -m snakemake --cores $(CORES); \
-	$(BIN)/python -m llava_steps.commands.summary --started $$start
+	$(BIN)/python -m llava_steps summary --started $$start
 
 test: ## the whole test suite
 	@.ci/environment test
@@ -42,6 +42,7 @@ check: ## style, types, import layers, workflow format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 	$(BIN)/snakefmt --check workflow
 
@@ -136,7 +137,7 @@ format: ## put code into the style that `make check` wants
 
 describe: ## renew config.schema.json and the tables of config/README.md from settings/config.py
 	@.ci/environment
-	$(BIN)/python -m llava_steps.settings.describe
+	$(BIN)/python -m llava_steps.pipeline.describe
 
 environment: ## only make .venv, with the test tools
 	@.ci/environment test

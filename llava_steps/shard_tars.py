@@ -24,7 +24,7 @@ from llava_steps.settings.config import TarShards
 from llava_steps.store.run import Context, Step, main
 
 if TYPE_CHECKING:
-    from llava_steps.data.shards import write
+    from llava_steps.data.shards import writer
     from llava_steps.data.shards.plan import Part
     from llava_steps.data.sources import Options
 
@@ -32,21 +32,23 @@ if TYPE_CHECKING:
 def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
     """Write the shards into `ctx.entry`; metrics say how many samples went where."""
     from llava_steps.data import sources
-    from llava_steps.data.shards import share as shardparts
-    from llava_steps.data.shards import write
+    from llava_steps.data.shards import shares as shardparts
+    from llava_steps.data.shards import writer
 
     source = sources.open_source(ctx.inputs["source"].path, cfg.source_format, _options(cfg))
     ctx.log.info("reading %s as %s", source.path, source.name)
     for note in source.notes():
         ctx.log.warning("%s", note)
-    settings = write.Settings(source, ctx.entry, cfg.samples_per_shard)
+    settings = writer.Settings(source, ctx.entry, cfg.samples_per_shard)
     if cfg.part:
         size = shardparts.share_size(source.count(), cfg.samples_per_shard, cfg.part)
         with ctx.progress(f"sharding, share {cfg.part}", size) as bar:
             return shardparts.write_share(settings, cfg.part, cfg.workers, bar.advance)
     made = _shares(ctx, cfg, settings) if cfg.parts else None
     with ctx.progress("sharding", source.count()) as bar:
-        metrics = write.write_shards(settings, cfg.workers, cfg.quarantine_limit, bar.advance, made)
+        metrics = writer.write_shards(
+            settings, cfg.workers, cfg.quarantine_limit, bar.advance, made
+        )
     for reason, count in metrics["quarantine_reasons"].items():
         ctx.log.warning("quarantined %d x %s", count, reason)
     if metrics["duplicate_ids"]:
@@ -64,8 +66,8 @@ def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
     return metrics
 
 
-def _shares(ctx: Context, cfg: TarShards, settings: write.Settings) -> Iterator[Part]:
-    from llava_steps.data.shards import share as shardparts
+def _shares(ctx: Context, cfg: TarShards, settings: writer.Settings) -> Iterator[Part]:
+    from llava_steps.data.shards import shares as shardparts
     from llava_steps.store.code_version import code_version
 
     folder = Path(cfg.parts)
@@ -105,7 +107,7 @@ def _whole(cfg: TarShards) -> TarShards | None:
 
 def _published(cfg: TarShards) -> None:
     if cfg.remove_parts:
-        from llava_steps.data.shards.share import remove_shares
+        from llava_steps.data.shards.shares import remove_shares
 
         remove_shares(Path(cfg.parts))
 

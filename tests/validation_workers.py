@@ -12,8 +12,7 @@ from megatron.core import parallel_state as ps
 
 from llava_steps.launch.job import Job
 from llava_steps.settings.config import Stage
-from llava_steps.training import checkpoint as state
-from llava_steps.training import parallel, start
+from llava_steps.training import checkpoints, parallel, start
 from llava_steps.training.answers import Answers
 from llava_steps.training.optimizer import wrap
 from llava_steps.training.validation import Validation
@@ -35,7 +34,7 @@ def look(rank: int, paths: dict[str, Path], layouts: list[dict[str, Any]]) -> li
         job = Job(stage, place, place, paths["checkpoint"], paths["hf"], paths["dataset"], "f")
         parallel.lay_out(stage)
         model = start.build(job, logging.getLogger("validation"))
-        start.load_weights(model, start.latest(job) / state.WEIGHTS)
+        start.load_weights(model, start.latest(job) / checkpoints.WEIGHTS)
         wrapped = wrap(stage, model)
         validation = Validation(job)
         rows = len(validation._data._rows)

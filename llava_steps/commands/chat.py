@@ -1,6 +1,6 @@
 """Ask a Hugging Face LLaVA directory a question about an image.
 
-    python -m llava_steps.commands.chat results/demo/hf_export image.jpg "What digit is this?"
+    llava-steps chat results/demo/hf_export image.jpg "What digit is this?"
 
 Several images are numbered as they are given; with none the question is about text alone. The
 answer appears while it is generated. --page opens a page in the browser instead, on this machine
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python -m llava_steps.commands.chat",
+        prog="llava-steps chat",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [options] MODEL [IMAGE ...] QUESTION\n       %(prog)s --page MODEL",

@@ -1,7 +1,7 @@
 """A script for the shell that completes commands, their flags and the choices of flags.
 
-    source <(python -m llava_steps.commands.completion bash)     for this shell
-    source <(python -m llava_steps.commands.completion zsh)      the same in zsh, after compinit
+    source <(llava-steps completion bash)     for this shell
+    source <(llava-steps completion zsh)      the same in zsh, after compinit
 
 After that `python -m llava_steps.` and TAB show the commands. The script holds all there is to
 know, so that TAB starts no Python: keep it in a file that ~/.bashrc or ~/.zshrc sources, and print
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python -m llava_steps.commands.completion",
+        prog="llava-steps completion",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -91,7 +91,7 @@ def script(shell: str) -> str:
 
 
 # zsh runs this as sh with `nounset`; arrays then begin at 0 as in bash.
-BODY = r"""# Made by python -m llava_steps.commands.completion.
+BODY = r"""# Made by llava-steps completion.
 
 _llava_steps_flags() {
     case "$1" in

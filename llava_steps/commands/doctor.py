@@ -1,8 +1,8 @@
 """Is this machine, or this cluster, ready for a run? Looked at before it costs a night.
 
-    python -m llava_steps.commands.doctor --configfile mine.yaml
-    python -m llava_steps.commands.doctor --configfile mine.yaml --profile workflow/profiles/slurm
-    python -m llava_steps.commands.doctor --configfile mine.yaml --profile workflow/profiles/slurm --on-nodes
+    llava-steps doctor --configfile mine.yaml
+    llava-steps doctor --configfile mine.yaml --profile workflow/profiles/slurm
+    llava-steps doctor --configfile mine.yaml --profile workflow/profiles/slurm --on-nodes
 
 Looks at the image and its digest; two processes that meet on this machine, inside the image; what
 the file systems of results and store do, and their room; what jobs ask for against Slurm's
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python -m llava_steps.commands.doctor",
+        prog="llava-steps doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

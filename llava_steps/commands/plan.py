@@ -1,8 +1,8 @@
 """What a run will compute and what that takes, before anything runs.
 
-    python -m llava_steps.commands.plan --configfile mine.yaml
-    python -m llava_steps.commands.plan --configfile mine.yaml --gpu H200 --efficiency 0.5
-    python -m llava_steps.commands.plan --configfile mine.yaml --search 2
+    llava-steps plan --configfile mine.yaml
+    llava-steps plan --configfile mine.yaml --gpu H200 --efficiency 0.5
+    llava-steps plan --configfile mine.yaml --search 2
 
 From the configuration and the models' config.json alone: which steps are done, what the others wait
 for; parameters, tokens, memory of a process by part, operations, time, disk. A stage that does not
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python -m llava_steps.commands.plan",
+        prog="llava-steps plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Print what a run came to: the evaluation table, where the model lies, how to ask it.
 
-    python -m llava_steps.commands.summary [--configfile mine.yaml] [--started UNIX_SECONDS]
+    llava-steps summary [--configfile mine.yaml] [--started UNIX_SECONDS]
 
 The last line is JSON with the accuracy on `what_digit`, the mean of both languages, before training
 and after each stage. `wall_s` counts from --started.
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python -m llava_steps.commands.summary",
+        prog="llava-steps summary",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -75,7 +75,7 @@ def summary(config: Config, started: float | None) -> str:
         "",
         table,
         f"The model: {export} (LlavaForConditionalGeneration, AutoProcessor)",
-        f'Ask it:    {sys.executable} -m llava_steps.commands.chat {export} IMAGE "What digit is this?"',
+        f'Ask it:    {sys.executable} -m llava_steps chat {export} IMAGE "What digit is this?"',
     ]
     if example := heldout_image(run):
         lines[-1] = lines[-1].replace("IMAGE", str(example))
@@ -104,8 +104,7 @@ def heldout_image(run: Path) -> Path | None:
 def damaged(result: Path, error: Exception) -> InputError:
     """What to say of a result that its step did not write so."""
     return InputError(
-        f"{result} cannot be read ({error!r}); python -m llava_steps.commands.verify {result} compares its "
-        "files"
+        f"{result} cannot be read ({error!r}); llava-steps verify {result} compares its files"
     )
 
 

@@ -1,7 +1,7 @@
 """Are these artefacts whole? Compares every file with its manifest, sha256 included.
 
-    python -m llava_steps.commands.verify                       everything below results/
-    python -m llava_steps.commands.verify results/demo store    a run and a whole store
+    llava-steps verify                       everything below results/
+    llava-steps verify results/demo store    a run and a whole store
 
 Exit codes: 0 all whole · 3 nothing found in one of the paths · 4 something is damaged. Work in
 progress is listed, and is no damage; the checkpoints that it has committed are compared too.
@@ -63,7 +63,7 @@ def verify(entry: Path) -> tuple[str, str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="python -m llava_steps.commands.verify",
+        prog="llava-steps verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

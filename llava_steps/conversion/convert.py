@@ -21,10 +21,10 @@ from llava_steps.conversion.hf_names import by_canonical_name
 from llava_steps.conversion.lora import open_weights
 from llava_steps.conversion.mapping import Entry, check_hf, check_shapes, entries, stored_shapes
 from llava_steps.conversion.tensors import INDEX, LikeWriter, TensorDirectory
+from llava_steps.conversion.tower import tower_shapes
 from llava_steps.conversion.transforms import TRANSFORMS
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.vision import tower_shapes
 
 Tick = Callable[[int], None]
 WEIGHT_SUFFIXES = frozenset(

@@ -186,7 +186,7 @@ def _sizes(g: Geometry) -> dict[str, int]:
 def entries(
     geometry: Geometry, tower: Mapping[str, Shape], rows: tuple[Row, ...] = ROWS
 ) -> list[Entry]:
-    """Every tensor of the model, in the order of the table; `tower` from vision.tower_shapes."""
+    """Every tensor of the model, in the order of the table; `tower` from tower_shapes."""
     sizes = _sizes(geometry)
     found: list[Entry] = []
     for row in rows:

@@ -103,7 +103,7 @@ fp8_linear.register_autograd(_backward, setup_context=_keep)
 def linear(x: Tensor, weight: Tensor, main: Tensor) -> Tensor:
     """x bf16 [n, in], weight [out, in] -> x weight^T bf16 [n, out], as `kernels.linear`, in FP8.
 
-    n, in and out are multiples of 16 (`core.layout.check_fp8`, `training.rows.ROW`).
+    n, in and out are multiples of 16 (`geometry.layout.check_fp8`, `training.forward.ROW`).
     """
     scales = scale_of(x.detach(), VALUES), scale_of(weight, VALUES)
     out: Tensor = fp8_linear(x, weight, main, *scales)[0]

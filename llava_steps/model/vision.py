@@ -14,16 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llava_steps.conversion.tower import tower_config
 from llava_steps.geometry.geometry import Geometry
-
-
-def _tower_config(geometry: Geometry) -> object:
-    from transformers import CONFIG_MAPPING
-
-    # Dropout has no place in a pipeline of reproducible steps; towers ship with 0 anyway.
-    settings = {**geometry.vision_config, "attention_dropout": 0.0}
-    settings.pop("model_type")
-    return CONFIG_MAPPING[geometry.vision_family](**settings)
 
 
 def build_tower(geometry: Geometry, dtype: torch.dtype) -> Any:
@@ -32,7 +24,7 @@ def build_tower(geometry: Geometry, dtype: torch.dtype) -> Any:
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        tower = AutoModel.from_config(_tower_config(geometry))
+        tower = AutoModel.from_config(tower_config(geometry))
     tower = tower.to(device=torch.cuda.current_device(), dtype=dtype)
     # Parts behind the hidden state that is read can never receive a gradient.
     for name, parameter in tower.named_parameters():
@@ -46,15 +38,6 @@ def _is_read(name: str, depth: int) -> bool:
     if not name.startswith("encoder.layers."):
         return False
     return int(name.split(".")[2]) < depth
-
-
-def tower_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Parameter names and shapes of the tower, without allocating it."""
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        tower = AutoModel.from_config(_tower_config(geometry))
-    return {name: tuple(value.shape) for name, value in tower.state_dict().items()}
 
 
 def plain_layer(layer: Any, hidden: Tensor) -> Tensor:

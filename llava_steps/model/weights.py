@@ -25,10 +25,10 @@ from llava_steps.conversion import torch_dist_write
 from llava_steps.conversion.lora import PREFIX, Lora, check_same
 from llava_steps.conversion.lora import stored_shapes as adapter_shapes
 from llava_steps.conversion.mapping import Shape, check_shapes, entries, stored_shapes
+from llava_steps.conversion.tower import tower_shapes
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.llava import Llava
-from llava_steps.model.vision import tower_shapes
 
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
 """What torch raises for damaged files, outside of its own CheckpointException."""

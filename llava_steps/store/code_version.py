@@ -21,20 +21,20 @@ DATA = (".j2", ".css")
 """Endings of files that belong to the code of the modules in their directory."""
 
 NOT_COMPUTING = frozenset(
-    f"{NAME}.core.{module}"
+    f"{NAME}.{module}"
     for module in (
-        "cli",
-        "codeversion",
-        "config",
-        "costs",
-        "digest",
-        "errors",
-        "hardware",
-        "lease",
-        "log",
-        "memory",
-        "run",
-        "store",
+        "core.errors",
+        "core.log",
+        "geometry.costs",
+        "geometry.hardware",
+        "geometry.memory",
+        "settings.cli",
+        "settings.config",
+        "store.code_version",
+        "store.digest",
+        "store.lease",
+        "store.run",
+        "store.store",
     )
 )
 """Modules every step shares that decide where and when a value is computed, never which value.

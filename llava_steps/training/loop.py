@@ -21,8 +21,7 @@ from llava_steps.launch.job import Job
 from llava_steps.launch.stop import StopRequest
 from llava_steps.launch.watchdog import Beat
 from llava_steps.settings.config import Stage
-from llava_steps.training import checkpoint as state
-from llava_steps.training import forward, parallel
+from llava_steps.training import checkpoints, forward, parallel
 from llava_steps.training.async_save import Commits
 from llava_steps.training.batch_stats import Sums, by_dataset, counts
 from llava_steps.training.guard import Guard
@@ -48,7 +47,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     optimizer = Optimizer(stage, wrapped)
     done, loader = restore_or_start(job, model, optimizer, log)
     if stage.save:
-        state.check_space(job.entry, model, optimizer)
+        checkpoints.check_space(job.entry, model, optimizer)
     guard = Guard(stage, done, log)
     looks = Looks(job, wrapped, optimizer, beat)
     names = loader.datasets if len(loader.datasets) > 1 else []
@@ -63,7 +62,9 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
         reports.answers(done.step - 1, looks.answers())
         with beat.busy():
             reports.sync()
-            path = state.save(job.entry, done, stage, model, optimizer, batches.state(), commits)
+            path = checkpoints.save(
+                job.entry, done, stage, model, optimizer, batches.state(), commits
+            )
         stop.set_aside(time.monotonic() - began)
         log.info("saved %s" if not stage.async_save else "committing %s", path.name)
 

@@ -75,8 +75,8 @@ def _step(line: bytes) -> float:
 class Speed:
     """Rates of a step, and the share of the hardware's peak that the model makes use of (MFU).
 
-    The operations are those of geometry/costs.py: frozen parts are counted for what they do, padding
-    and recomputation are not.
+    The operations are those of geometry/costs.py: frozen parts are counted for what they do,
+    padding and recomputation are not.
     """
 
     def __init__(self, job: Job) -> None:

@@ -25,8 +25,7 @@ from llava_steps.model.options import ModelOptions
 from llava_steps.model.weights import load_weights
 from llava_steps.settings.config import Stage
 from llava_steps.store import commit
-from llava_steps.training import checkpoint as state
-from llava_steps.training import parallel
+from llava_steps.training import checkpoints, parallel
 from llava_steps.training.forward import compiles, row_multiple
 from llava_steps.training.guard import Counters
 from llava_steps.training.optimizer import Optimizer
@@ -99,20 +98,20 @@ def restore_or_start(
     job: Job, model: list[Llava], optimizer: Optimizer, log: logging.Logger
 ) -> tuple[Counters, TrainLoader]:
     """Load the newest checkpoint, or what to start from; open the loader there."""
-    found = state.find(job.entry, log)
+    found = checkpoints.find(job.entry, log)
     goes_on = found is None and job.stage.load_optim
     if found is None and job.checkpoint is None:
         start_fresh(job, model, log)
         optimizer.reload_weights()
         return Counters(), open_loader(job, 0)
     if goes_on:
-        found = state.verified(latest(job))
+        found = checkpoints.verified(latest(job))
     if found is None:
-        load_weights(model, state.verified(latest(job)) / state.WEIGHTS)
+        load_weights(model, checkpoints.verified(latest(job)) / checkpoints.WEIGHTS)
         optimizer.reload_weights()
         log.info("starting from %s", job.checkpoint)
         return Counters(), open_loader(job, 0)
-    counters, kept = state.load(found, job.stage, model, optimizer)
+    counters, kept = checkpoints.load(found, job.stage, model, optimizer)
     loader = open_loader(job, kept["consumed_samples"])
     loader.check_state(kept)
     if goes_on and counters.step >= job.stage.train_steps:
@@ -152,13 +151,13 @@ def roll_back(
 
     Raises DivergedError when nothing was saved yet.
     """
-    found = state.find(job.entry, log)
+    found = checkpoints.find(job.entry, log)
     if found is None:
         raise DivergedError(
             f"step {done.step}: too many rejected steps, and no checkpoint yet to roll back to; "
             "the log names the samples"
         )
-    before, _ = state.load(found, job.stage, model, optimizer)
+    before, _ = checkpoints.load(found, job.stage, model, optimizer)
     done.updates, done.recent, done.rejected = before.updates, before.recent, 0
     done.rollbacks += 1
     log.error("step %d: rolled back to %s, rollback %d", done.step, found.name, done.rollbacks)

@@ -232,7 +232,8 @@ def main() -> int:
 
     rows: list[list[int]] = []
     largest: list[int] = []
-    """Microbatches of its step; tokens, samples, longest, images, supervised: geometry/memory.py."""
+    """Microbatches of its step: tokens, samples, longest, images, supervised, as in
+    geometry/memory.py."""
     meter = Meter(spec, work)
     loop.forward_backward = recorded
     loop.restore_or_start = draw

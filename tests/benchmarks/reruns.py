@@ -51,21 +51,37 @@ DIRECT = {
 }
 """Section -> steps whose settings it holds."""
 
-FEEDS = {
-    "demo_assets": ["tar_shards", "hf_model", "evaluation"],
-    "tar_shards": ["energon_dataset"],
-    "energon_dataset": ["stage1_audit", "stage2_audit", "stage1_checkpoint", "stage2_checkpoint"],
-    "hf_model": [
-        "megatron_checkpoint", "stage1_audit", "stage2_audit", "stage1_checkpoint",
-        "stage2_checkpoint", "stage1_export", "hf_export", "evaluation",
-    ],
-    "megatron_checkpoint": ["stage1_checkpoint"],
-    "stage1_checkpoint": ["stage1_export", "stage2_checkpoint"],
-    "stage2_checkpoint": ["hf_export"],
-    "stage1_export": ["evaluation"],
-    "hf_export": ["evaluation", "lmms_eval", "llm_jp_eval_mm"],
-}  # fmt: skip
-"""Step -> steps that read its result; the report reads all of them."""
+READS = [
+    ("tar_shards", "tar_shards.source", "demo_assets"),
+    ("energon_dataset", "energon_dataset.tar_dir", "tar_shards"),
+    ("hf_model", "hf_model.vision_tower", "demo_assets"),
+    ("hf_model", "hf_model.text_model", "demo_assets"),
+    ("megatron_checkpoint", "megatron_checkpoint.hf_dir", "hf_model"),
+    ("stage1_audit", "stage1.tokenizer_load_dir", "hf_model"),
+    ("stage1_audit", "stage1.data_path", "energon_dataset"),
+    ("stage1_checkpoint", "stage1.megatron_load_dir", "megatron_checkpoint"),
+    ("stage1_checkpoint", "stage1.tokenizer_load_dir", "hf_model"),
+    ("stage1_checkpoint", "stage1.data_path", "energon_dataset"),
+    ("stage1_export", "hf_export.megatron_dir", "stage1_checkpoint"),
+    ("stage1_export", "hf_export.tokenizer_dir", "hf_model"),
+    ("stage2_audit", "stage2.tokenizer_load_dir", "hf_model"),
+    ("stage2_audit", "stage2.data_path", "energon_dataset"),
+    ("stage2_checkpoint", "stage2.megatron_load_dir", "stage1_checkpoint"),
+    ("stage2_checkpoint", "stage2.tokenizer_load_dir", "hf_model"),
+    ("stage2_checkpoint", "stage2.data_path", "energon_dataset"),
+    ("hf_export", "hf_export.megatron_dir", "stage2_checkpoint"),
+    ("hf_export", "hf_export.tokenizer_dir", "hf_model"),
+    ("evaluation", "evaluation.data", "demo_assets"),
+    ("evaluation", "evaluation.before", "hf_model"),
+    ("evaluation", "evaluation.after_stage1", "stage1_export"),
+    ("evaluation", "evaluation.after_stage2", "hf_export"),
+    ("lmms_eval", "lmms_eval.model", "hf_export"),
+    ("llm_jp_eval_mm", "llm_jp_eval_mm.model", "hf_export"),
+]
+"""(step, key, step whose result it reads unless the key is set); the report reads all results."""
+
+RESULTS = ("hf_export", "evaluation", "lmms_eval", "llm_jp_eval_mm")
+"""What a run is for; a step that none of these needs is left out."""
 
 BASE = {
     "lmms_eval": {"tasks": ["mme"]},
@@ -198,15 +214,19 @@ def other_value(info: FieldInfo, key: str, current: Any) -> Any:
     raise AssertionError(f"{key}: no change is known for {annotation}")
 
 
-def expected(hit: frozenset[str]) -> set[str]:
-    """`hit` and all that reads their results."""
-    found: set[str] = set()
-    todo = [*hit]
-    while todo:
-        step = todo.pop()
-        if step not in found:
-            found.add(step)
-            todo += FEEDS.get(step, [])
+def expected(some: Sequence[Change]) -> set[str]:
+    """Steps that a run computes after these changes: with other settings, or other input."""
+    given = {f"{change.section}.{key}" for change in some for key in change.settings}
+    reads = [(step, other) for step, key, other in READS if key not in given]
+    needed = {*RESULTS}
+    while more := {other for step, other in reads if step in needed} - needed:
+        needed |= more
+    needed |= {f"{step[:6]}_audit" for step in needed if step.endswith("_checkpoint")} & {
+        "stage1_audit", "stage2_audit",
+    }  # fmt: skip
+    found = {step for change in some for step in change.recomputed} & {*needed, "report"}
+    while more := {step for step, other in reads if other in found and step in needed} - found:
+        found |= more
     return found | ({"report"} if found else set())
 
 
@@ -260,7 +280,7 @@ def computed(finished: Project, overlay: Mapping[str, Any], place: Path) -> set[
 
 def check(finished: Project, some: Sequence[Change]) -> str:
     """What is wrong with what a run computes after these changes; empty when nothing is."""
-    wanted = expected(frozenset().union(*(change.recomputed for change in some)))
+    wanted = expected(some)
     with tempfile.TemporaryDirectory(dir=finished.root.parent) as place:
         try:
             found = computed(finished, together(some), Path(place))

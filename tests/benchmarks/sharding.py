@@ -28,7 +28,7 @@ from pathlib import Path
 
 from llava_steps.core import filesystem
 from llava_steps.data import sources
-from llava_steps.data.shards import write
+from llava_steps.data.shards import writer
 
 SIZE = (640, 480)
 REST = 3.0
@@ -69,8 +69,8 @@ def make(folder: Path, samples: int) -> Path:
 
 def shard(source: Path, entry: Path, workers: int) -> None:
     entry.mkdir()
-    settings = write.Settings(sources.open_source(source), entry, 500)
-    write.write_shards(settings, workers, 0.0)
+    settings = writer.Settings(sources.open_source(source), entry, 500)
+    writer.write_shards(settings, workers, 0.0)
     filesystem.fsync_tree(entry)
 
 
@@ -79,8 +79,8 @@ def tar(files: Path, target: Path) -> None:
     filesystem.fsync_path(target)
 
 
-def copy(write: Path, target: Path) -> None:
-    subprocess.run(["cp", "-r", str(write), str(target)], check=True)
+def copy(writer: Path, target: Path) -> None:
+    subprocess.run(["cp", "-r", str(writer), str(target)], check=True)
     filesystem.fsync_tree(target)
 
 

@@ -6,8 +6,8 @@ our loader with 8 workers; bf16 with fp32 masters and gradients, AdamW, clipping
 Ours is the real training loop. Peers see gpu_peers.py.
 
 Figures: useful (non-padding) tokens per second, and the model's floating-point operations per
-second (geometry/costs.py, the head counted for every useful token, nothing for computing again) over
-the peak of bf16 matrix products, measured in the same run.
+second (geometry/costs.py, the head counted for every useful token, nothing for computing again)
+over the peak of bf16 matrix products, measured in the same run.
 
 Prints a line as soon as a part is done, a table, and one JSON line. Parts: see PARTS.
 `--tiny --device cpu` runs everything in little, to see that it works.

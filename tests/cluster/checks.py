@@ -45,7 +45,7 @@ def check_doctor(project: Project) -> None:
     """It sees this cluster as it is: partitions, image, processes that meet on two nodes."""
     done = subprocess.run(
         [
-            sys.executable, "-m", "llava_steps.commands.doctor", "--json", "--configfile", "tiny.yaml",
+            sys.executable, "-m", "llava_steps", "doctor", "--json", "--configfile", "tiny.yaml",
             "--profile", "slurm", "--on-nodes", "--srun=-A test -p batch --mem=3000",
             "--apptainer-args=--cleanenv",
         ],

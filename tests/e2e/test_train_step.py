@@ -151,8 +151,8 @@ import time
 from llava_steps.core import filesystem
 from llava_steps.training import trackers
 trackers.PATIENCE = 7
-flush = fsio.fsync_tree
-fsio.fsync_tree = lambda root: (time.sleep(7), flush(root))
+flush = filesystem.fsync_tree
+filesystem.fsync_tree = lambda root: (time.sleep(7), flush(root))
 Settings = dict
 init = lambda **settings: __import__("wandb")
 log = lambda *row, **step: None

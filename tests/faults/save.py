@@ -25,7 +25,7 @@ from llava_steps.core.errors import StepError
 from llava_steps.launch.job import Job
 from llava_steps.settings.config import Stage
 from llava_steps.store import commit
-from llava_steps.training import checkpoint as state
+from llava_steps.training import checkpoints as state
 from llava_steps.training import parallel, start
 from llava_steps.training.guard import Counters
 from llava_steps.training.optimizer import Optimizer, wrap

@@ -23,9 +23,9 @@ from transformers import (
 from llava_steps import build_hf
 from llava_steps.conversion.hf_names import canonical
 from llava_steps.conversion.mapping import check_hf, entries
+from llava_steps.conversion.tower import tower_shapes
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.vision import tower_shapes
 from llava_steps.settings.config import HfModel
 from tests.chain import run_step
 

@@ -24,7 +24,7 @@ def test_a_command_names_the_environment(command: str, tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_news(tmp_path: Path) -> None:
-    line = [sys.executable, "-u", "-m", "llava_steps.commands.completion", "bash"]
+    line = [sys.executable, "-u", "-m", "llava_steps", "completion", "bash"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     reads, writes = os.pipe()
     os.close(reads)

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from llava_steps.core.errors import ConfigError
+from llava_steps.pipeline import describe
 from llava_steps.pipeline.steps import UPSTREAM
-from llava_steps.settings import describe
 from llava_steps.settings.config import RULES, Config
 from llava_steps.settings.load import load
 
@@ -164,7 +164,7 @@ def test_schema_and_tables_are_those_of_the_classes() -> None:
     texts = [(page.read_text(encoding="utf-8"), made) for page, made in pages]
     assert schema_is_new and all(text == describe.renewed(text, made) for text, made in texts), (
         "config.schema.json and the tables of the pages are made from settings/config.py; renew "
-        " them with `make describe` (python -m llava_steps.settings.describe)"
+        " them with `make describe` (python -m llava_steps.pipeline.describe)"
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.shards import tar as tars
+from llava_steps.data.shards import tars
 
 FILES = [("000000001.jpg", b"x" * 700), ("000000001.txt", b""), ("000000001.json", b"{}" * 256)]
 

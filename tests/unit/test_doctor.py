@@ -218,7 +218,8 @@ def test_as_a_whole(tmp_path: Path) -> None:
     line = [
         sys.executable,
         "-m",
-        "llava_steps.commands.doctor",
+        "llava_steps",
+        "doctor",
         "--json",
         "--configfile",
         str(overlay),
@@ -232,7 +233,7 @@ def test_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_help_is_light(capsys: pytest.CaptureFixture[str]) -> None:
-    code = "import sys; from llava_steps import doctor; print(*sys.modules)"
+    code = "import sys; from llava_steps.commands import doctor; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not {*done.stdout.split()} & HEAVY
     with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps.data.samples import decode
-from llava_steps.data.shards import write
+from llava_steps.data.shards import writer
 from llava_steps.data.sources import record
 from tests.benchmarks import fuzz_data
 
@@ -32,8 +32,8 @@ def test_an_image_that_is_accepted_unseen_is_noticed(
 def test_a_sample_that_gets_lost_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write.Plan, "add", lambda *_: [])
-    monkeypatch.setattr(write.Plan, "check", lambda *_: None)
+    monkeypatch.setattr(writer.Plan, "add", lambda *_: [])
+    monkeypatch.setattr(writer.Plan, "check", lambda *_: None)
     assert "lost" in cut_image(tmp_path)
 
 

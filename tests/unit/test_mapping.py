@@ -13,10 +13,10 @@ from llava_steps.conversion import convert
 from llava_steps.conversion.hf_names import by_canonical_name, canonical
 from llava_steps.conversion.mapping import ROWS, Row, entries, stored_shapes
 from llava_steps.conversion.tensors import TensorDirectory
+from llava_steps.conversion.tower import tower_shapes
 from llava_steps.conversion.transforms import TRANSFORMS, fuse_gate_up, fuse_qkv, split_qkv
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.vision import tower_shapes
 from tests.model_fixtures import TINY, config_of, save_hf
 
 

@@ -208,7 +208,7 @@ def test_results_that_are_damaged(
         (place / "results/demo" / file).write_text(text)
     code, line = said(capsys, summary)
     assert code == InputError.exit_code and line.count("\n") == 1
-    assert f"llava_steps.commands.verify results/demo/{name.split('/')[0]} " in line
+    assert f"llava-steps verify results/demo/{name.split('/')[0]} " in line
 
 
 def test_demo_images_are_named_only_where_there_are_some(

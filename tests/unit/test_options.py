@@ -28,8 +28,7 @@ from llava_steps.settings import cli
 from llava_steps.settings.config import Stage
 from llava_steps.settings.former import OPTIONS, field_of
 from llava_steps.store import container
-from llava_steps.training import checkpoint as state
-from llava_steps.training import parallel
+from llava_steps.training import checkpoints, parallel
 from llava_steps.training.async_save import Commits
 from llava_steps.training.guard import Counters, Guard
 from llava_steps.training.trackers import Trackers
@@ -266,7 +265,7 @@ def test_save_optim(whole: SimpleNamespace, going_on: Path) -> None:
     assert list(whole.out.glob("iter_*/optimizer/*")) and not list(going_on.glob("iter_*/optim*"))
     (last,) = going_on.glob("iter_*")
     with pytest.raises(InputError, match="without save_optim"):
-        state.load(last, Stage(), None, None)  # type: ignore[arg-type]
+        checkpoints.load(last, Stage(), None, None)  # type: ignore[arg-type]
 
 
 def test_load_optim(chain: Chain, whole: SimpleNamespace, going_on: Path) -> None:

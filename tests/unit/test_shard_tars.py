@@ -19,7 +19,7 @@ from PIL import Image
 from llava_steps.core.errors import InputError
 from llava_steps.data.samples.decode import check_jpeg, decode
 from llava_steps.data.samples.sample import SampleError
-from llava_steps.data.shards import write as shards
+from llava_steps.data.shards import writer
 from llava_steps.data.sources import Options, content_files, open_source
 from llava_steps.settings.config import TarShards
 from llava_steps.shard_tars import run
@@ -316,9 +316,9 @@ def test_bytes_do_not_depend_on_time_zone_hash_seed_or_umask(tmp_path: Path) -> 
     source = write(tmp_path, make_source(tmp_path, 5))
     script = (
         "import os, sys; from pathlib import Path; os.umask(int(sys.argv[3], 8));"
-        "from llava_steps.data import shards, sources;"
+        "from llava_steps.data import sources; from llava_steps.data.shards import writer;"
         "source = sources.open_source(Path(sys.argv[1]));"
-        "shards.write_shards(shards.Settings(source, Path(sys.argv[2]), 2), 1, 0.0)"
+        "writer.write_shards(writer.Settings(source, Path(sys.argv[2]), 2), 1, 0.0)"
     )
     for name, zone, umask in (("1", "Asia/Tokyo", "077"), ("2", "America/New_York", "000")):
         out = tmp_path / name
@@ -403,8 +403,8 @@ def test_the_files_of_a_source_are_its_content(tmp_path: Path) -> None:
 def test_memory_holds_one_sample_a_worker(tmp_path: Path) -> None:
     """A part is written sample by sample: reading ahead would show in the size of the task."""
     source = write(tmp_path, make_source(tmp_path, 3))
-    settings = shards.Settings(open_source(source), tmp_path, 4)
+    settings = writer.Settings(open_source(source), tmp_path, 4)
     chunk = next(settings.source.chunks(4))
-    part = shards.make_part(settings, chunk)
+    part = writer.make_part(settings, chunk)
     assert [s.index for s in part.samples] == [0, 1, 2]
     assert part.path.stat().st_size % 10240 == 0

@@ -68,7 +68,7 @@ def test_the_last_line_is_the_json_that_scripts_read(
     assert "| the | table |" in text
     (ask,) = (line for line in text if line.startswith("Ask it:"))
     assert ask.endswith(
-        "-m llava_steps.commands.chat results/demo/hf_export results/demo/demo_assets/raw/images/3.jpg "
+        "-m llava_steps chat results/demo/hf_export results/demo/demo_assets/raw/images/3.jpg "
         '"What digit is this?"'
     )
 

@@ -302,7 +302,7 @@ import errno
 from llava_steps.core import filesystem
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
-fsio.write_json = full
+filesystem.write_json = full
 Failure(rank, 3, "full").write(job.work)
 sys.exit(3)
 """

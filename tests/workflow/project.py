@@ -21,6 +21,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
+ROOMS = ("core", "settings", "geometry", "store", "pipeline", "planning", "commands")
+"""What the workflow itself needs of the package."""
+
 STUB = '''
 """What every stub step does."""
 import json, os, time
@@ -185,10 +188,9 @@ def make_project(root: Path) -> Project:
     """A project with stub steps in a new directory, in which nothing has run."""
     package = root / "llava_steps"
     skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "llava_steps/core", package / "core", ignore=skip)
-    shutil.copytree(ROOT / "llava_steps/planning", package / "planning", ignore=skip)
-    for name in ("__init__.py", "plan.py"):
-        shutil.copy(ROOT / "llava_steps" / name, package)
+    for room in ROOMS:
+        shutil.copytree(ROOT / "llava_steps" / room, package / room, ignore=skip)
+    shutil.copy(ROOT / "llava_steps/__init__.py", package)
     (package / "stub.py").write_text(STUB)
     for module, (config, name) in MODULES.items():
         (package / f"{module}.py").write_text(STEP.format(config=config, name=name))

@@ -14,7 +14,8 @@ from snakemake.exceptions import WorkflowError
 
 from llava_steps.commands import plan
 from llava_steps.store import lease, run
-from llava_steps.pipeline import steps, slurm
+from llava_steps.pipeline import slurm
+from llava_steps.pipeline import steps as pipeline
 from llava_steps.settings import load
 from llava_steps.store.container import exec_words, image_digest
 from llava_steps.core.errors import ConfigError, LockedError, StepError

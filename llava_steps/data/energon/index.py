@@ -19,7 +19,7 @@ from llava_steps.core.errors import InputError
 from llava_steps.data.energon.field_map import FieldMap
 from llava_steps.data.samples.decode import check_image
 from llava_steps.data.samples.sample import SampleError, from_parts
-from llava_steps.data.shards import tar as tars
+from llava_steps.data.shards import tars
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 _IGNORED = re.compile(r"__[^/]*__/")

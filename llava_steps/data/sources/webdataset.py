@@ -14,7 +14,7 @@ from llava_steps.core.errors import InputError
 from llava_steps.data.energon.field_map import FieldMap
 from llava_steps.data.energon.index import split_name
 from llava_steps.data.samples.sample import Sample, SampleError, from_parts
-from llava_steps.data.shards import tar as tars
+from llava_steps.data.shards import tars
 from llava_steps.data.sources import record
 from llava_steps.data.sources.base import Chunk, Options, Row, Source
 

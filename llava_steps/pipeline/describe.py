@@ -1,7 +1,7 @@
 """The configuration described from its classes: JSON schema, the tables of config/README.md and
 that of docs/options.md.
 
-`python -m llava_steps.settings.describe` renews the files; a test fails when they have drifted.
+`python -m llava_steps.pipeline.describe` renews the files; a test fails when they have drifted.
 """
 
 from __future__ import annotations

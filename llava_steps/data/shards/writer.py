@@ -24,7 +24,7 @@ from llava_steps.core import filesystem
 from llava_steps.data import pool
 from llava_steps.data.energon.metadata import SHARDS
 from llava_steps.data.samples.sample import SampleError, to_parts
-from llava_steps.data.shards import tar as tars
+from llava_steps.data.shards import tars
 from llava_steps.data.shards.plan import Part, Plan, Refused, Shard, Written
 from llava_steps.data.sources import Chunk, Source
 

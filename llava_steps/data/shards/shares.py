@@ -19,7 +19,7 @@ from typing import Any
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, LockedError
 from llava_steps.data import pool
-from llava_steps.data.shards import write as shards
+from llava_steps.data.shards import writer
 from llava_steps.data.shards.plan import Part, Refused, Written
 from llava_steps.data.sources import Chunk
 from llava_steps.store import lease, store
@@ -36,7 +36,7 @@ def share_size(records: int, samples_per_shard: int, share: str) -> int:
 
 
 def write_share(
-    settings: shards.Settings,
+    settings: writer.Settings,
     share: str,
     workers: int,
     advance: Callable[[int], None] = lambda _: None,
@@ -56,7 +56,7 @@ def write_share(
     chunks = settings.source.chunks(settings.samples_per_shard)
     own = islice(chunks, int(number) - 1, None, int(count))
     rows = []
-    for part in pool.ordered(partial(shards.make_part, settings), own, workers):
+    for part in pool.ordered(partial(writer.make_part, settings), own, workers):
         start = part.path.name.removeprefix(f"{filesystem.TEMPORARY}part-")
         part.path.rename(settings.entry / f"part-{start}.tar")
         name = f"part-{start}.tar"
