@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests import chain as chain_module
-from tests.chain import shared
+from tests.helpers import chain as chain_module
+from tests.helpers.chain import shared
 
 # Tests start hundreds of processes. Where Python is told, as in many containers, not to keep what
 # it compiles, each of them compiles torch and megatron anew: 15 s of a processor.

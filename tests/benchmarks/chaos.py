@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import chain
-from tests.patience import PATIENCE
+from tests.helpers import chain
+from tests.helpers.patience import PATIENCE
 
 STEPS, INTERVAL = 45, 4
 FLAGS = (

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.chain import environment
+from tests.helpers.chain import environment
 
 SHARD = 4 << 30
 CORES = 2
@@ -67,8 +67,8 @@ def llava_7b(layers: int) -> dict[str, object]:
 def write_model(directory: Path, layers: int) -> int:
     """A random model in shards of at most SHARD bytes; returns the bytes of its tensors."""
     from llava_steps.conversion.mapping import entries
+    from llava_steps.conversion.tower import tower_shapes
     from llava_steps.geometry.geometry import Geometry
-    from llava_steps.model.vision import tower_shapes
 
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(llava_7b(layers)))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.store import commit
-from tests import chain
+from tests.helpers import chain
 from tests.unit.test_core_commit import damage
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tests.benchmarks.loading import photo, prepare, sample
-from tests.unit.data_fixtures import make_hf_dir, members, write_tar
+from tests.helpers.data_fixtures import make_hf_dir, members, write_tar
 
 
 def _text(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, int]:

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests import chain
-from tests.dist_helpers import spawn
-from tests.layout_workers import Room, Training, deep_model
+from tests.helpers import chain
+from tests.helpers.dist_helpers import spawn
+from tests.helpers.layout_workers import Room, Training, deep_model
 
 STEPS, BAR = 20, 1e-5
 COMMON: dict[str, Any] = {
@@ -102,7 +102,8 @@ def train(room: Room, trainings: Sequence[tuple[str, Training]]) -> dict[str, li
     found: dict[str, list[float]] = {}
     for ranks in sorted({LAYOUTS[layout].ranks for layout, _ in trainings}):
         own = [training for layout, training in trainings if LAYOUTS[layout].ranks == ranks]
-        losses = spawn("tests.layout_workers:train", ranks, room.root, room, own, timeout=7200)[0]
+        work = "tests.helpers.layout_workers:train"
+        losses = spawn(work, ranks, room.root, room, own, timeout=7200)[0]
         found |= {training.name: row for training, row in zip(own, losses, strict=True)}
     return found
 

@@ -40,7 +40,7 @@ from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.data.loader.packing import pack
 from llava_steps.data.loader.workers import start_server
 from llava_steps.data.samples.conversation import load_processor
-from tests.unit.data_fixtures import make_hf_dir, members, write_tar
+from tests.helpers.data_fixtures import make_hf_dir, members, write_tar
 
 ROUNDS, STEPS, BATCH = 5, 4, 16
 MIX, CAPACITY, GLOBAL = 1024, 4096, 256

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.dist_helpers import model_parallel, spawn
-from tests.model_fixtures import (
+from tests.helpers.dist_helpers import model_parallel, spawn
+from tests.helpers.model_fixtures import (
     LLAMA3,
     VOCAB,
     Batch,
@@ -37,7 +37,7 @@ from tests.model_fixtures import (
     samples,
     save_hf,
 )
-from tests.model_workers import Job, Layout, build, run_schedule
+from tests.helpers.model_workers import Job, Layout, build, run_schedule
 
 LOGITS, AGREEMENT = 1e-4, 0.999
 LENGTH = 176

@@ -28,8 +28,8 @@ from llava_steps.conversion.tensors import TensorDirectory
 from llava_steps.conversion.transforms import TRANSFORMS
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from tests.dist_helpers import spawn
-from tests.model_fixtures import TINY, pack_samples, reference, samples, save_hf
+from tests.helpers.dist_helpers import spawn
+from tests.helpers.model_fixtures import TINY, pack_samples, reference, samples, save_hf
 
 MODELS = ("biases-uneven", "qwen3")
 """Between them every row of the table is in use."""
@@ -115,7 +115,7 @@ class Checks:
 
 def attack(rank: int, root: Path, places: list[int]) -> list[tuple[int, str, str]]:
     """(row, mutation, first check that fails or "") for all mutants of the rows `places`."""
-    from tests.dist_helpers import model_parallel
+    from tests.helpers.dist_helpers import model_parallel
 
     found = []
     with model_parallel(1, 1):

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from llava_steps.data.loader.loader import TrainLoader
-from tests.unit.data_fixtures import make_energon, make_hf_dir
+from tests.helpers.data_fixtures import make_energon, make_hf_dir
 
 BATCH = 8
 LAYOUTS = ((1, 0), (2, 2), (4, 1), (1, 0), (2, 1), (4, 0), (1, 2), (2, 0), (4, 2))

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from llava_steps.pipeline.steps import UPSTREAM
-from tests.chain import ROOT, environment
+from tests.helpers.chain import ROOT, environment
 
 
 def main() -> int:

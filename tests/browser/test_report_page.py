@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.chain import run_step
-from tests.report_fixtures import HOSTILE, make_run
+from tests.helpers.chain import run_step
+from tests.helpers.report_fixtures import HOSTILE, make_run
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""

@@ -11,9 +11,9 @@ from llava_steps.geometry.geometry import padded
 from llava_steps.launch import launch
 from llava_steps.launch.rendezvous import Party, Place
 from llava_steps.settings.config import Stage
-from tests import reference
-from tests.chain import Chain, metrics, sample_ids
 from tests.docs.named_tests import skips
+from tests.helpers import reference
+from tests.helpers.chain import Chain, metrics, sample_ids
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/known-mistakes.md"

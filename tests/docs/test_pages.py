@@ -16,7 +16,7 @@ from llava_steps.core import errors
 from llava_steps.pipeline.steps import MODULES, UPSTREAM
 from llava_steps.settings.config import Config
 from llava_steps.settings.load import load
-from tests.chain import run_step
+from tests.helpers.chain import run_step
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("config/*.md")])

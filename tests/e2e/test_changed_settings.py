@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from tests.chain import ROOT, environment
-from tests.patience import PATIENCE
+from tests.helpers.chain import ROOT, environment
+from tests.helpers.patience import PATIENCE
 
 SMALL: dict[str, Any] = {
     "demo_assets": {

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.chaos import INTERVAL, disturb
-from tests.chain import Chain
 from tests.faults.drive import drive
+from tests.helpers.chain import Chain
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")

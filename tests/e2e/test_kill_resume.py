@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.chain import ROOT, environment, metrics, sample_ids
-from tests.patience import PATIENCE
+from tests.helpers.chain import ROOT, environment, metrics, sample_ids
+from tests.helpers.patience import PATIENCE
 
 KILLS = int(os.environ.get("LLAVA_STEPS_KILLS", "10"))
 SEED = int(os.environ.get("LLAVA_STEPS_KILL_SEED", "20240607"))

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from llava_steps.conversion.torch_dist_write import Reader
-from tests import plain_lora, reference
 from tests.benchmarks.layouts import BAR, COMMON, LAYOUTS, Row, compare
-from tests.chain import Chain, metrics, sample_ids
-from tests.dist_helpers import spawn
-from tests.layout_workers import Room, Training, deep_model
+from tests.helpers import plain_lora, reference
+from tests.helpers.chain import Chain, metrics, sample_ids
+from tests.helpers.dist_helpers import spawn
+from tests.helpers.layout_workers import Room, Training, deep_model
 
 STEPS = 6
 NAMES = (
@@ -63,7 +63,7 @@ def test_overlap_reduces_while_the_backward_pass_goes_on(
     _, start = deep_model(chain, room.root)
     settings = {**COMMON, **LAYOUTS["dp4 compiled overlap"].settings, "compile": compile}
     training = Training(f"reductions {compile}", {**settings, "train_steps": 3}, start)
-    for events in spawn("tests.layout_workers:reductions", 2, tmp_path, room, training):
+    for events in spawn("tests.helpers.layout_workers:reductions", 2, tmp_path, room, training):
         buckets = events.count("finish") // 3
         assert buckets > 3
         # In the first step megatron-core only learns which gradients to wait for.
@@ -80,7 +80,7 @@ def test_fp8_of_torch_is_the_same_in_each_layout(chain: Chain, room: Room) -> No
     def losses(ranks: int, **ways: dict[str, object]) -> list[list[float]]:
         made = [Training(name, {**plain, **settings}, start) for name, settings in ways.items()]
         found: list[list[float]] = spawn(
-            "tests.layout_workers:train", ranks, room.root, room, made
+            "tests.helpers.layout_workers:train", ranks, room.root, room, made
         )[0]
         return found
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tests import reference
-from tests.chain import Chain, metrics, sample_ids
+from tests.helpers import reference
+from tests.helpers.chain import Chain, metrics, sample_ids
 
 STEPS, BATCH = 20, 8
 LR, WARMUP, DECAY, CLIP = 1e-3, 3, 0.05, 0.5

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests import reference
-from tests.chain import Chain, alone, make, metrics, sample_ids, shared
-from tests.unit.hf_fixtures import make_siglip, make_text, make_tokenizer
+from tests.helpers import reference
+from tests.helpers.chain import Chain, alone, make, metrics, sample_ids, shared
+from tests.helpers.hf_fixtures import make_siglip, make_text, make_tokenizer
 
 STEPS, BATCH = 20, 8
 SETTINGS = {"lr": 3e-4, "warmup": 3, "weight_decay": 0.05, "clip": 0.5}

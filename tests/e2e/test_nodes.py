@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chain import Chain, environment, metrics, sample_ids
-from tests.patience import PATIENCE, wait_for
+from tests.helpers.chain import Chain, environment, metrics, sample_ids
+from tests.helpers.patience import PATIENCE, wait_for
 
 FLAGS = (
     "--stage=2", "--tp=2", "--train-steps=6", "--warmup-steps=2", "--lr=1e-3",

@@ -14,8 +14,8 @@ from llava_steps.core.errors import DivergedError
 from llava_steps.launch import launch as launching
 from llava_steps.launch.job import Job
 from llava_steps.settings.config import Stage
-from tests.chain import ROOT, Chain, metrics
-from tests.poisoned_worker import CASES, MICRO
+from tests.helpers.chain import ROOT, Chain, metrics
+from tests.helpers.poisoned_worker import CASES, MICRO
 
 STEPS = 2 * len(CASES) + 2
 
@@ -35,7 +35,7 @@ def train(
     real = subprocess.Popen
 
     def popen(line: list[str], **kwargs: object) -> subprocess.Popen[bytes]:
-        return real([sys.executable, "-m", "tests.poisoned_worker", line[-1]], **kwargs)  # type: ignore[call-overload]
+        return real([sys.executable, "-m", "tests.helpers.poisoned_worker", line[-1]], **kwargs)  # type: ignore[call-overload]
 
     monkeypatch.setattr(launching.subprocess, "Popen", popen)
     monkeypatch.setenv("POISONED_STEPS", poisoned)

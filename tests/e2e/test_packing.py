@@ -10,14 +10,14 @@ import yaml
 
 from llava_steps.core.errors import IntegrityError
 from llava_steps.data.loader.corpus import Corpus
-from tests.chain import Chain, run_step, sample_ids
-from tests.dist_helpers import spawn
-from tests.packing_worker import BATCH, LENGTH, STEPS
+from tests.helpers.chain import Chain, run_step, sample_ids
+from tests.helpers.dist_helpers import spawn
+from tests.helpers.packing_worker import BATCH, LENGTH, STEPS
 
 
 def test_200_samples_have_the_same_losses_packed_and_alone(chain: Chain, tmp_path: Path) -> None:
     arguments = (chain.hf, chain.dataset, chain.checkpoint)
-    ((alone, packed),) = spawn("tests.packing_worker:losses", 1, tmp_path, *arguments)
+    ((alone, packed),) = spawn("tests.helpers.packing_worker:losses", 1, tmp_path, *arguments)
     (one_by_one, singles, tokens), (together, rows, same_tokens) = alone, packed
     assert singles == len(one_by_one) == STEPS * BATCH == 200 and tokens == same_tokens
     assert [s[:2] for s in one_by_one] == [s[:2] for s in together], "the same samples, in order"

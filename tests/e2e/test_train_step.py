@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.chain import Chain, environment, metrics, run_step, sample_ids
-from tests.patience import PATIENCE, wait_for
+from tests.helpers.chain import Chain, environment, metrics, run_step, sample_ids
+from tests.helpers.patience import PATIENCE, wait_for
 
 STEPS = 24
 FLAGS = (

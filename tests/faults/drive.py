@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests import chain
+from tests.helpers import chain
 
 KILL = -1
 ACTIONS = (KILL, errno.ENOSPC, errno.EIO, errno.EDQUOT)

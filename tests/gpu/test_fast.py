@@ -16,7 +16,7 @@ pytestmark = [
 @pytest.mark.parametrize(("precision", "bar"), [("fp32", 1e-5), ("bf16", 0.0)])
 def test_gradients(tmp_path: Path, precision: str, bar: float) -> None:
     """In bf16 the bar is what its rounding costs transformers itself."""
-    from tests import fast_model
+    from tests.helpers import fast_model
 
     found = {}
     if precision == "bf16":
@@ -35,7 +35,7 @@ def test_gradients(tmp_path: Path, precision: str, bar: float) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_in_bf16_with_usual_weights(tmp_path: Path, compiled: bool) -> None:
-    from tests import fast_model
+    from tests.helpers import fast_model
 
     loss, gradient, _ = fast_model.compare(tmp_path, "bf16", compiled, usual=True)
     print(f"bf16 {compiled}: loss {loss:.2e}, gradient {gradient:.2e}")

@@ -18,7 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize("kernel", ["torch", "fa4"])
 def test_flash_attention(kernel: str, groups: int, head_dim: int, request: Any) -> None:
     from llava_steps.model import flash
-    from tests.attention import causal
+    from tests.helpers.attention import causal
 
     if kernel == "fa4" and (missing := flash.missing_for_fa4(head_dim)):
         pytest.skip(f"FlashAttention 4 needs {missing}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.needs import ENGINE
+from tests.helpers.needs import ENGINE
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -21,7 +21,7 @@ the tensorwise recipe 2 (5.3 %), and eight linears lie behind one another."""
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Deviation of the gradient of our own linears and of Transformer Engine's, both in bf16."""
-    from tests import fast_model
+    from tests.helpers import fast_model
 
     found = {}
     for spec in ("local", "te"):
@@ -55,7 +55,7 @@ def test_rounding_is_that_of_a_cpu(shape: tuple[int, int], gradient: bool) -> No
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_compiled_fp8_needs_torch_alone(tmp_path: Path, recompute: str) -> None:
-    from tests import fast_model
+    from tests.helpers import fast_model
 
     how = {"fp8": "tensorwise", "recompute": recompute, "wide": True}
     loss, gradient, graphs = fast_model.compare(tmp_path, "bf16", compiled=True, **how)
@@ -68,7 +68,7 @@ def test_compiled_fp8_needs_torch_alone(tmp_path: Path, recompute: str) -> None:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_fp8(tmp_path: Path, bf16: dict[str, float], recipe: str, recompute: str) -> None:
-    from tests import fast_model
+    from tests.helpers import fast_model
 
     how = {"spec": "te", "fp8": recipe, "recompute": recompute, "wide": True}
     compiled = recompute == "none"

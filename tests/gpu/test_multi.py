@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from tests.chain import Chain, metrics
 from tests.e2e.test_loss_parity import COMMON
-from tests.needs import ENGINE
+from tests.helpers.chain import Chain, metrics
+from tests.helpers.needs import ENGINE
 
 torch = pytest.importorskip("torch")
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0

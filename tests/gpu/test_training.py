@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from tests import reference
-from tests.chain import Chain, metrics, sample_ids
 from tests.e2e.test_loss_parity import BATCH, CLIP, COMMON, DECAY, LR, STAGES, STEPS, WARMUP
 from tests.e2e.test_train_step import stopped, value
-from tests.needs import ENGINE
+from tests.helpers import reference
+from tests.helpers.chain import Chain, metrics, sample_ids
+from tests.helpers.needs import ENGINE
 
 torch = pytest.importorskip("torch")
 pytestmark = [

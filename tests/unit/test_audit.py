@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_fixtures import fake_context, make_energon, make_hf_dir, members, sample_parts, write_tar
 
 from llava_steps import audit as step
 from llava_steps.core.errors import InputError, IntegrityError
@@ -19,6 +18,14 @@ from llava_steps.data.loader.corpus import Corpus, Place
 from llava_steps.data.samples.conversation import ConversationEncoder, Encoded
 from llava_steps.data.samples.sample import from_parts
 from llava_steps.settings.config import Audit
+from tests.helpers.data_fixtures import (
+    fake_context,
+    make_energon,
+    make_hf_dir,
+    members,
+    sample_parts,
+    write_tar,
+)
 
 SAMPLES = 25
 PLAIN: dict[str, Any] = {"seq_length": 512, "samples": 0}

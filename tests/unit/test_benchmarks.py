@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hf_fixtures import PARTS_TEMPLATE, STRING_TEMPLATE, make_text, make_tokenizer, make_tower
 
 from llava_steps import llm_jp_eval_mm, lmms_eval
 from llava_steps.conversion.build import build
@@ -18,7 +17,14 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.evaluation import ask, eval_mm_driver, harness, same_prompts
 from llava_steps.settings.config import HfModel, LmmsEval
 from llava_steps.store.run import execute
-from tests.patience import wait_for
+from tests.helpers.hf_fixtures import (
+    PARTS_TEMPLATE,
+    STRING_TEMPLATE,
+    make_text,
+    make_tokenizer,
+    make_tower,
+)
+from tests.helpers.patience import wait_for
 
 STANDINS = Path(__file__).parents[1] / "standins"
 

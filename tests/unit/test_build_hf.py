@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_fixtures import fake_context
-from hf_fixtures import SIDE, STRING_TEMPLATE, TOKENS, make_text, make_tokenizer, make_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -27,7 +25,16 @@ from llava_steps.conversion.tower import tower_shapes
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.settings.config import HfModel
-from tests.chain import run_step
+from tests.helpers.chain import run_step
+from tests.helpers.data_fixtures import fake_context
+from tests.helpers.hf_fixtures import (
+    SIDE,
+    STRING_TEMPLATE,
+    TOKENS,
+    make_text,
+    make_tokenizer,
+    make_tower,
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from data_fixtures import jpeg
-from hf_fixtures import make_text, make_tokenizer, make_tower
 
 from llava_steps.commands import chat
 from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError
 from llava_steps.evaluation import ask
 from llava_steps.settings.config import HfModel
+from tests.helpers.data_fixtures import jpeg
+from tests.helpers.hf_fixtures import make_text, make_tokenizer, make_tower
 
 
 @pytest.fixture(scope="module")

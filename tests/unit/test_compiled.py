@@ -15,7 +15,7 @@ cpu_shim.install()
 
 from llava_steps.conversion.rope import rotate  # noqa: E402
 from llava_steps.model import compiled, kernels  # noqa: E402
-from tests import fast_model  # noqa: E402
+from tests.helpers import fast_model  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

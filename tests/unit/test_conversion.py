@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_fixtures import fake_context
 from safetensors.torch import load_file, save_file
 
 from llava_steps import hf_to_megatron, megatron_to_hf
@@ -26,7 +25,8 @@ from llava_steps.geometry.geometry import Geometry
 from llava_steps.settings.config import HfExport, MegatronCheckpoint
 from llava_steps.store import commit, store
 from llava_steps.store.run import execute
-from tests.model_fixtures import TINY, save_hf
+from tests.helpers.data_fixtures import fake_context
+from tests.helpers.model_fixtures import TINY, save_hf
 
 SINGLE = "model.safetensors"
 Q0 = "language_model.model.layers.0.self_attn.q_proj.weight"

@@ -14,7 +14,7 @@ import pytest
 
 from llava_steps.core.errors import LockedError
 from llava_steps.store import lease
-from tests.patience import PATIENCE, wait_for
+from tests.helpers.patience import PATIENCE, wait_for
 
 
 @pytest.fixture(autouse=True)

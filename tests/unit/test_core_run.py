@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import PATIENCE, wait_for
+from tests.helpers.patience import PATIENCE, wait_for
 
 STEP = '''
 """A small step for the tests."""

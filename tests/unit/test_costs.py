@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_steps.conversion.tower import tower_shapes
 from llava_steps.geometry.costs import Trained, Work, flops, parameters, trained_parameters
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.vision import tower_shapes
 from llava_steps.settings.config import Stage
-from tests.cost_workers import Case, Counted
-from tests.dist_helpers import spawn
-from tests.model_fixtures import TINY, config_of, pack_samples, samples
+from tests.helpers.cost_workers import Case, Counted
+from tests.helpers.dist_helpers import spawn
+from tests.helpers.model_fixtures import TINY, config_of, pack_samples, samples
 
 TRAINED = tuple(Trained(*each) for each in product((False, True), repeat=3) if any(each))
 CASES = (
@@ -39,7 +39,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, Geomet
         rows = tuple(pack_samples(all_samples, (i,), len(all_samples[i].tokens)) for i in ROWS)
         text = pack_samples(all_samples, (TEXT,), len(all_samples[TEXT].tokens))
         cases.append(Case(hf, trained, rows, text))
-    results = spawn("tests.cost_workers:count", 1, directory, cases)[0]
+    results = spawn("tests.helpers.cost_workers:count", 1, directory, cases)[0]
     return [(c, Geometry.load(c.hf), r) for c, r in zip(cases, results, strict=True)]
 
 

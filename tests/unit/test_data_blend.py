@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from data_fixtures import TEMPLATE, make_energon, make_hf_dir
 
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.loader.corpus import Corpus
@@ -20,6 +19,7 @@ from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.data.loader.order import EpochOrder, SampleOrder, WeightedOrder, largest_remainder
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.config import Stage
+from tests.helpers.data_fixtures import TEMPLATE, make_energon, make_hf_dir
 
 HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 SIZES = {"one": 12, "two": 20, "three": 8}

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_fixtures import TEMPLATE, jpeg, make_hf_dir, sample_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,6 +19,7 @@ from llava_steps.data.samples.decode import decode
 from llava_steps.data.samples.images import ImageTransform
 from llava_steps.data.samples.sample import Sample, SampleError, Turn, from_parts
 from llava_steps.data.samples.template import message_parts
+from tests.helpers.data_fixtures import TEMPLATE, jpeg, make_hf_dir, sample_parts
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from data_fixtures import make_energon, make_hf_dir, sample_parts, write_tar
 
 from llava_steps.core.errors import ConfigError, InputError, StepError
 from llava_steps.data.energon.reader import SampleReader
 from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.data.loader.order import SampleOrder
+from tests.helpers.data_fixtures import make_energon, make_hf_dir, sample_parts, write_tar
 
 SAMPLES = 24
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_fixtures import jpeg, make_energon, make_hf_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.data.loader.packing import pack
 from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.settings.config import Stage
+from tests.helpers.data_fixtures import jpeg, make_energon, make_hf_dir
 
 CAPACITY = 120
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_fixtures import make_hf_dir
 
 from llava_steps.data.loader import loader as loader_module
 from tests.benchmarks.soak_data import make_blend, soak
+from tests.helpers.data_fixtures import make_hf_dir
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from data_fixtures import write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_steps.core.errors import InputError
 from llava_steps.data.shards import tars
+from tests.helpers.data_fixtures import write_tar
 
 FILES = [("000000001.jpg", b"x" * 700), ("000000001.txt", b""), ("000000001.json", b"{}" * 256)]
 

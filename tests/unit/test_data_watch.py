@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from data_fixtures import make_energon, make_hf_dir
 
 from llava_steps.core.errors import StepError
 from llava_steps.data import pool
@@ -23,7 +22,8 @@ from llava_steps.data.loader.corpus import Place
 from llava_steps.data.loader.feed import Feed
 from llava_steps.data.loader.row_builder import RowMaker
 from llava_steps.data.loader.workers import Task, Workers, _Worker
-from tests.patience import wait_for
+from tests.helpers.data_fixtures import make_energon, make_hf_dir
+from tests.helpers.patience import wait_for
 
 server = forkserver._forkserver  # type: ignore[attr-defined]
 STUCK = 3

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_fixtures import fake_context
 
 from llava_steps import build_hf, demo_assets
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.filesystem import files_below, sha256_file
 from llava_steps.demo import questions, scans, text
 from llava_steps.settings.config import DemoAssets, HfModel
-from tests.chain import environment
+from tests.helpers.chain import environment
+from tests.helpers.data_fixtures import fake_context
 
 BRIEF = {"pretrain_vision_steps": 3, "pretrain_text_steps": 3, "text_layers": 1, "vision_layers": 2}
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_fixtures import fake_context, jpeg
-from hf_fixtures import PARTS_TEMPLATE, STRING_TEMPLATE, make_text, make_tokenizer, make_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +20,15 @@ from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.data.samples.sample import Turn
 from llava_steps.evaluation import ask, score
 from llava_steps.settings.config import Evaluation, HfModel
-from tests.chain import run_step
+from tests.helpers.chain import run_step
+from tests.helpers.data_fixtures import fake_context, jpeg
+from tests.helpers.hf_fixtures import (
+    PARTS_TEMPLATE,
+    STRING_TEMPLATE,
+    make_text,
+    make_tokenizer,
+    make_tower,
+)
 
 TEMPLATES = {"demo": None, "text": STRING_TEMPLATE, "parts": PARTS_TEMPLATE}
 TALK = [

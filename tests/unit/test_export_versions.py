@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_fixtures import fake_context
-from hf_fixtures import make_siglip, make_text, make_tokenizer, make_tower
 
 from llava_steps import build_hf, hf_to_megatron, megatron_to_hf
 from llava_steps.conversion.tensors import TensorDirectory
 from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.settings.config import HfExport, HfModel, MegatronCheckpoint
-from tests.chain import ROOT, environment
+from tests.helpers.chain import ROOT, environment
+from tests.helpers.data_fixtures import fake_context
+from tests.helpers.hf_fixtures import make_siglip, make_text, make_tokenizer, make_tower
 
 VERSIONS = {
     "4.45.2": ("tokenizers==0.20.3", "huggingface_hub==0.36.0"),
@@ -88,11 +88,11 @@ def installed(version: str, cache: Path) -> Path:
 
 
 def ask(paths: list[Path], out: Path, before: Path | None = None) -> dict[str, np.ndarray]:
-    """tests/answers.py, with the packages in `before` instead of the installed ones."""
+    """tests/helpers/answers.py, with the packages in `before` instead of the installed ones."""
     env = environment()
     if before is not None:
         env["PYTHONPATH"] = os.pathsep.join((str(before), env["PYTHONPATH"]))
-    line = [sys.executable, str(ROOT / "tests/answers.py"), str(out), *map(str, paths)]
+    line = [sys.executable, str(ROOT / "tests/helpers/answers.py"), str(out), *map(str, paths)]
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(out))

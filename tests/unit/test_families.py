@@ -10,16 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hf_fixtures import (
-    PATCH,
-    SIDE,
-    TOKENS,
-    make_siglip,
-    make_text,
-    make_tokenizer,
-    make_tower,
-    randomize,
-)
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -35,7 +25,17 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.geometry.families import TEXT_FAMILIES, VISION_FAMILIES
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.settings.config import HfModel
-from tests.model_fixtures import TINY, config_of
+from tests.helpers.hf_fixtures import (
+    PATCH,
+    SIDE,
+    TOKENS,
+    make_siglip,
+    make_text,
+    make_tokenizer,
+    make_tower,
+    randomize,
+)
+from tests.helpers.model_fixtures import TINY, config_of
 
 FAMILIES = {
     "llama": "untied-default",

@@ -9,7 +9,7 @@ import pytest
 
 from llava_steps.conversion.mapping import ROWS
 from tests.benchmarks import matrix
-from tests.dist_helpers import spawn
+from tests.helpers.dist_helpers import spawn
 
 
 def test_every_mutant_of_every_row_of_the_mapping_table_is_killed(tmp_path: Path) -> None:

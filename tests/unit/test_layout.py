@@ -10,7 +10,7 @@ from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import check_layout, costs, even_split, pipeline_split
 from llava_steps.settings.config import Stage
-from tests.model_fixtures import TINY, config_of
+from tests.helpers.model_fixtures import TINY, config_of
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from llava_steps.conversion.mapping import check_shapes
 from llava_steps.conversion.tensors import TensorDirectory
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from tests import plain_lora
-from tests.dist_helpers import spawn
-from tests.model_fixtures import TINY, pack_samples, reference, samples, save_hf
-from tests.model_workers import Job, Layout
+from tests.helpers import plain_lora
+from tests.helpers.dist_helpers import spawn
+from tests.helpers.model_fixtures import TINY, pack_samples, reference, samples, save_hf
+from tests.helpers.model_workers import Job, Layout
 
 ALL = Lora(4, 6.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
 SOME = Lora(2, 8.0, ("linear_qkv", "linear_fc2"))
@@ -75,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
             Job(room / "hf", room / "adapted", layout, True, (batch,), room / "out", lora=lora)
         )
         (room / "out").mkdir()
-    last = spawn("tests.model_workers:layouts", 4, root, jobs, timeout=300)[3]
+    last = spawn("tests.helpers.model_workers:layouts", 4, root, jobs, timeout=300)[3]
     return [
         Run(job.weights, theirs, ours["logits"][0][: len(theirs)], job.hf, job.batches[0])
         for job, theirs, ours in zip(jobs, expected, last, strict=True)

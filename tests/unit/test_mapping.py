@@ -17,7 +17,7 @@ from llava_steps.conversion.tower import tower_shapes
 from llava_steps.conversion.transforms import TRANSFORMS, fuse_gate_up, fuse_qkv, split_qkv
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
-from tests.model_fixtures import TINY, config_of, save_hf
+from tests.helpers.model_fixtures import TINY, config_of, save_hf
 
 
 def geometry_of(name: str) -> Geometry:

@@ -16,9 +16,9 @@ from llava_steps.planning.models import model_of
 from llava_steps.settings.config import Stage
 from llava_steps.settings.load import load
 from tests.benchmarks import gpu_work
-from tests.cost_workers import Kept, Training
-from tests.dist_helpers import spawn
-from tests.model_fixtures import Batch
+from tests.helpers.cost_workers import Kept, Training
+from tests.helpers.dist_helpers import spawn
+from tests.helpers.model_fixtures import Batch
 
 ROOT = Path(__file__).parents[2]
 DEMO = load([ROOT / "config/config.yaml"])
@@ -89,7 +89,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Geomet
         micro = stage.global_batch_size // (stage.micro_batch_size * stage.data_parallel)
         row = row_of(geometry, stage.micro_batch_size)
         trainings.append(Training(directory, stage, ((row,) * micro,) * stage.data_parallel))
-    ranks = spawn("tests.cost_workers:keep", 2, directory, trainings)
+    ranks = spawn("tests.helpers.cost_workers:keep", 2, directory, trainings)
     return {
         name: (geometry, [rank[number] for rank in ranks]) for number, name in enumerate(STAGES)
     }

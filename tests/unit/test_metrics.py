@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_fixtures import jpeg
-from hf_fixtures import make_text, make_tokenizer, make_tower
 
 from llava_steps import evaluate
 from llava_steps.conversion.build import build
@@ -19,6 +17,8 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.evaluation import ask, metrics, perplexity, score
 from llava_steps.evaluation.words import words
 from llava_steps.settings.config import HfModel
+from tests.helpers.data_fixtures import jpeg
+from tests.helpers.hf_fixtures import make_text, make_tokenizer, make_tower
 
 
 def question(*references: str, group: str = "g") -> ask.Question:

@@ -20,11 +20,11 @@ from llava_steps.conversion.hf_names import canonical
 from llava_steps.conversion.mapping import entries
 from llava_steps.conversion.tensors import TensorDirectory
 from llava_steps.conversion.torch_dist_read import read_metadata
+from llava_steps.conversion.tower import tower_shapes
 from llava_steps.conversion.transforms import TRANSFORMS
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.vision import tower_shapes
-from tests.dist_helpers import spawn
-from tests.model_fixtures import (
+from tests.helpers.dist_helpers import spawn
+from tests.helpers.model_fixtures import (
     TINY,
     VOCAB,
     Sample,
@@ -34,7 +34,7 @@ from tests.model_fixtures import (
     samples,
     save_hf,
 )
-from tests.model_workers import Job, Layout
+from tests.helpers.model_workers import Job, Layout
 
 LAYOUTS = (
     Layout(),
@@ -124,7 +124,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Run]:
             Job(folder / "hf", folder / "weights", case.layout, freeze_vision,
                 models[case.model][1], out, case.freeze_lm)
         )  # fmt: skip
-    ranks = spawn("tests.model_workers:layouts", 4, root, jobs)
+    ranks = spawn("tests.helpers.model_workers:layouts", 4, root, jobs)
     found = {}
     for place, (case, job) in enumerate(zip(CASES + BF16, jobs, strict=True)):
         # Rank 3 is on the last pipeline stage and the last tensor-parallel rank of every layout.
@@ -247,7 +247,7 @@ def test_equal_weights_are_saved_as_equal_bytes(
     case = Case("tied-full", Layout(tp=2, pp=2, sequence_parallel=True))
     monkeypatch.setenv("PYTHONHASHSEED", "77")
     said = spawn(
-        "tests.model_workers:save_only",
+        "tests.helpers.model_workers:save_only",
         4,
         tmp_path,
         replace(runs[case].job, out=tmp_path),

@@ -14,7 +14,7 @@ from llava_steps.core import errors
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.planning.models import model_of
 from llava_steps.settings import load
-from tests.chain import ROOT
+from tests.helpers.chain import ROOT
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "vocab_size": 100,
          "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip

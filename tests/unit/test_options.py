@@ -32,7 +32,7 @@ from llava_steps.training import checkpoints, parallel
 from llava_steps.training.async_save import Commits
 from llava_steps.training.guard import Counters, Guard
 from llava_steps.training.trackers import Trackers
-from tests.chain import Chain, logged, metrics, run_step, sample_ids
+from tests.helpers.chain import Chain, logged, metrics, run_step, sample_ids
 
 ROOT = Path(__file__).parents[2]
 NAMED = (

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_fixtures import make_hf_dir
 from PIL import Image
 from transformers.image_utils import load_image
 
@@ -17,6 +16,7 @@ from llava_steps.data.samples.conversation import ConversationEncoder, load_proc
 from llava_steps.data.samples.decode import check_image
 from llava_steps.data.samples.sample import Turn
 from llava_steps.evaluation import ask
+from tests.helpers.data_fixtures import make_hf_dir
 
 SIZES = {"square": (40, 40), "wide": (200, 31), "tall": (29, 170), "tiny": (5, 3)}
 MODES = {

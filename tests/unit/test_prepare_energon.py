@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_fixtures import fake_context, jpeg, members, sample_parts, write_tar
 
 from llava_steps import prepare_energon, shard_tars
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
@@ -24,6 +23,7 @@ from llava_steps.settings.config import EnergonDataset, TarShards
 from llava_steps.shard_tars import run as shard
 from llava_steps.store import store
 from llava_steps.store.run import execute
+from tests.helpers.data_fixtures import fake_context, jpeg, members, sample_parts, write_tar
 
 FIELDS = {"image": "jpg", "context": "json[question]", "answers": "txt"}
 
@@ -457,7 +457,7 @@ def test_an_index_that_disagrees_with_its_tar_is_an_input_error(tmp_path: Path) 
 
 def test_datasets_prepared_by_energon_itself_can_be_read(tmp_path: Path) -> None:
     """Mixed samples of other tests, read back as they were written."""
-    from data_fixtures import make_energon
+    from tests.helpers.data_fixtures import make_energon
 
     reader = SampleReader(make_energon(tmp_path / "ds", 10, 4), "train")
     assert [reader[n].id for n in range(10)] == [f"id-{n}" for n in range(10)]
@@ -466,7 +466,7 @@ def test_datasets_prepared_by_energon_itself_can_be_read(tmp_path: Path) -> None
 
 def test_a_prepared_dataset_is_used_in_place_and_not_touched(tmp_path: Path) -> None:
     """Made by energon itself, without shards.json, on a read-only file system for all we know."""
-    from data_fixtures import make_energon
+    from tests.helpers.data_fixtures import make_energon
 
     root = make_energon(tmp_path / "ds", 6, 3)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hf_fixtures import PARTS_TEMPLATE, STRING_TEMPLATE, make_text, make_tokenizer, make_tower
 from PIL import Image
 
 from llava_steps import llm_jp_eval_mm, lmms_eval
@@ -25,6 +24,13 @@ from llava_steps.core.errors import InputError
 from llava_steps.evaluation import ask
 from llava_steps.settings.config import HfModel
 from llava_steps.store.run import execute
+from tests.helpers.hf_fixtures import (
+    PARTS_TEMPLATE,
+    STRING_TEMPLATE,
+    make_text,
+    make_tokenizer,
+    make_tower,
+)
 
 LMMS_EVAL, EVAL_MM = (
     os.environ.get(f"LLAVA_STEPS_{name}", "") for name in ("LMMS_EVAL", "EVAL_MM")

@@ -15,8 +15,8 @@ from llava_steps.pipeline.steps import OPTIONAL, UPSTREAM, chain
 from llava_steps.reporting import charts, html
 from llava_steps.settings.config import Config
 from llava_steps.store import code_version
-from tests.chain import run_step
-from tests.report_fixtures import HOSTILE, make_run
+from tests.helpers.chain import run_step
+from tests.helpers.report_fixtures import HOSTILE, make_run
 
 
 class Page(HTMLParser):

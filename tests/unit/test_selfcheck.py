@@ -19,7 +19,7 @@ from llava_steps.conversion.transforms import TRANSFORMS
 from llava_steps.core.errors import IntegrityError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.store.run import execute
-from tests.model_fixtures import TINY, save_hf
+from tests.helpers.model_fixtures import TINY, save_hf
 
 
 def check(hf: Path, weights: Path) -> dict[str, float]:

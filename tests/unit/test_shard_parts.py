@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_fixtures import jpeg
 
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.shard_tars import STEP
 from llava_steps.store import store
 from llava_steps.store.lease import Lease
 from llava_steps.store.run import execute
+from tests.helpers.data_fixtures import jpeg
 
 
 def make(folder: Path, bad: tuple[int, ...]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_fixtures import fake_context, jpeg
 from PIL import Image
 
 from llava_steps.core.errors import InputError
@@ -23,6 +22,7 @@ from llava_steps.data.shards import writer
 from llava_steps.data.sources import Options, content_files, open_source
 from llava_steps.settings.config import TarShards
 from llava_steps.shard_tars import run
+from tests.helpers.data_fixtures import fake_context, jpeg
 
 
 def human(text: str) -> dict[str, str]:

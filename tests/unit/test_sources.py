@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_fixtures import fake_context, jpeg, members, write_tar
 from PIL import Image
 
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.sources import detect
 from llava_steps.settings.config import TarShards
 from llava_steps.shard_tars import run
+from tests.helpers.data_fixtures import fake_context, jpeg, members, write_tar
 
 TALKS = [(f"s{n}", f"What is {n}?", f"It is, 「{n}」.") for n in range(7)]
 

@@ -13,7 +13,7 @@ import pytest
 
 from llava_steps.commands import summary
 from llava_steps.core.errors import ConfigError, InputError
-from tests.chain import ROOT, environment
+from tests.helpers.chain import ROOT, environment
 
 
 def group(accuracy: float) -> dict[str, Any]:

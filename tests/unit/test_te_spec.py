@@ -18,11 +18,12 @@ from llava_steps.settings.config import Stage
 cpu_shim.install()
 
 from llava_steps.conversion.lora import Lora  # noqa: E402
+from llava_steps.launch import gpus, preflight, te_check  # noqa: E402
 from llava_steps.model.options import ModelOptions, transformer_config  # noqa: E402
-from llava_steps.training import gpus, preflight, rows, te_check  # noqa: E402
-from tests import fast_model  # noqa: E402
-from tests.dist_helpers import spawn  # noqa: E402
-from tests.model_fixtures import config_of  # noqa: E402
+from llava_steps.training import forward  # noqa: E402
+from tests.helpers import fast_model  # noqa: E402
+from tests.helpers.dist_helpers import spawn  # noqa: E402
+from tests.helpers.model_fixtures import config_of  # noqa: E402
 
 GEOMETRY = Geometry.from_hf(config_of(fast_model.WIDE).to_dict())
 OWN = {"fp8": True, "layer_spec": "local"}
@@ -137,10 +138,10 @@ def test_sizes(name: str) -> None:
 
 
 def test_rows() -> None:
-    assert rows.row_multiple(Stage(fp8=True)) == 128
+    assert forward.row_multiple(Stage(fp8=True)) == 128
     cut = {"gpus": 2, "tensor_model_parallel": 2, "global_batch_size": 2}
-    assert rows.row_multiple(Stage(fp8=True, sequence_parallel=True, **cut)) == 256
-    assert rows.row_multiple(Stage(precision="fp32")) == 1
+    assert forward.row_multiple(Stage(fp8=True, sequence_parallel=True, **cut)) == 256
+    assert forward.row_multiple(Stage(precision="fp32")) == 1
 
 
 def test_the_configuration_of_megatron() -> None:
@@ -181,7 +182,7 @@ def test_an_engine_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_logits_are_those_of_the_local_spec(tmp_path: Path) -> None:
     """With every bias, and with norms of queries and keys. AdamW stays torch's."""
-    (found,) = spawn("tests.te_stand_in:deviations", 1, tmp_path)
+    (found,) = spawn("tests.helpers.te_stand_in:deviations", 1, tmp_path)
     assert max(found.values()) <= 3e-2, found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava_steps.model import fp8
-from tests import fast_model
+from tests.helpers import fast_model
 
 
 @pytest.fixture(autouse=True)

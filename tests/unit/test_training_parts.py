@@ -29,7 +29,7 @@ from llava_steps.launch.stop import SIGNALS, StopRequest, age
 from llava_steps.settings.config import Stage
 from llava_steps.training.lr_schedule import learning_rate
 from llava_steps.training.metrics import Lines
-from tests.patience import wait_for
+from tests.helpers.patience import wait_for
 
 
 def stage(**values: object) -> Stage:

@@ -13,9 +13,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.loader.validation_set import HeldOut
-from tests import reference
-from tests.chain import Chain, metrics
-from tests.dist_helpers import spawn
+from tests.helpers import reference
+from tests.helpers.chain import Chain, metrics
+from tests.helpers.dist_helpers import spawn
 
 LAYOUTS: list[dict[str, Any]] = [
     {},
@@ -64,7 +64,7 @@ def test_every_layout_says_what_transformers_says(chain: Chain, tmp_path: Path) 
         "entry": tmp_path, "checkpoint": chain.checkpoint.resolve(), "hf": chain.hf.resolve(),
         "dataset": chain.dataset.resolve(),
     }  # fmt: skip
-    ranks = spawn("tests.validation_workers:look", 2, tmp_path, paths, LAYOUTS)
+    ranks = spawn("tests.helpers.validation_workers:look", 2, tmp_path, paths, LAYOUTS)
     shares = set()
     for found in ranks:
         for layout, (own, rows, count, replica) in zip(LAYOUTS, found, strict=True):

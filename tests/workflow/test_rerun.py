@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps.commands import verify
-from tests.patience import PATIENCE, wait_for
+from tests.helpers.patience import PATIENCE, wait_for
 from tests.workflow.project import ROOT, RULES, Project
 
 AFTER_STAGE_2 = ["evaluation", "hf_export", "report", "stage2_checkpoint"]

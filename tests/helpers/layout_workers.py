@@ -1,7 +1,7 @@
 """Trainings in many parallel layouts within one set of processes, so that starts are paid for once.
 
 The trainings are the real ones (`training.loop.train`, checkpoints included); only launcher and
-command line are left out. Run through tests.dist_helpers.spawn.
+command line are left out. Run through tests.helpers.dist_helpers.spawn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llava_steps.launch.stop import StopRequest
 from llava_steps.launch.watchdog import BEATS, Beat
 from llava_steps.settings.config import Stage
 from llava_steps.training import loop, parallel
-from tests import chain
+from tests.helpers import chain
 
 from megatron.core import parallel_state  # isort: skip  (needs the shim of llava_steps first)
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import PATIENCE
-from tests.zygote import warm
+from tests.helpers.patience import PATIENCE
+from tests.helpers.zygote import warm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--pretrain-vision-steps=0",
     "--pretrain-text-steps=0",
@@ -90,7 +90,7 @@ def alone(root: Path, what: str) -> Iterator[None]:
 
 
 WARM = ("train", "hf_to_megatron", "megatron_to_hf")
-"""Steps that import megatron: forks of a process that has done so (tests/zygote.py)."""
+"""Steps that import megatron: forks of a process that has done so (tests/helpers/zygote.py)."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a transformers of any version makes of LLaVA directories; run as a program of its own.
 
-    python tests/answers.py OUT.npz DIRECTORY...
+    python tests/helpers/answers.py OUT.npz DIRECTORY...
 
 Uses what the directory holds and nothing of this project: processor, tokenizer, chat template and
 generation config. For each directory the arrays `{n}.ids` int64 [batch, tokens], `{n}.pixels`

@@ -1,4 +1,4 @@
-"""Losses of single samples, packed and one by one. Run through tests.dist_helpers.spawn."""
+"""Losses of single samples, packed and one by one. Run through tests.helpers.dist_helpers.spawn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_steps.model.llava import build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.model.weights import load_weights
 from llava_steps.store.commit import latest_commit
-from tests.dist_helpers import model_parallel
+from tests.helpers.dist_helpers import model_parallel
 
 STEPS, BATCH, LENGTH = 5, 40, 256
 

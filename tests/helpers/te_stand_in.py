@@ -104,8 +104,8 @@ def deviations(rank: int) -> dict[str, float]:
     from llava_steps.model.options import ModelOptions
     from llava_steps.settings.config import Stage
     from llava_steps.training.optimizer import Optimizer, wrap
-    from tests.dist_helpers import model_parallel
-    from tests.model_fixtures import TINY, config_of, pack_samples, samples
+    from tests.helpers.dist_helpers import model_parallel
+    from tests.helpers.model_fixtures import TINY, config_of, pack_samples, samples
 
     install()
     found = {}

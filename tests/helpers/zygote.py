@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from tests.patience import PATIENCE
+from tests.helpers.patience import PATIENCE
 
 WORKER = "llava_steps.training.worker"
 PRELOAD = (
@@ -116,8 +116,9 @@ def server() -> subprocess.Popen[bytes]:
     """The one of this test process."""
     env = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[1], env=env, bufsize=0,
+        [sys.executable, "-m", "tests.helpers.zygote"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2], env=env, bufsize=0,
     )  # fmt: skip
     atexit.register(process.wait)
     atexit.register(process.kill)

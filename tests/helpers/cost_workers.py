@@ -1,4 +1,4 @@
-"""What a real model costs, counted by torch. Run through tests.dist_helpers.spawn."""
+"""What a real model costs, counted by torch. Run through tests.helpers.dist_helpers.spawn."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.settings.config import Stage
-from tests.dist_helpers import model_parallel
-from tests.model_fixtures import Batch
-from tests.model_workers import run_schedule
+from tests.helpers.dist_helpers import model_parallel
+from tests.helpers.model_fixtures import Batch
+from tests.helpers.model_workers import run_schedule
 
 
 @dataclass(frozen=True)

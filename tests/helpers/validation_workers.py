@@ -1,4 +1,4 @@
-"""What the ranks of tests/unit/test_validation.py do. Run through tests.dist_helpers.spawn."""
+"""What the ranks of tests/unit/test_validation.py do. Run through dist_helpers.spawn."""
 
 from __future__ import annotations
 

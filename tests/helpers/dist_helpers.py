@@ -1,6 +1,6 @@
 """Runs a function in N processes (gloo; NCCL with as many GPUs) and gives back their results.
 
-    results = spawn("tests.model_workers:layouts", 4, tmp_path, argument, ...)
+    results = spawn("tests.helpers.model_workers:layouts", 4, tmp_path, argument, ...)
 
 The function gets (rank, *arguments) in an initialised world; arguments and results are pickled.
 One fresh process imports everything and forks the ranks, so that the imports are paid for once.
@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.patience import PATIENCE
+from tests.helpers.patience import PATIENCE
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def spawn(
@@ -42,7 +42,7 @@ def spawn(
     }  # fmt: skip
     with (work / "log").open("w") as log:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "tests.dist_helpers", str(work)],
+            [sys.executable, "-m", "tests.helpers.dist_helpers", str(work)],
             cwd=ROOT,
             env=environment,
             stdout=log,

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.model_fixtures import Tiny, _tiny, hf_model, pack_samples, samples
+from tests.helpers.model_fixtures import Tiny, _tiny, hf_model, pack_samples, samples
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def _of_sizes(name: str, hidden: int, ffn: int, head_dim: int, scale: float = 0.1) -> Tiny:
@@ -214,7 +214,7 @@ def updates(directory: Path) -> None:
 
 def command(task: str, directory: Path, way: Way | None = None) -> None:
     """Have `main` do a task in a process of its own; AssertionError with what it said."""
-    line = [sys.executable, "-m", "tests.fast_model", task, str(directory)]
+    line = [sys.executable, "-m", "tests.helpers.fast_model", task, str(directory)]
     line += [json.dumps(asdict(way))] if way else []
     ran = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-6000:]
@@ -261,7 +261,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     from llava_steps.model import cpu_shim
-    from tests.dist_helpers import model_parallel
+    from tests.helpers.dist_helpers import model_parallel
 
     cpu_shim.install()
     task, directory = sys.argv[1], Path(sys.argv[2])
@@ -275,7 +275,7 @@ def main() -> None:
         else:
             way = Way(**json.loads(sys.argv[3]))
             if way.spec == "te" and not torch.cuda.is_available():
-                from tests import te_stand_in
+                from tests.helpers import te_stand_in
 
                 te_stand_in.install()
             loss, found, graphs = gradients(way, directory)

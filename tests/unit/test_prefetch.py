@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from llava_steps.training import ahead  # noqa: E402
+from llava_steps.training import prefetch  # noqa: E402
 
 
 class Loader:
@@ -35,14 +35,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 3.0
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ahead, "_event", lambda: event)
-    monkeypatch.setattr(ahead, "_pinned", lambda row: row)
+    monkeypatch.setattr(prefetch, "_event", lambda: event)
+    monkeypatch.setattr(prefetch, "_pinned", lambda row: row)
 
 
 @pytest.mark.usefixtures("gpu")
 def test_the_state_is_that_of_what_was_given_out() -> None:
     loader = Loader()
-    batches = ahead.Ahead(loader)  # type: ignore[arg-type]
+    batches = prefetch.Ahead(loader)  # type: ignore[arg-type]
     assert batches.state() == {"consumed_samples": 0}
     assert batches.next()[0] == [1]
     for number in (2, 3):
@@ -58,7 +58,7 @@ def test_the_state_is_that_of_what_was_given_out() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_an_error_comes_when_its_batch_is_wanted() -> None:
-    batches = ahead.Ahead(Loader(bad=1))  # type: ignore[arg-type]
+    batches = prefetch.Ahead(Loader(bad=1))  # type: ignore[arg-type]
     batches.next()
     batches.fetch()
     assert batches.state() == {"consumed_samples": 1}
@@ -69,7 +69,7 @@ def test_an_error_comes_when_its_batch_is_wanted() -> None:
 def test_without_a_gpu_nothing_is_taken_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     loader = Loader()
-    batches = ahead.Ahead(loader)  # type: ignore[arg-type]
+    batches = prefetch.Ahead(loader)  # type: ignore[arg-type]
     batches.fetch()
     assert loader.given == 0
     assert batches.next()[0] == [1]

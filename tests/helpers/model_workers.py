@@ -1,4 +1,4 @@
-"""What the ranks of the model tests do. Run through tests.dist_helpers.spawn."""
+"""What the ranks of the model tests do. Run through tests.helpers.dist_helpers.spawn."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.llava import build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.model.weights import load_weights, save_weights
-from tests.dist_helpers import model_parallel
-from tests.model_fixtures import Batch
+from tests.helpers.dist_helpers import model_parallel
+from tests.helpers.model_fixtures import Batch
 
 
 @dataclass(frozen=True)
