@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_steps.core.errors import ConfigError, InputError, StepError, tell
+from llava_steps.core.errors import ConfigError, InputError, StepError, report_error
 from llava_steps.core.log import ignore_known_warnings
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         print()
         return 130  # as a shell counts it
     except Exception as error:
-        return tell("chat", error)
+        return report_error("chat", error)
     return 0
 
 

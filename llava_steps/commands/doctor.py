@@ -24,7 +24,7 @@ from pathlib import Path
 
 from llava_steps.checks import disk, partitions, processes, tracking
 from llava_steps.checks.finding import Finding
-from llava_steps.core.errors import ConfigError, InputError, StepError, tell
+from llava_steps.core.errors import ConfigError, InputError, StepError, report_error
 from llava_steps.evaluation import harness
 from llava_steps.pipeline import steps
 from llava_steps.planning import stages
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed += finding.level == "fail"
             print(json.dumps(asdict(finding)) if given.json else finding, flush=True)
     except Exception as error:
-        return tell("doctor", error)
+        return report_error("doctor", error)
     if not given.json:
         print(f"in the way: {failed or 'nothing'}")
     return InputError.exit_code if failed else 0

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core.errors import ConfigError, InputError, tell
+from llava_steps.core.errors import ConfigError, InputError, report_error
 from llava_steps.geometry.hardware import GPUS, Gpu
 from llava_steps.pipeline import steps as pipeline
 from llava_steps.planning import cached, stages, text
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in lines(config, given):
             print(line)
     except Exception as error:
-        return tell("plan", error)
+        return report_error("plan", error)
     return 0
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core.errors import InputError, tell
+from llava_steps.core.errors import InputError, report_error
 from llava_steps.settings import load
 from llava_steps.settings.config import Config
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(summary(load.with_overlays(given.configfile), given.started))
     except Exception as error:
-        return tell("summary", error)
+        return report_error("summary", error)
     return 0
 
 

@@ -8,9 +8,9 @@
 | 4 | IntegrityError | an artefact disagrees with its manifest, or a mapping is incomplete |
 | 5 | LockedError | another live process is writing the same store entry |
 | 6 | DivergedError | training produced non-finite values beyond its budget |
-| 75 | StoppedError | stopped in order, run me again (EX_TEMPFAIL) |
+| 75 | StoppedError | stopped with its state saved; run it again (EX_TEMPFAIL) |
 
-The message is for the person who has to mend it: name the file, the key and the fix.
+The message is for the person who has to fix it: name the file, the key and what to do.
 """
 
 from __future__ import annotations
@@ -75,37 +75,37 @@ BY_CODE: dict[int, type[StepError]] = {
 }
 """The error that an exit code stands for."""
 
-_SURROUNDINGS = {
+_ENVIRONMENT = {
     errno.ENOSPC: "free some space there and run again",
     errno.EDQUOT: "free some of your quota there and run again",
-    errno.EROFS: "make it writable or choose another place",
-    errno.EACCES: "change its permissions or choose another place",
-    errno.EPERM: "change its permissions or choose another place",
-    errno.ENOTDIR: "a part of this path is a file; choose another place",
-    errno.EIO: "the disk or the network behind it failed; look at it before running again",
+    errno.EROFS: "make it writable or choose another directory",
+    errno.EACCES: "change its permissions or choose another directory",
+    errno.EPERM: "change its permissions or choose another directory",
+    errno.ENOTDIR: "a part of this path is a file; choose another path",
+    errno.EIO: "the disk or its network failed; check it before you run again",
 }
 
 
-def of_surroundings(error: BaseException | None) -> InputError | None:
+def environment_error(error: BaseException | None) -> InputError | None:
     """The error to report when disk, quota or permissions are to blame; None for any other.
 
-    Looks at what `error` came from as well: libraries wrap a full disk in errors of their own.
+    The causes of `error` are searched too, because libraries wrap a full disk in their own errors.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
+        if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
             where = f"{error.filename}: " if error.filename else ""
-            return InputError(f"{where}{error.strerror}; {_SURROUNDINGS[error.errno]}")
+            return InputError(f"{where}{error.strerror}; {_ENVIRONMENT[error.errno]}")
         error = error.__cause__ or error.__context__
     return None
 
 
-def tell(command: str, error: Exception) -> int:
-    """Print what a command beside the workflow ends with as one line; returns its exit code.
+def report_error(command: str, error: Exception) -> int:
+    """Print the error of a command outside the workflow as one line; returns its exit code.
 
     Raises:
-        Exception: `error` itself, when it is neither ours nor the surroundings': a bug.
+        Exception: `error` itself, when it is neither a `StepError` nor an environment error: a bug.
     """
-    known = error if isinstance(error, StepError) else of_surroundings(error)
+    known = error if isinstance(error, StepError) else environment_error(error)
     if known is None:
         raise error
     print(f"{command}: {known}", file=sys.stderr)

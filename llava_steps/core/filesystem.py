@@ -24,8 +24,10 @@ TEMPORARY = ".tmp-"
 
 @contextlib.contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Put `path` into an OSError that has none: of a failed write the system does not say where,
-    and whoever has to make room wants to know."""
+    """Put `path` into an OSError that has none.
+
+    The system does not say where a write failed, and the user has to know where to make room.
+    """
     try:
         yield
     except OSError as error:
@@ -43,8 +45,8 @@ def fsync_path(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Replace `path` by `data` atomically and durably; `mode` is cut by the umask as usual."""
-    # A process id alone is not enough: machines and containers that share the directory repeat it.
+    """Replace `path` by `data` atomically and durably; the umask applies to `mode` as usual."""
+    # A process id is not enough: machines and containers that share the directory repeat it.
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with (
@@ -101,7 +103,7 @@ def files_below(root: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Show a file under a second name: a hard link, or a copy where links cannot be made.
+    """Give a file a second name: a hard link, or a copy where links cannot be made.
 
     Raises:
         IntegrityError: the copy differs.
@@ -113,7 +115,9 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
         fsync_path(temporary)
         if sha256_file(temporary) != sha256_file(source):
-            raise IntegrityError(f"{target} differs from {source} after copying") from None
+            raise IntegrityError(
+                f"{target} differs from {source} after copying; check the disk and run again"
+            ) from None
         os.replace(temporary, target)
 
 
@@ -126,7 +130,7 @@ def fsync_tree(root: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a whole directory; absent is fine."""
+    """Delete a file, a link or a whole directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

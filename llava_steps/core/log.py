@@ -25,8 +25,8 @@ bars of several steps at a time would write over each other."""
 
 
 KNOWN_WARNINGS = (
-    # megatron-core says so at import wherever they are not installed; the local layer spec and
-    # torch's own optimizer are what we ask for.
+    # megatron-core warns at import where they are not installed; the local layer spec and torch's
+    # own optimizer do not need them.
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     # Defaults and calls inside megatron-core, torch's checkpointing and each other.
@@ -35,10 +35,10 @@ KNOWN_WARNINGS = (
     "`torch.distributed",
     "torch.distributed is disabled, unavailable or uninitialized",
     "Please use DTensor instead",
-    # The distributed optimizer looks at views of parameters, whose gradient it keeps itself.
+    # The distributed optimizer reads views of parameters, whose gradient it keeps itself.
     "The .grad attribute of a Tensor that is not a leaf",
 )
-"""Beginnings of library warnings that nobody using the steps can act on."""
+"""Beginnings of library warnings that users of the steps can do nothing about."""
 
 
 def ignore_known_warnings() -> None:
@@ -115,7 +115,7 @@ class Progress:
             self._line()
 
     def advance(self, count: int = 1, note: str = "", due: bool | None = None) -> None:
-        """`count` more are done; `note` is shown behind the bar.
+        """`count` more are done; `note` is shown after the bar.
 
         Without a terminal a line is due every few seconds, unless `due` says otherwise.
         """

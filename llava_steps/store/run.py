@@ -29,7 +29,7 @@ from llava_steps.core.errors import (
     InputError,
     StepError,
     StoppedError,
-    of_surroundings,
+    environment_error,
 )
 from llava_steps.core.log import Progress, ignore_known_warnings, logger
 from llava_steps.settings import cli
@@ -125,7 +125,7 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
         with _stoppable():
             _evaluate(step, module, cli.settings(step.config, given), given, log)
     except Exception as error:
-        known = error if isinstance(error, StepError) else of_surroundings(error)
+        known = error if isinstance(error, StepError) else environment_error(error)
         if known is None:
             raise
         logging.getLogger(log.name).error("%s", known)
@@ -236,7 +236,7 @@ def _evaluate(
                 log.handlers.pop(0)  # the file has it; `execute` prints it once
             raise
         except Exception as error:
-            if of_surroundings(error) is None:
+            if environment_error(error) is None:
                 log.exception("%s failed; the traceback is also in %s", name, work / "logs")
             raise
         description = {

@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from llava_steps.core.errors import StepError, StoppedError, of_surroundings
+from llava_steps.core.errors import StepError, StoppedError, environment_error
 from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.core.process import die_with_parent
 from llava_steps.launch.job import Failure, Job
@@ -64,7 +64,7 @@ def main() -> int:
         Failure(rank, error.exit_code, str(error)).write(job.work)
         return error.exit_code
     except Exception as error:
-        known = of_surroundings(error)
+        known = environment_error(error)
         if known is not None:
             Failure(rank, known.exit_code, str(known)).write(job.work)
             return known.exit_code

@@ -181,7 +181,7 @@ def test_places_that_are_files(place: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_bug_stays_a_traceback() -> None:
     with pytest.raises(RuntimeError, match="ours"):
-        errors.tell("plan", RuntimeError("ours"))
+        errors.report_error("plan", RuntimeError("ours"))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from llava_steps.core.errors import (
     InputError,
     StepError,
     StoppedError,
-    of_surroundings,
+    environment_error,
 )
 from llava_steps.launch import launch as launching
 from llava_steps.launch.job import Job
@@ -87,7 +87,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError) as raised:
         os.dup2(full.fileno(), lines._file.fileno())
         lines.write({"step": 0})
-    known = of_surroundings(raised.value)
+    known = environment_error(raised.value)
     assert known and f"{tmp_path / 'm.jsonl'}: No space left" in str(known)
 
 
