@@ -8,14 +8,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's answer."""
+    """One line of the doctor's output."""
 
     level: Literal["ok", "note", "fail"]
-    """note: to be known, or what could not be looked at; fail: a run would end here."""
+    """note: good to know, or could not be checked; fail: a run would fail."""
     what: str
     found: str
     fix: str = ""
 
     def __str__(self) -> str:
-        """The line that people read."""
+        """The line that is printed."""
         return f"{self.level:<5} {self.what}: {self.found}{self.fix and '. ' + self.fix}"

@@ -1,4 +1,4 @@
-"""What jobs ask Slurm for against what its partitions have: `sinfo` is asked, nothing submitted."""
+"""What jobs request from Slurm against what its partitions have: runs `sinfo`, submits nothing."""
 
 from __future__ import annotations
 
@@ -38,21 +38,25 @@ class Row:
 
 
 def check(rules: Mapping[str, Rule], cluster: Cluster, profile: Path) -> Iterator[Finding]:
-    """Whether each rule's job could ever run; rules that ask for the same are told together.
+    """Whether each rule's job could ever run; rules with equal requests share one finding.
 
     Raises:
         ConfigError: the profile cannot be read.
     """
     site = settings(profile)
     if not shutil.which("sinfo"):
-        yield Finding("note", "Slurm", "no sinfo here: jobs cannot be compared with partitions")
+        yield Finding(
+            "note", "Slurm", "sinfo is missing here: jobs cannot be compared with partitions"
+        )
         return
     answer = subprocess.run(
         ["sinfo", "--noheader", f"--format={FORMAT}"], capture_output=True, text=True
     )
     if answer.returncode:
         last = (answer.stderr.strip().splitlines() or [f"sinfo ended with {answer.returncode}"])[-1]
-        yield Finding("fail", "Slurm", last, "Is slurmctld up, and SLURM_CONF set?")
+        yield Finding(
+            "fail", "Slurm", last, "Check that slurmctld is running and SLURM_CONF is set"
+        )
         return
     rows = parse(answer.stdout)
     alike: dict[str, list[str]] = {}
@@ -72,15 +76,15 @@ def settings(profile: Path) -> dict[str, Any]:
     """Resources that a profile's site part names: default-resources and set-resources.
 
     Raises:
-        ConfigError: the file is none.
+        ConfigError: the file is not a profile.
     """
     try:
-        found = yaml.safe_load(profile.read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(profile.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--profile {profile} cannot be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(loaded, dict):
         raise ConfigError(f"--profile {profile}: expected keys and values at the top level")
-    sets = found.get("set-resources") or {}
+    sets = loaded.get("set-resources") or {}
     if isinstance(sets, list):  # as on a command line: RULE:NAME=VALUE
         pairs = [str(item).partition(":") for item in sets]
         sets = {rule: [text for name, _, text in pairs if name == rule] for rule, _, _ in pairs}
@@ -88,7 +92,7 @@ def settings(profile: Path) -> dict[str, Any]:
         raise ConfigError(f"--profile {profile}: set-resources: expected rules with resources")
     named = {rule: _resources(values, profile) for rule, values in sets.items()}
     return {
-        "default-resources": _resources(found.get("default-resources") or {}, profile),
+        "default-resources": _resources(loaded.get("default-resources") or {}, profile),
         "set-resources": named,
     }
 
@@ -104,8 +108,8 @@ def _resources(values: Any, profile: Path) -> dict[str, Any]:
 
 
 def parse(text: str) -> list[Row]:
-    """Rows of sinfo in FORMAT; partitions that are down are left out."""
-    found = []
+    """Rows of sinfo in FORMAT, without partitions that are down."""
+    rows = []
     for line in text.splitlines():
         name, state, limit, nodes, cpus, memory, gres = line.split("|")
         if state != "up":
@@ -119,8 +123,8 @@ def parse(text: str) -> list[Row]:
                 gpus[plain] = gpus.get(plain, 0) + int(number)
         count, cores, mem = (int(word.rstrip("+")) for word in (nodes, cpus, memory))
         name, star, _ = name.partition("*")
-        found.append(Row(name, bool(star), minutes(limit), count, cores, mem, gpus))
-    return found
+        rows.append(Row(name, bool(star), minutes(limit), count, cores, mem, gpus))
+    return rows
 
 
 def minutes(limit: str) -> int:
@@ -139,9 +143,9 @@ def _one(names: str, asked: Mapping[str, Any], rows: list[Row]) -> Finding:
     what = f"Slurm, {names}"
     if not mine:
         known = ", ".join(sorted({row.partition for row in rows})) or "none"
-        named = f"partition {partition!r}" if partition else "a default partition"
+        named = f"partition {partition!r}" if partition else "the default partition"
         fix = "Set slurm_partition in the site's part of the profile"
-        return Finding("fail", what, f"there is no {named} that is up; there are: {known}", fix)
+        return Finding("fail", what, f"{named} is not up; partitions: {known}", fix)
     lacks = [_lacks(asked, row) for row in mine]
     if not all(lacks):
         words = " ".join(f"{key}={asked[key]}" for key in LIMITS if key in asked)
@@ -152,16 +156,16 @@ def _one(names: str, asked: Mapping[str, Any], rows: list[Row]) -> Finding:
 
 
 def _lacks(asked: Mapping[str, Any], row: Row) -> list[str]:
-    """What nodes of this kind have too little of."""
-    found = []
+    """Resources that nodes of this kind have too little of."""
+    missing = []
     gres, _, number = str(asked.get("gres", "")).rpartition(":")
     for have, want, unit in (
         (row.nodes, asked.get("nodes", 1), "nodes"),
-        (row.gpus.get(gres, 0), int(number or 0), f"{gres} a node"),
-        (row.cpus, asked.get("cpus_per_task", 1), "CPUs a node"),
-        (row.mem_mb, asked.get("mem_mb", 0), "MB a node"),
+        (row.gpus.get(gres, 0), int(number or 0), f"{gres} per node"),
+        (row.cpus, asked.get("cpus_per_task", 1), "CPUs per node"),
+        (row.mem_mb, asked.get("mem_mb", 0), "MB per node"),
         (row.minutes, asked.get("runtime", 0), "minutes at most"),
     ):
         if isinstance(want, int) and have < want:
-            found.append(f"{have} {unit}, {want} are asked for")
-    return found
+            missing.append(f"{have} {unit}, {want} are requested")
+    return missing

@@ -1,4 +1,4 @@
-"""Where steps would run: the image, GPUs in it, and processes that reach each other."""
+"""Checks of where steps run: the image, its GPUs, and whether processes reach each other."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llava_steps.settings.config import Config, Stage
 from llava_steps.store import container
 
 PROBE = "llava_steps.launch.probe"
-INSTALL = "Install Apptainer, or leave image empty to use the environment that you are in"
+INSTALL = "Install Apptainer, or leave image empty to use the current environment"
 
 
 def image(config: Config) -> Iterator[Finding]:
-    """Whether the image is there, and by which digest it counts."""
+    """Whether the image exists, and its digest."""
     if not config.image:
         yield Finding("ok", "image", f"none: steps run in {sys.prefix}")
         return
@@ -42,9 +42,9 @@ def here(config: Config, arguments: Sequence[str]) -> Iterator[Finding]:
     inside = _inside(config, arguments)
     if inside is None:
         return
-    with tempfile.TemporaryDirectory(dir=config.store, prefix=".probe-") as place:
+    with tempfile.TemporaryDirectory(dir=config.store, prefix=".probe-") as directory:
         line = [*inside, "python" if config.image else sys.executable, "-m", PROBE]
-        line += _options(config.stage2, Path(place))
+        line += _options(config.stage2, Path(directory))
         running = []
         for rank in ("0", "1"):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
@@ -56,20 +56,22 @@ def here(config: Config, arguments: Sequence[str]) -> Iterator[Finding]:
                 )
             )
         answers = [process.communicate() for process in running]
-    yield from _told("this machine", answers, config.stage2)
+    yield from _findings("this machine", answers, config.stage2)
 
 
 def on_nodes(config: Config, stage: Stage, site: Sequence[str], arguments: Sequence[str]
              ) -> Iterator[Finding]:  # fmt: skip
-    """The nodes of a stage, asked for with srun; waits until Slurm has them."""
+    """The nodes of a stage, requested with srun; waits until Slurm allocates them."""
     what = f"nodes of stage {stage.stage}"
     if not shutil.which("srun"):
-        yield Finding("fail", what, "there is no srun here", "Run it where jobs are submitted")
+        yield Finding(
+            "fail", what, "srun is missing here", "Run the doctor where jobs are submitted"
+        )
         return
     inside = _inside(config, arguments)
     if inside is None:
         return
-    with tempfile.TemporaryDirectory(dir=config.store, prefix=".probe-") as place:
+    with tempfile.TemporaryDirectory(dir=config.store, prefix=".probe-") as directory:
         wanted = slurm.asks(f"stage{stage.stage}_checkpoint", stage, config.cluster)
         line = [
             *slurm.tasks(stage.nodes, stage.gpus, config.cluster.gres, inside),
@@ -77,13 +79,13 @@ def on_nodes(config: Config, stage: Stage, site: Sequence[str], arguments: Seque
         ]
         line[1:1] = [f"--cpus-per-task={wanted['cpus_per_task']}", "--time=10", *site]
         done = subprocess.run(
-            [*line, *_options(stage, Path(place))], capture_output=True, text=True
+            [*line, *_options(stage, Path(directory))], capture_output=True, text=True
         )
-    yield from _told(what, [(done.stdout, done.stderr)], stage, stage.nodes)
+    yield from _findings(what, [(done.stdout, done.stderr)], stage, stage.nodes)
 
 
 def _inside(config: Config, arguments: Sequence[str]) -> list[str] | None:
-    """Words that enter the image; None where it cannot be entered, which `image` has told."""
+    """Command that runs in the image; None if it cannot run, which `image` has reported."""
     if not config.image:
         return []
     program = container.runtime()
@@ -92,16 +94,16 @@ def _inside(config: Config, arguments: Sequence[str]) -> list[str] | None:
     return container.exec_words(program, str(Path(config.image).absolute()), arguments)
 
 
-def _options(stage: Stage, place: Path) -> list[str]:
+def _options(stage: Stage, directory: Path) -> list[str]:
     return [
-        f"--place={place.absolute()}",
+        f"--place={directory.absolute()}",
         f"--interface={stage.interface}",
         f"--master-addr={stage.master_addr}",
         f"--backend={stage.backend}",
     ]
 
 
-def _told(
+def _findings(
     what: str, answers: list[tuple[str, str]], stage: Stage, count: int = 2
 ) -> Iterator[Finding]:
     """Findings from what the processes printed."""
@@ -114,7 +116,7 @@ def _told(
         last = [line for _, error in answers for line in error.strip().splitlines()[-1:]]
         wrong = last or [f"{len(rows)} of {count} processes answered"]
     if wrong:
-        fix = "interface or master_addr of the stage may help, where machines have several networks"
+        fix = "On machines with several networks, set interface or master_addr of the stage"
         yield Finding("fail", what, "; ".join(dict.fromkeys(wrong)), fix)
         return
     row: dict[str, Any] = rows[0]
@@ -122,14 +124,16 @@ def _told(
     yield Finding("ok", what, f"torch {row['torch']}, megatron-core {row['megatron']} on {hosts}")
     if "backend" in row:
         slowest = min(row["mb_per_s"] for row in rows)
-        found = f"{count} processes met and added up by {row['backend']}, {slowest} MB/s"
-        yield Finding("ok", what, found)
+        message = f"{count} processes connected, all-reduce by {row['backend']}: {slowest} MB/s"
+        yield Finding("ok", what, message)
     for row in rows:
         few = len(row["gpus"]) < stage.gpus
         seen = f"{row['host']} shows {len(row['gpus'])} GPUs ({', '.join(row['gpus']) or 'none'})"
         if few and count == stage.nodes and what.startswith("nodes"):
-            fix = "--nv in apptainer-args of the profile, and cluster.gres, make them visible"
-            found = f"{seen}, {stage.gpus} are asked for"
-            yield Finding("fail" if row["gpus"] else "note", what, found, fix)
+            fix = (
+                "Set --nv in apptainer-args of the profile, and cluster.gres, to make them visible"
+            )
+            message = f"{seen}, {stage.gpus} are requested"
+            yield Finding("fail" if row["gpus"] else "note", what, message, fix)
         elif row["rank"] == 0:
             yield Finding("ok" if row["gpus"] else "note", what, seen)

@@ -87,7 +87,7 @@ def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
     yield from disk.check("store", store)
     yield from disk.check("results", Path(config.results))
     if store.is_dir():
-        yield disk.room("store", store, needed(config))
+        yield disk.free_space("store", store, needed(config))
     yield from tracking.check([config.stage1, config.stage2])
     yield from harnesses(config)
     yield from processes.image(config)

@@ -55,7 +55,7 @@ def check_doctor(project: Project) -> None:
     assert done.returncode == 0 and found, done.stdout + done.stderr
     told = "\n".join(f"{row['what']}: {row['found']}" for row in found)
     assert "stage2_checkpoint: nodes=2 gres=gpu:2" in told and "fits partition batch" in told, told
-    assert "nodes of stage 2: 2 processes met and added up by gloo" in told, told
+    assert "nodes of stage 2: 2 processes connected, all-reduce by gloo" in told, told
 
 
 def check_shares(project: Project) -> None:

@@ -90,11 +90,11 @@ def test_requests_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("cluster", "stage", "reason"),
     [
-        ({"gres": "gpu:h100"}, {"nodes": 3}, "2 nodes, 3 are asked for"),
-        ({"gres": "gpu:h200"}, {}, "0 gpu:h200 a node, 2 are asked for"),
+        ({"gres": "gpu:h100"}, {"nodes": 3}, "2 nodes, 3 are requested"),
+        ({"gres": "gpu:h200"}, {}, "0 gpu:h200 per node, 2 are requested"),
         ({"runtime": {"stage2_checkpoint": 2881}}, {}, "2880 minutes at most, 2881"),
-        ({"mem_mb": {"stage2_checkpoint": 10**6 + 1}}, {}, "1000000 MB a node, 1000001"),
-        ({"cpus": {"stage2_checkpoint": 129}}, {}, "128 CPUs a node, 129"),
+        ({"mem_mb": {"stage2_checkpoint": 10**6 + 1}}, {}, "1000000 MB per node, 1000001"),
+        ({"cpus": {"stage2_checkpoint": 129}}, {}, "128 CPUs per node, 129"),
     ],
 )
 def test_requests_that_never_run(
@@ -111,7 +111,7 @@ def test_partitions_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "config.yaml").write_text("default-resources: {slurm_partition: closed}")
     settled = config()
     found = partitions.check(steps.chain(settled), settled.cluster, tmp_path / "config.yaml")
-    assert all("no partition 'closed' that is up" in line for line in failures(list(found)))
+    assert all("partition 'closed' is not up" in line for line in failures(list(found)))
     program(tmp_path / "bin", "sinfo", "echo slurm_load_partitions: refused >&2; exit 1\n")
     (line,) = partitions.check({}, settled.cluster, tmp_path / "config.yaml")
     assert line.level == "fail" and "refused" in line.found
@@ -121,9 +121,9 @@ def test_a_good_directory(tmp_path: Path) -> None:
     found = list(disk.check("store", tmp_path / "new/store"))
     assert not failures(found) and "rename work" in found[0].found
     assert not list((tmp_path / "new/store").iterdir()), "nothing stays"
-    assert disk.room("store", tmp_path, 1).level == "ok"
-    assert disk.room("store", tmp_path, 10**18).level == "fail"
-    assert disk.room("store", tmp_path, None).level == "note"
+    assert disk.free_space("store", tmp_path, 1).level == "ok"
+    assert disk.free_space("store", tmp_path, 10**18).level == "fail"
+    assert disk.free_space("store", tmp_path, None).level == "note"
 
 
 def test_directories_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_directories_that_will_not_do(tmp_path: Path, monkeypatch: pytest.Monkey
     (line,) = failures(list(disk.check("store", tmp_path / "file/below")))
     assert "file/below" in line
     monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)
-    assert any("two locks" in line for line in failures(list(disk.check("store", tmp_path))))
+    assert any("two processes can lock one file" in line for line in failures(list(disk.check("store", tmp_path))))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 100)
     assert any("clock" in line for line in failures(list(disk.check("store", tmp_path))))
@@ -141,11 +141,11 @@ def test_wandb() -> None:
     def told(env: dict[str, str], **stage: Any) -> str:
         return "\n".join(map(str, tracking.check([Stage(**stage)], env)))
 
-    assert "not asked for" in told({})
+    assert "wandb is not set for any stage" in told({})
     assert "offline" in told({}, wandb=True)
     closed = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a-secret"}
     online = told(closed, wandb=True, wandb_mode="online")
-    assert "127.0.0.1 cannot be reached" in online and "there is a key" in online
+    assert "127.0.0.1 cannot be reached" in online and "an API key is set" in online
     assert "a-secret" not in online
     assert "offline" in told(closed | {"WANDB_MODE": "offline"}, wandb=True, wandb_mode="online")
 
@@ -205,7 +205,7 @@ def test_nodes_are_asked_for_and_told(tmp_path: Path, monkeypatch: pytest.Monkey
     line = (tmp_path / "line").read_text()
     assert line.startswith("--cpus-per-task=8 --time=10 -p gpu --nodes=2 --ntasks=2 ")
     assert "--gres=gpu:8 python -m llava_steps.launch.probe --place=" in line
-    assert any("met and added up by nccl, 10000 MB/s" in finding.found for finding in found)
+    assert any("connected, all-reduce by nccl: 10000 MB/s" in finding.found for finding in found)
     (line,) = failures(found)
     assert "n1 shows 7 GPUs" in line
 
@@ -227,7 +227,7 @@ def test_as_a_whole(tmp_path: Path) -> None:
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     found = [json.loads(row) for row in done.stdout.splitlines()]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert any("2 processes met and added up by" in row["found"] for row in found)
+    assert any("2 processes connected, all-reduce by" in row["found"] for row in found)
     left = [path for name in places for path in (tmp_path / name).iterdir()]
     assert not [path for path in left if path.name != "digests.json"]
 
