@@ -39,5 +39,6 @@ def _unread() -> bool:
     return bool(asked.poll(0))
 
 
-if sys.argv[0] == "-m":  # python -m llava_steps.COMMAND is being started
+# A command is being started: python -m llava_steps..., or the script that the package installs.
+if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "llava-steps":
     sys.excepthook = _tell_without_a_traceback

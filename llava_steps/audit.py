@@ -1,6 +1,6 @@
 """Look at a dataset as training will see it, and refuse it if training would go wrong on it.
 
-    python -m llava_steps.audit --data-path results/demo/energon_dataset \\
+    llava-steps audit --data-path results/demo/energon_dataset \\
         --tokenizer-load-dir results/demo/hf_model --seq-length 256 --save-dir results/demo/audit
 
 Reads, tokenizes and decodes --samples of it (0: all) with what training uses. Each answer must be

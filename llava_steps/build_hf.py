@@ -1,6 +1,6 @@
 """Join a vision tower and a language model into one Hugging Face LLaVA directory.
 
-    python -m llava_steps.build_hf --vision-tower openai/clip-vit-large-patch14-336 \\
+    llava-steps build_hf --vision-tower openai/clip-vit-large-patch14-336 \\
         --text-model path/to/llama --save-dir results/x/hf_model
 
 Both are local directories or hub ids. All their weights are kept; the projector is new, and so are

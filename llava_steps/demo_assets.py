@@ -1,6 +1,6 @@
 """Make the demo's data and models: handwritten digits, questions about them, two tiny models.
 
-    python -m llava_steps.demo_assets --save-dir results/demo/demo_assets
+    llava-steps demo_assets --save-dir results/demo/demo_assets
 
 Writes raw/train.json, raw/heldout.json and raw/images/*.jpg (real scans that scikit-learn ships,
 questions in English and Japanese), vision_tower/ (a CLIP tower, briefly pretrained against

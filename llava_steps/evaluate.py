@@ -1,6 +1,6 @@
 """Ask Hugging Face LLaVA models the questions of a held-out file and score their answers.
 
-    python -m llava_steps.evaluate --data held/heldout.json --before results/x/hf_model \\
+    llava-steps evaluate --data held/heldout.json --before results/x/hf_model \\
         --after-stage2 results/x/hf_export --save-dir results/x/evaluation
 
 Models are loaded and run by plain transformers (AutoProcessor, LlavaForConditionalGeneration),

@@ -1,6 +1,6 @@
 """Convert a Hugging Face LLaVA directory to a Megatron checkpoint.
 
-python -m llava_steps.hf_to_megatron --hf-dir results/demo/hf_model --save-dir results/demo/...
+llava-steps hf_to_megatron --hf-dir results/demo/hf_model --save-dir results/demo/...
 
 Streams tensor by tensor; needs no GPU. The checkpoint loads at any tensor, pipeline and data
 parallel size; --tp and --pp say for which its files are cut.

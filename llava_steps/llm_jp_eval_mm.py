@@ -1,6 +1,6 @@
 """Run tasks of llm-jp-eval-mm on an exported model.
 
-    python -m llava_steps.llm_jp_eval_mm --model results/x/hf_export --tasks ja-vg-vqa-500=rougel \\
+    llava-steps llm_jp_eval_mm --model results/x/hf_export --tasks ja-vg-vqa-500=rougel \\
         --python ~/eval-mm/bin/python --save-dir results/x/llm_jp_eval_mm
 
 llm-jp-eval-mm (https://github.com/llm-jp/llm-jp-eval-mm, package eval-mm) is not installed with

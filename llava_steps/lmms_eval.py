@@ -1,6 +1,6 @@
 """Run tasks of lmms-eval on an exported model.
 
-    python -m llava_steps.lmms_eval --model results/x/hf_export --tasks mme pope \\
+    llava-steps lmms_eval --model results/x/hf_export --tasks mme pope \\
         --python ~/lmms/bin/python --save-dir results/x/lmms_eval
 
 lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval) is not installed with this project, whose

@@ -1,6 +1,6 @@
 """Convert a Megatron checkpoint to a Hugging Face LLaVA directory.
 
-python -m llava_steps.megatron_to_hf --megatron-dir results/demo/stage2_checkpoint \\
+llava-steps megatron_to_hf --megatron-dir results/demo/stage2_checkpoint \\
     --tokenizer-dir results/demo/hf_model --save-dir results/demo/hf_export
 
 The newest committed iteration is converted. Config, tokenizer, processor, chat template and

@@ -1,6 +1,6 @@
 """Tar shards to a megatron-energon dataset, without a prompt.
 
-    python -m llava_steps.prepare_energon --tar-dir results/x/tar_shards \
+    llava-steps prepare_energon --tar-dir results/x/tar_shards \
         --save-dir results/x/energon_dataset
 
 Checks every tar (size, sha256, headers, end of archive, number of samples), links it into the

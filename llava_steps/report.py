@@ -1,6 +1,6 @@
 """One page that tells a run: report.html, which needs no network and no script.
 
-    python -m llava_steps.report --title demo --evaluation results/demo/evaluation \\
+    llava-steps report --title demo --evaluation results/demo/evaluation \\
         --stage2-checkpoint results/demo/stage2_checkpoint --save-dir results/demo/report
 
 Pipeline, data, curves of both stages, evaluation with sample answers, conversion certificates,

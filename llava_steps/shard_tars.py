@@ -1,6 +1,6 @@
 """Raw images and conversations to tar shards.
 
-    python -m llava_steps.shard_tars --source data/train.json --save-dir results/x/tar_shards
+    llava-steps shard_tars --source data/train.json --save-dir results/x/tar_shards
 
 Reads LLaVA JSON or JSONL, parquet with embedded images, a folder of images with a CSV, TSV or JSONL
 of texts, or webdataset tars; `--source-format` says which, if it cannot be told. Every sample is

@@ -1,6 +1,6 @@
 """Train one stage: 1 for the projector, 2 for projector and language model.
 
-    python -m llava_steps.train --stage 2 --tp 2 --save-dir results/demo/stage2_checkpoint \\
+    llava-steps train --stage 2 --tp 2 --save-dir results/demo/stage2_checkpoint \\
         --megatron-load-dir results/demo/stage1_checkpoint \\
         --tokenizer-load-dir results/demo/hf_model --data-path results/demo/energon_dataset
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,7 +206,3 @@ def replier(model: Model, max_new_tokens: int) -> Callable[[dict[str, Any], Any]
             yield text
 
     return reply
-
-
-if __name__ == "__main__":
-    sys.exit(main())

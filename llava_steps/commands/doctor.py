@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -143,7 +142,3 @@ def needed(config: Config) -> int | None:
     return 4 * stages.weight_bytes(geometry, plans[0]) + sum(
         stages.disk(geometry, plan) for plan in plans
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

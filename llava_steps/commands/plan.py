@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -190,7 +189,3 @@ def figures(
             for plan in plans
         ],
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -106,7 +106,3 @@ def damaged(result: Path, error: Exception) -> InputError:
     return InputError(
         f"{result} cannot be read ({error!r}); llava-steps verify {result} compares its files"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -99,7 +99,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if damaged:
         return IntegrityError.exit_code
     return InputError.exit_code if empty else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

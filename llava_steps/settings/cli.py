@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pkgutil
 import types
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,18 +16,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-import llava_steps
 from llava_steps.core.errors import ConfigError
 
 C = TypeVar("C", bound=BaseModel)
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """A directory for each GPU, by its driver."""
-
-
-def commands() -> list[str]:
-    """The modules that `python -m` runs."""
-    found = pkgutil.iter_modules(llava_steps.__path__, f"{llava_steps.__name__}.")
-    return [m.name for m in found if not m.ispkg and not m.name.endswith("__main__")]
 
 
 def role(field: FieldInfo) -> str:

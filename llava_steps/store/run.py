@@ -161,7 +161,7 @@ def _stoppable() -> Iterator[None]:
 def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
     """The command line of a step."""
     made = argparse.ArgumentParser(
-        prog=f"python -m {module}",
+        prog=f"llava-steps {module.rpartition('.')[2]}",
         description=step.doc or step.config.__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llava_steps.settings.cli import commands
+from llava_steps.pipeline.command_line import commands
 
 ROOT = Path(__file__).parents[2]
 HELP_RATIO, DRY_RUN_RATIO = 15.0, 3.0
@@ -50,14 +50,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    modules = commands()
+    helps = {
+        f"llava-steps {name}".rstrip(): (["-m", "llava_steps", *name.split(), "--help"], ROOT)
+        for name in ("", *commands())
+    }
     with tempfile.TemporaryDirectory() as empty:
         (Path(empty) / "Snakefile").write_text("rule all:\n    input: []\n")
         dry = ["-m", "snakemake", "-n", "--cores", "1"]
         found = fastest(
             {
                 "python -c pass": (["-c", "pass"], ROOT),
-                **{module: (["-m", module, "--help"], ROOT) for module in modules},
+                **helps,
                 "snakemake -n, no rules": (dry, Path(empty)),
                 "snakemake -n, demo": (dry, ROOT),
             },
@@ -66,10 +69,11 @@ def main() -> int:
     nothing = found["python -c pass"]
     for name, time_ in found.items():
         print(f"{name:<32} {time_:7.3f} s  {time_ / nothing:6.1f} x python -c pass")
-    slowest = max(found[module] for module in modules)
+    slowest = max(found[name] for name in helps)
     ratio = found["snakemake -n, demo"] / found["snakemake -n, no rules"]
     passed = slowest / nothing <= HELP_RATIO and ratio <= DRY_RUN_RATIO
     result = {
+        "llava_steps_help_s": round(found["llava-steps"], 3),
         "slowest_help_s": round(slowest, 3),
         "slowest_help_ratio": round(slowest / nothing, 1),
         "dry_run_s": round(found["snakemake -n, demo"], 3),

@@ -43,8 +43,8 @@ def question(printed: str) -> list[str]:
 
 def chat(clone: Path) -> list[str]:
     """The README's line that asks, in the environment that `make demo` made."""
-    line = re.findall(r"^python (-m llava_steps\.chat results/.*)$", README, flags=re.M)[0]
-    return [str(clone / ".venv/bin/python"), *shlex.split(line)]
+    line = re.findall(r"^llava-steps (chat results/.*)$", README, flags=re.M)[0]
+    return [str(clone / ".venv/bin/llava-steps"), *shlex.split(line)]
 
 
 def main() -> int:

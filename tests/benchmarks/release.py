@@ -16,7 +16,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-from llava_steps.settings.cli import commands
+from llava_steps.pipeline.command_line import commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,8 +43,8 @@ def main() -> int:
         constraints = place / "source/constraints.txt"
         run(clean, "-m", "pip", "install", "-q", "-c", constraints, wheel, cwd=place)
         run(clean, "-m", "pip", "check", cwd=place)
-        for module in commands():
-            run(clean, "-m", module, "--help", cwd=place)
+        for name in commands():
+            run(clean.with_name("llava-steps"), name, "--help", cwd=place)
         result = {"built": [path.name for path in made], "passed": len(made) == 2}
     print(json.dumps(result))
     return 0 if result["passed"] else 1

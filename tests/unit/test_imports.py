@@ -102,6 +102,9 @@ def test_help_loads_nothing_heavy(module: str) -> None:
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "--save-dir" in result.stdout and f"usage: python -m {module}" in result.stdout
+    assert (
+        "--save-dir" in result.stdout
+        and f"usage: llava-steps {module.rpartition('.')[2]} " in result.stdout
+    )
     loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert not loaded & HEAVY

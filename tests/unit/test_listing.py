@@ -1,4 +1,4 @@
-"""`python -m llava_steps` names every command, steps first and in their order."""
+"""`llava-steps` lists every step and tool, steps first and in their order."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def test_every_command_with_its_first_sentence(flags: tuple[str, ...]) -> None:
     line = [sys.executable, "-m", "llava_steps", *flags]
     told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     named = dict(re.findall(r"^  (\w+) +(\S.*)$", told, flags=re.M))
-    there = {path.stem for path in PACKAGE.glob("[!_]*.py")}
-    assert set(named) == there
+    there = {path.stem: path for path in PACKAGE.glob("[!_]*.py")}
+    there |= {path.stem: path for path in PACKAGE.glob("commands/[!_]*.py")}
+    assert set(named) == set(there)
     steps = [module.rpartition(".")[2] for module in dict.fromkeys(MODULES.values())]
     assert list(named)[: len(steps)] == steps
     for name, sentence in named.items():
-        assert (PACKAGE / f"{name}.py").read_text().startswith(f'"""{sentence}\n'), name
+        assert there[name].read_text().startswith(f'"""{sentence}\n'), name

@@ -103,7 +103,7 @@ def test_it_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) 
 def test_nothing_heavy_is_loaded_for_it(run: Path, module: str) -> None:
     flags = ["--help"] if module == "chat" else []
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", f"llava_steps.{module}", *flags],
+        [sys.executable, "-X", "importtime", "-m", "llava_steps", module, *flags],
         env=environment(),
         capture_output=True,
         text=True,

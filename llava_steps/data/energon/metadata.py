@@ -53,7 +53,7 @@ def read_metadata(root: Path) -> DatasetMeta:
     if not (folder / ".info.json").is_file():
         raise InputError(
             f"{root} is not a prepared energon dataset: {folder / '.info.json'} is missing; "
-            "run `python -m llava_steps.prepare_energon` on the tars"
+            "run `llava-steps prepare_energon` on the tars"
         )
     refuse_code(folder)
     info = _load(folder / ".info.json")
