@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import llava_steps
-from llava_steps.core.errors import ConfigError, print_error
+from llava_steps.core.errors import ConfigError, report_error
 from llava_steps.pipeline import command_line
 from llava_steps.store.run import execute
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return dispatch(arguments[0], arguments[1:])
     except Exception as error:
-        return print_error(PROG, error)
+        return report_error(PROG, error)
 
 
 def dispatch(word: str, arguments: Sequence[str]) -> int:
