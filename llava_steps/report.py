@@ -15,8 +15,8 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.pipeline.steps import UPSTREAM
 from llava_steps.settings.config import Report
+from llava_steps.settings.steps import STEPS
 from llava_steps.store.run import Context, Step, main
 
 PAGE = "report.html"
@@ -31,7 +31,7 @@ def run(ctx: Context, cfg: Report) -> Mapping[str, Any]:
     """
     from llava_steps.reporting import collect, html
 
-    inputs = {name: ctx.inputs[name] for name in UPSTREAM["report"] if name in ctx.inputs}
+    inputs = {name: ctx.inputs[name] for name in STEPS["report"].feeds if name in ctx.inputs}
     if not inputs:
         raise ConfigError("nothing to report: give results, such as --evaluation")
     for name, item in inputs.items():
@@ -58,7 +58,7 @@ STEP = Step(
     config=Report,
     run=run,
     doc=__doc__,
-    optional=frozenset(UPSTREAM["report"]),
+    optional=frozenset(STEPS["report"].feeds),
 )
 
 if __name__ == "__main__":

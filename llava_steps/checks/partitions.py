@@ -15,7 +15,7 @@ import yaml
 from llava_steps.checks.finding import Finding
 from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline import slurm
-from llava_steps.pipeline.steps import Rule
+from llava_steps.pipeline.rules import Rule
 from llava_steps.settings.config import Cluster
 
 FORMAT = "%P|%a|%l|%D|%c|%m|%G"

@@ -25,7 +25,7 @@ from llava_steps.checks import disk, partitions, processes, tracking
 from llava_steps.checks.finding import Finding
 from llava_steps.core.errors import ConfigError, InputError, StepError, report_error
 from llava_steps.evaluation import harness
-from llava_steps.pipeline import steps
+from llava_steps.pipeline.rules import chain
 from llava_steps.planning import stages
 from llava_steps.planning.models import model_of
 from llava_steps.settings import load
@@ -92,7 +92,7 @@ def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
     yield from processes.image(config)
     if given.profile:
         profile = given.profile / "config.yaml" if given.profile.is_dir() else given.profile
-        yield from partitions.check(steps.chain(config), config.cluster, profile)
+        yield from partitions.check(chain(config), config.cluster, profile)
     yield from processes.here(config, inside)
     if given.on_nodes:
         for stage in (config.stage1, config.stage2):

@@ -22,8 +22,9 @@ from typing import Any
 
 from llava_steps.core.errors import ConfigError, InputError, report_error
 from llava_steps.geometry.hardware import GPUS, Gpu
-from llava_steps.pipeline import steps as pipeline
-from llava_steps.planning import cached, stages, text
+from llava_steps.pipeline import outlook
+from llava_steps.pipeline.rules import chain
+from llava_steps.planning import stages, text
 from llava_steps.planning.models import Model, model_of
 from llava_steps.settings import load
 from llava_steps.settings.config import Config, Stage
@@ -68,9 +69,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def lines(
-    config: Config, given: argparse.Namespace, found: Mapping[str, cached.State] | None = None
+    config: Config, given: argparse.Namespace, found: Mapping[str, outlook.State] | None = None
 ) -> Iterator[str]:
-    """The plan of a run, line by line; see `main` for the arguments, `outlook` for `found`.
+    """The plan of a run, line by line; see `main` for the arguments; `found` is its outlook.
 
     Raises:
         InputError: a model's configuration is not at hand.
@@ -85,7 +86,7 @@ def lines(
             raise ConfigError(f"--{name.replace('_', '-')} {number}: a whole number above 0")
     if found is None:
         image = container.image_digest(config.image, Path(config.store))
-        found = outlook(config, pipeline.chain(config, image), image)
+        found = outlook.outlook(config, chain(config, image), image)
     gpu = GPUS.get(given.gpu)
     model = model_of(config, "hf_model" in found and found["hf_model"].outlook == "done")
     plans = [_stage(model, stage, found, given) for stage in (config.stage1, config.stage2)]
@@ -114,13 +115,6 @@ def lines(
             yield from text.search_text(plan.stage, ranked, given.show)
 
 
-def outlook(
-    config: Config, rules: Mapping[str, pipeline.Rule], image: str
-) -> dict[str, cached.State]:
-    """The state of each rule; `image` is the digest of the container image."""
-    return {state.rule: state for state in cached.states(rules, Path(config.store), image)}
-
-
 def refuse(config: Config, numbers: Container[int]) -> None:
     """ConfigError unless the stages of these numbers can be cut as the configuration says.
 
@@ -140,9 +134,9 @@ def refuse(config: Config, numbers: Container[int]) -> None:
 
 
 def _stage(
-    model: Model, stage: Stage, found: Mapping[str, cached.State], given: argparse.Namespace
+    model: Model, stage: Stage, found: Mapping[str, outlook.State], given: argparse.Namespace
 ) -> stages.StagePlan:
-    report = cached.audit_of(found, stage.stage)
+    report = outlook.audit_of(found, stage.stage)
     data = (
         stages.Data.audited(report)
         if report
@@ -164,7 +158,7 @@ def _disk(model: Model, plans: list[stages.StagePlan]) -> Iterator[str]:
 def figures(
     model: Model,
     plans: list[stages.StagePlan],
-    found: Mapping[str, cached.State],
+    found: Mapping[str, outlook.State],
     gpu: Gpu | None,
     efficiency: float,
 ) -> dict[str, Any]:

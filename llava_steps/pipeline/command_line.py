@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 
 import llava_steps
-from llava_steps.pipeline.steps import MODULES
+from llava_steps.settings.steps import modules
 from llava_steps.store import run
 
 PACKAGE = Path(llava_steps.__file__).parent
@@ -18,7 +18,7 @@ TOOLS = "commands"
 
 def steps() -> dict[str, str]:
     """Name -> module of every step, in the order of a run."""
-    return {module.rpartition(".")[2]: module for module in MODULES.values()}
+    return {module.rpartition(".")[2]: module for module in modules()}
 
 
 def tools() -> dict[str, str]:

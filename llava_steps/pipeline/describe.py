@@ -14,17 +14,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from llava_steps.core import filesystem
-from llava_steps.pipeline.steps import UPSTREAM
 from llava_steps.settings import cli
 from llava_steps.settings.config import Config, Stage
 from llava_steps.settings.former import ELSEWHERE, OPTIONS, field_of
 from llava_steps.settings.load import STANDALONE, sections
+from llava_steps.settings.steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"
 README = ROOT / "config/README.md"
 OPTIONS_PAGE = ROOT / "docs/options.md"
-FILLED = {field for fields in UPSTREAM.values() for field in fields}
+FILLED = {field for step in STEPS.values() for field in step.feeds}
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
 

@@ -5,7 +5,13 @@ Words, never a line: whoever runs them in a shell quotes each one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from llava_steps.settings.config import Cluster, Stage, StepConfig
@@ -68,3 +74,27 @@ def asks(name: str, settings: StepConfig, cluster: Cluster) -> dict[str, Any]:
         if settings.nodes > 1:
             wanted |= {"mpi": "srun", "tasks": settings.nodes}
     return wanted
+
+
+def wait_for_jobs(places: Mapping[str, Path]) -> None:
+    """Wait for the jobs that a killed controller left running and that write these results.
+
+    `places` are the directories that show the results, by rule.
+    """
+    for name, out in places.items():
+        lease = out / "work/.work/lease.json"
+        try:
+            job = json.loads(lease.read_bytes())["slurm_job_id"]
+        except FileNotFoundError:
+            continue
+        while job and shutil.which("squeue") and _is_queued(job):
+            print(f"waiting for Slurm job {job}, which computes {name}", file=sys.stderr)
+            time.sleep(10)
+
+
+def _is_queued(job: str) -> bool:
+    """Whether Slurm still has the job, running or waiting to be run again."""
+    asked = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True
+    )
+    return bool(asked.stdout.strip())

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_steps.geometry.costs import parameters
 from llava_steps.geometry.hardware import GIB, SET_ASIDE, Gpu
-from llava_steps.planning.cached import State
+from llava_steps.pipeline.outlook import State
 from llava_steps.planning.models import Model
 from llava_steps.planning.stages import StagePlan, bubble, changes, rows_of
 

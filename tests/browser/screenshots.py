@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llava_steps.pipeline.steps import UPSTREAM
+from llava_steps.settings.steps import STEPS
 from tests.helpers.chain import ROOT, environment
 
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=ROOT / "results/demo")
     parser.add_argument("--to", type=Path, default=Path("screenshots"))
     given = parser.parse_args()
-    names = [n for n in UPSTREAM["report"] if (given.run / n / "manifest.json").is_file()]
+    names = [n for n in STEPS["report"].feeds if (given.run / n / "manifest.json").is_file()]
     flags = [f"--{name.replace('_', '-')}={(given.run / name).resolve()}" for name in names]
     with tempfile.TemporaryDirectory() as place:
         start = time.monotonic()

@@ -11,7 +11,7 @@ import pytest
 
 from llava_steps.commands import completion
 from llava_steps.pipeline import command_line
-from llava_steps.pipeline.steps import MODULES
+from llava_steps.settings.steps import modules
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +67,7 @@ def in_help(command: str) -> list[tuple[set[str], set[str]]]:
 
 def test_every_command_is_offered(script: Path) -> None:
     commands = command_line.commands()
-    assert set(MODULES.values()) <= set(commands.values()) and "plan" in commands
+    assert set(modules()) <= set(commands.values()) and "plan" in commands
     assert offered(script, "") == list(commands)
     assert offered(script, "tr") == ["train"]
     assert set(offered(script, "-")) == {"-h", "--help", "--version"}

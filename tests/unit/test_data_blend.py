@@ -260,7 +260,7 @@ def test_the_content_of_a_blend_is_its_file_and_its_datasets(root: Path, tmp_pat
 
 
 def test_the_workflow_watches_the_file_and_what_it_names(root: Path) -> None:
-    from llava_steps.pipeline import steps as pipeline
+    from llava_steps.pipeline.rules import chain
     from llava_steps.settings import load
 
     config = load.load([Path(__file__).parents[2] / "config" / "config.yaml"])
@@ -268,7 +268,7 @@ def test_the_workflow_watches_the_file_and_what_it_names(root: Path) -> None:
     item = {"path": "one", "subflavors": {"chat_template": "watched.jinja"}}
     path = write(root, "watched", {"blend": [item, {"path": "two"}]})
     stage = config.stage1.model_copy(update={"data_path": str(path)})
-    rules = pipeline.chain(config.model_copy(update={"stage1": stage}))
+    rules = chain(config.model_copy(update={"stage1": stage}))
     files = set(rules["stage1_checkpoint"].files)
     assert {str(path), str(root / "one"), str(root / "two"), str(root / "watched.jinja")} <= files
     assert "energon_dataset" not in rules["stage1_checkpoint"].upstream

@@ -17,7 +17,7 @@ import yaml
 from llava_steps.checks import disk, partitions, processes, tracking
 from llava_steps.checks.finding import Finding
 from llava_steps.commands import doctor
-from llava_steps.pipeline import steps
+from llava_steps.pipeline.rules import chain
 from llava_steps.settings import load
 from llava_steps.settings.config import Config, Stage
 from tests.unit.test_imports import HEAVY
@@ -74,7 +74,7 @@ def asked(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     (tmp_path / "config.yaml").write_text(PROFILE)
     settled = config(cluster=cluster, stage2=stage)
-    return list(partitions.check(steps.chain(settled), settled.cluster, tmp_path / "config.yaml"))
+    return list(partitions.check(chain(settled), settled.cluster, tmp_path / "config.yaml"))
 
 
 def test_requests_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_partitions_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     asked(tmp_path, monkeypatch, {})
     (tmp_path / "config.yaml").write_text("default-resources: {slurm_partition: closed}")
     settled = config()
-    found = partitions.check(steps.chain(settled), settled.cluster, tmp_path / "config.yaml")
+    found = partitions.check(chain(settled), settled.cluster, tmp_path / "config.yaml")
     assert all("partition 'closed' is not up" in line for line in failures(list(found)))
     program(tmp_path / "bin", "sinfo", "echo slurm_load_partitions: refused >&2; exit 1\n")
     (line,) = partitions.check({}, settled.cluster, tmp_path / "config.yaml")
@@ -131,7 +131,10 @@ def test_directories_that_will_not_do(tmp_path: Path, monkeypatch: pytest.Monkey
     (line,) = failures(list(disk.check("store", tmp_path / "file/below")))
     assert "file/below" in line
     monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)
-    assert any("two processes can lock one file" in line for line in failures(list(disk.check("store", tmp_path))))
+    assert any(
+        "two processes can lock one file" in line
+        for line in failures(list(disk.check("store", tmp_path)))
+    )
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 100)
     assert any("clock" in line for line in failures(list(disk.check("store", tmp_path))))

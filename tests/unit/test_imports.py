@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.pipeline.steps import MODULES
+from llava_steps.settings.steps import modules
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "llava_steps"
@@ -93,7 +93,7 @@ def test_what_is_never_written(path: Path) -> None:
                 assert ast.unparse(keyword.value) == "True", f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES.values())))
+@pytest.mark.parametrize("module", modules())
 def test_help_loads_nothing_heavy(module: str) -> None:
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", module, "--help"],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.pipeline.steps import MODULES
+from llava_steps.settings.steps import modules
 
 PACKAGE = Path(__file__).parents[2] / "llava_steps"
 
@@ -22,7 +22,7 @@ def test_every_command_with_its_first_sentence(flags: tuple[str, ...]) -> None:
     there = {path.stem: path for path in PACKAGE.glob("[!_]*.py")}
     there |= {path.stem: path for path in PACKAGE.glob("commands/[!_]*.py")}
     assert set(named) == set(there)
-    steps = [module.rpartition(".")[2] for module in dict.fromkeys(MODULES.values())]
+    steps = [module.rpartition(".")[2] for module in modules()]
     assert list(named)[: len(steps)] == steps
     for name, sentence in named.items():
         assert there[name].read_text().startswith(f'"""{sentence}\n'), name

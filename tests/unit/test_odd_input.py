@@ -165,8 +165,8 @@ def test_plan_looks_at_the_built_model_only_when_it_is_the_one(
     outlook: Literal["run", "after", "done"],
 ) -> None:
     config_json(place / "results/demo/hf_model", {"text_config": LLAMA})
-    state = plan.cached.State("hf_model", outlook, "")
-    monkeypatch.setattr(plan.cached, "states", lambda *_: [state])
+    state = plan.outlook.State("hf_model", outlook, "")
+    monkeypatch.setattr(plan.outlook, "states", lambda *_: [state])
     assert plan.main(["--json"]) == (InputError.exit_code if outlook == "done" else 0)
     told = capsys.readouterr().out
     assert outlook == "done" or json.loads(told)["model"].startswith("demo:")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from llava_steps.core.errors import InputError
-from llava_steps.pipeline.steps import OPTIONAL, UPSTREAM, chain
+from llava_steps.pipeline.rules import chain
 from llava_steps.reporting import charts, html
 from llava_steps.settings.config import Config
+from llava_steps.settings.steps import STEPS
 from llava_steps.store import code_version
 from tests.helpers.chain import run_step
 from tests.helpers.report_fixtures import HOSTILE, make_run
@@ -116,7 +117,7 @@ def test_the_report_asks_for_nothing_that_the_run_does_not_need() -> None:
         return Config.model_validate({**common, "hf_model": model, **stages})
 
     everything = chain(config(stage1={}, stage2={}))["report"]
-    assert set(everything.upstream) == set(UPSTREAM) - {"report", *OPTIONAL}
+    assert set(everything.upstream) == {n for n, s in STEPS.items() if not s.optional} - {"report"}
     assert everything.settings.model_dump()["title"] == "demo"
     asked = {"lmms_eval": {"tasks": ["mme"]}, "llm_jp_eval_mm": {"tasks": {"a": "b"}}}
     told = chain(config(stage1={}, stage2={}, **asked))["report"]

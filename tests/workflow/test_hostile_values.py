@@ -23,7 +23,7 @@ from snakemake.deployment import singularity
 from snakemake.utils import format as snakemake_format
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.pipeline import slurm, steps
+from llava_steps.pipeline import rules as pipeline_rules
 from llava_steps.settings import cli, load
 from llava_steps.settings.config import Config
 from tests.workflow.values import HOSTILE
@@ -105,33 +105,26 @@ class Judge:
 
 
 def templates() -> dict[str, str]:
-    """The shell command of each rule, as its file has it."""
+    """The shell command of each rule, as its file has it; that of the step rules by no name."""
     found = {}
     for path in (ROOT / "workflow/rules").glob("*.smk"):
-        for rule in re.split(r"^ *rule ", path.read_text(), flags=re.M)[1:]:
+        for rule in re.split(r"^ *rule\b *", path.read_text(), flags=re.M)[1:]:
             (shell,) = re.findall(r'shell:\n((?: *".*"\n)+)', rule)
             found[rule.partition(":")[0]] = "".join(re.findall(r'"(.*)"', shell))
     return found
 
 
-def commands(rules: dict[str, steps.Rule], config: Config, page: Path) -> Iterator[str]:
+def commands(rules: dict[str, pipeline_rules.Rule], config: Config, page: Path) -> Iterator[str]:
     """What Snakemake hands to bash: stage 2 by itself, for srun; all others in the container."""
     inside = ["apptainer", "exec", "--home=/x", "--nv", "--cleanenv", config.image]
-    starts = {}
-    for name in ("stage1_checkpoint", "stage2_checkpoint"):
-        stage: Any = rules[name].settings
-        starts[name] = slurm.launchers(stage, rules[name].module, config.cluster.gres, inside)
     alone = []
-    for name, template in TEMPLATES.items():
-        if name not in rules:
-            continue
-        params = {"flags": rules[name].flags, "made": str(rules[name].out / "report.html")}
+    for name, rule in rules.items():
+        words = rule.command(config.cluster.gres, inside)
+        params = {"command": words, "made": str(rule.out / "report.html")}
         line = snakemake_format(
-            template,
+            TEMPLATES.get(name, TEMPLATES[""]),
             params=type("Params", (), params),
             output=type("Output", (), {"page": str(page)}),
-            quiet={name: rules[name].quiet},
-            starts=starts,
         )
         if name == "stage2_checkpoint":
             yield line
@@ -179,7 +172,7 @@ def check(config: dict[str, Any], place: Path) -> None:
     (place / "own.yaml").write_text(yaml.safe_dump(config))
     settled = load.load(["own.yaml"])
     assert settled == Config.model_validate(config), "YAML changed a value"
-    rules = steps.chain(settled, "sha256:0")
+    rules = pipeline_rules.chain(settled, "sha256:0")
     out = rules["report"].out
     out.mkdir(parents=True)
     (out / "report.html").write_text("page")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_steps.pipeline.steps import AFTER, UPSTREAM
+from llava_steps.settings.steps import STEPS
 from tests.workflow.project import MODULES, ROOT, RULES, Project
 
 
@@ -24,7 +24,7 @@ def test_all_is_the_default_and_needs_every_rule(fresh: Project) -> None:
 
 def needed(rule: str) -> set[str]:
     """`rule` and every rule before it."""
-    before = {*UPSTREAM[rule].values(), *([AFTER[rule]] if rule in AFTER else [])}
+    before = {*STEPS[rule].feeds.values(), STEPS[rule].after}
     before &= {*RULES}  # benchmarks that nobody asks for
     if rule in ("tar_shards", "hf_model", "evaluation"):
         before.add("demo_assets")  # the shipped configuration's `demo:` paths
@@ -219,7 +219,7 @@ def test_files_are_named_behind_one_configfile(fresh: Project) -> None:
         fresh.overlay("stage2: {warmup_steps: 7}\n", "b.yaml"),
     ]
     twice = ("-n", "--cores", "1", "--configfile", files[0], "--configfile", files[1])
-    assert "--configfile is there twice" in fresh.snakemake(*twice, code=1)
+    assert "--configfile is given twice" in fresh.snakemake(*twice, code=1)
     text = fresh.snakemake("-n", "--cores", "1", "--configfile", *files)
     assert "--lr=0.0003" in text and "--warmup-steps=7" in text
 

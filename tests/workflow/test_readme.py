@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 
-from llava_steps.pipeline.steps import OPTIONAL, UPSTREAM, chain
+from llava_steps.pipeline.rules import chain
 from llava_steps.settings.load import load
+from llava_steps.settings.steps import STEPS
 from tests.workflow.project import ROOT, Project
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,9 +47,9 @@ def test_the_template_is_a_whole_configuration(fresh: Project) -> None:
     shipped, template = ROOT / "config/config.yaml", ROOT / "config/template.yaml"
     config = load([shipped, template])
     assert config == load([template]) and config.demo_assets is None
-    assert set(chain(config)) == set(UPSTREAM) - set(OPTIONAL)
+    assert set(chain(config)) == {name for name, step in STEPS.items() if not step.optional}
     for path in (config.tar_shards.source, config.evaluation.data):
         (fresh.root / path).parent.mkdir(exist_ok=True)
         (fresh.root / path).write_text("[]")
     planned = fresh.planned("--configfile", "config/template.yaml")
-    assert planned == sorted(set(UPSTREAM) - set(OPTIONAL))
+    assert planned == sorted({name for name, step in STEPS.items() if not step.optional})

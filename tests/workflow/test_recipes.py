@@ -10,10 +10,10 @@ import pytest
 from llava_steps.commands import plan
 from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.costs import parameters
-from llava_steps.pipeline.steps import OPTIONAL, UPSTREAM
 from llava_steps.planning.models import model_of
 from llava_steps.settings.config import Config
 from llava_steps.settings.load import load
+from llava_steps.settings.steps import STEPS
 from tests.workflow.project import ROOT, Project
 
 SHIPPED = ROOT / "config/config.yaml"
@@ -49,7 +49,7 @@ def test_a_recipe_is_whole_fits_and_plans(
         (fresh.root / path).parent.mkdir(exist_ok=True)
         (fresh.root / path).write_text("[]")
     rules = fresh.planned("--configfile", f"config/recipes/{name}")
-    assert rules == sorted(set(UPSTREAM) - set(OPTIONAL))
+    assert rules == sorted(name for name, step in STEPS.items() if not step.optional)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -87,7 +87,7 @@ def test_the_vocabulary_is_padded_for_the_tensor_parallel_size_that_building_is_
 def test_the_image_counts_in_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load([PLACE / RECIPES[0]])
     seen: list[str] = []
-    monkeypatch.setattr(plan.cached, "states", lambda rules, root, image: seen.append(image) or ())
+    monkeypatch.setattr(plan.outlook, "states", lambda rules, root, image: seen.append(image) or ())
     pinned = config.model_copy(update={"image": "docker://somewhere/llava@sha256:abc"})
     planned(pinned, monkeypatch)
     assert seen == ["sha256:abc"]

@@ -1,111 +1,28 @@
-"""The chain of a run: which step each rule calls, with which settings, on whose results.
+"""The rules of a run: which step each calls, with which settings, on whose results.
 
-This is the one place that says what feeds what. Source fields that the configuration leaves empty
+What feeds what is declared in settings/steps.py. Source fields that the configuration leaves empty
 are filled with the results of earlier rules; a path given there instead is used as it is, so that
-a stage can train on a dataset of its own or start from another checkpoint.
+a stage can train on another dataset or start from another checkpoint.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llava_steps.core import filesystem
+from llava_steps.pipeline import slurm
 from llava_steps.settings import cli
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.config import Audit, Config, Report, Stage, StepConfig
 from llava_steps.settings.load import DEMO
+from llava_steps.settings.steps import STEPS, StepDeclaration, section_of
 from llava_steps.store.code_version import code_version
 from llava_steps.store.store import MANIFEST, read_manifest
-
-UPSTREAM: dict[str, dict[str, str]] = {
-    "demo_assets": {},
-    "tar_shards": {},
-    "energon_dataset": {"tar_dir": "tar_shards"},
-    "hf_model": {},
-    "megatron_checkpoint": {"hf_dir": "hf_model"},
-    "stage1_audit": {"tokenizer_load_dir": "hf_model", "data_path": "energon_dataset"},
-    "stage2_audit": {"tokenizer_load_dir": "hf_model", "data_path": "energon_dataset"},
-    "stage1_checkpoint": {
-        "megatron_load_dir": "megatron_checkpoint",
-        "tokenizer_load_dir": "hf_model",
-        "data_path": "energon_dataset",
-    },
-    "stage1_export": {"megatron_dir": "stage1_checkpoint", "tokenizer_dir": "hf_model"},
-    "stage2_checkpoint": {
-        "megatron_load_dir": "stage1_checkpoint",
-        "tokenizer_load_dir": "hf_model",
-        "data_path": "energon_dataset",
-    },
-    "hf_export": {"megatron_dir": "stage2_checkpoint", "tokenizer_dir": "hf_model"},
-    "evaluation": {
-        "before": "hf_model",
-        "after_stage1": "stage1_export",
-        "after_stage2": "hf_export",
-    },
-    "lmms_eval": {"model": "hf_export"},
-    "llm_jp_eval_mm": {"model": "hf_export"},
-    "report": {
-        name: name
-        for name in (
-            "demo_assets",
-            "tar_shards",
-            "energon_dataset",
-            "hf_model",
-            "megatron_checkpoint",
-            "stage1_audit",
-            "stage2_audit",
-            "stage1_checkpoint",
-            "stage1_export",
-            "stage2_checkpoint",
-            "hf_export",
-            "evaluation",
-            "lmms_eval",
-            "llm_jp_eval_mm",
-        )
-    },
-}
-"""Rule -> source field -> rule whose result fills it when the configuration leaves it empty."""
-
-MODULES = {
-    "demo_assets": "llava_steps.demo_assets",
-    "tar_shards": "llava_steps.shard_tars",
-    "energon_dataset": "llava_steps.prepare_energon",
-    "hf_model": "llava_steps.build_hf",
-    "megatron_checkpoint": "llava_steps.hf_to_megatron",
-    "stage1_audit": "llava_steps.audit",
-    "stage2_audit": "llava_steps.audit",
-    "stage1_checkpoint": "llava_steps.train",
-    "stage1_export": "llava_steps.megatron_to_hf",
-    "stage2_checkpoint": "llava_steps.train",
-    "hf_export": "llava_steps.megatron_to_hf",
-    "evaluation": "llava_steps.evaluate",
-    "lmms_eval": "llava_steps.lmms_eval",
-    "llm_jp_eval_mm": "llava_steps.llm_jp_eval_mm",
-    "report": "llava_steps.report",
-}
-
-SECTIONS = {
-    "stage1_audit": "audit",
-    "stage2_audit": "audit",
-    "stage1_checkpoint": "stage1",
-    "stage1_export": "hf_export",
-    "stage2_checkpoint": "stage2",
-}
-"""Section of the configuration, where it is not named like the rule."""
-
-AFTER = {"stage1_checkpoint": "stage1_audit", "stage2_checkpoint": "stage2_audit"}
-"""Rule -> rule that must have passed before, without being read."""
-
-RESULTS = ("hf_export", "evaluation", "lmms_eval", "llm_jp_eval_mm")
-"""What a run is for; its report tells these and every rule before them, and asks for no other."""
-
-OPTIONAL = ("demo_assets", "lmms_eval", "llm_jp_eval_mm")
-"""Rules that a run has only if its configuration asks for them."""
 
 AUDITED = ("tokenizer_load_dir", "data_path", "seq_length", "too_long")
 """Settings of a stage that its audit takes over."""
@@ -132,18 +49,34 @@ class Rule:
     """Flags that say where values are kept and which image computes them."""
 
     @property
+    def declared(self) -> StepDeclaration:
+        return STEPS[self.name]
+
+    @property
     def manifest(self) -> str:
         return str(self.out / MANIFEST)
 
     @property
     def before(self) -> tuple[str, ...]:
         """Rules whose results it reads, and the one that must have passed before."""
-        return (*self.upstream, *([AFTER[self.name]] if self.name in AFTER else []))
+        after = self.declared.after
+        return (*self.upstream, after) if after else self.upstream
 
     @property
     def page(self) -> Path | None:
         """What its job copies beside the results of the run."""
         return self.out.with_name("report.html") if self.name == "report" else None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Files that its job makes, as Snakemake knows them."""
+        return (self.manifest, str(self.page)) if self.page else (self.manifest,)
+
+    @property
+    def threads(self) -> int:
+        """Cores of its job."""
+        threads = self.declared.threads
+        return threads if isinstance(threads, int) else int(getattr(self.settings, threads))
 
     @property
     def flags(self) -> list[str]:
@@ -154,6 +87,18 @@ class Rule:
     def quiet(self) -> list[str]:
         """Flags that never recompute anything."""
         return cli.flags(self.settings, ("quiet",))
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that its job needs."""
+        return self.settings.nodes if isinstance(self.settings, Stage) else 1
+
+    def command(self, gres: str = "", container: Sequence[str] = ()) -> list[str]:
+        """Words of the command of its job; see `slurm.launchers` for the arguments."""
+        start = ["python", "-m", self.module]
+        if isinstance(self.settings, Stage):
+            start = slurm.launchers(self.settings, self.module, gres, container)
+        return [*start, *self.flags, *self.quiet]
 
     @cached_property
     def version(self) -> str:
@@ -167,15 +112,21 @@ def chain(config: Config, image: str = "") -> dict[str, Rule]:
     """All rules of a run by name, in an order in which they can run; `image` is its digest."""
     run = Path(config.results, config.run)
     rules: dict[str, Rule] = {}
-    for name in UPSTREAM:
-        if name in OPTIONAL and not _asked(config, name):
+    for step in STEPS.values():
+        if step.optional and not _asked(config, step.rule):
             continue
-        feeds = UPSTREAM[name]
-        if name == "report":
-            told = before(rules, [result for result in RESULTS if result in rules])
-            feeds = {key: rule for key, rule in feeds.items() if rule in told}
-        rules[name] = _rule(name, config, run, image, feeds)
+        feeds = step.feeds
+        if step.rule == "report":
+            # It shows the results and every rule before them, and asks for no other.
+            shown = before(rules, results(rules))
+            feeds = {key: rule for key, rule in feeds.items() if rule in shown}
+        rules[step.rule] = _rule(step, config, run, image, feeds)
     return rules
+
+
+def results(rules: Iterable[str]) -> list[str]:
+    """Those of `rules` that a run is for."""
+    return [name for name in rules if STEPS[name].result]
 
 
 def lost(rules: Mapping[str, Rule]) -> list[str]:
@@ -191,7 +142,7 @@ def lost(rules: Mapping[str, Rule]) -> list[str]:
             if shown and text in rule.files and not os.path.exists(text):
                 before = shown["inputs"].get(key, {}).get("path", "")
                 if before != text:
-                    section = SECTIONS.get(rule.name, rule.name)
+                    section = section_of(rule.name)
                     made = f"{rule.out} was made from {before}" if before else "was empty before"
                     found.append(f"{section}.{key}: {text} does not exist; {made}")
     return found
@@ -246,13 +197,15 @@ def before(rules: Mapping[str, Rule], names: Iterable[str]) -> set[str]:
     return found
 
 
-def _rule(name: str, config: Config, run: Path, image: str, feeds: Mapping[str, str]) -> Rule:
-    section = SECTIONS.get(name, name)
+def _rule(
+    step: StepDeclaration, config: Config, run: Path, image: str, feeds: Mapping[str, str]
+) -> Rule:
+    name, section = step.rule, section_of(step.rule)
     settings: StepConfig = getattr(config, section)
     if isinstance(settings, Audit):
-        stage: Stage = config.stage1 if name == "stage1_audit" else config.stage2
+        stage: Stage = config.stage1 if step.stage == 1 else config.stage2
         taken = {key: getattr(stage, key) for key in AUDITED}
-        settings = settings.model_copy(update={"stage": int(name[5]), **taken})
+        settings = settings.model_copy(update={"stage": step.stage, **taken})
     filled: dict[str, Any] = {}
     upstream: list[str] = []
     files: list[str] = []
@@ -281,7 +234,7 @@ def _rule(name: str, config: Config, run: Path, image: str, feeds: Mapping[str, 
     where = [f"--save-dir={out}", f"--store={config.store}"]
     return Rule(
         name=name,
-        module=MODULES[name],
+        module=f"llava_steps.{step.module}",
         settings=settings.model_copy(update=filled),
         out=out,
         upstream=tuple(dict.fromkeys(upstream)),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
-from llava_steps.pipeline.steps import Rule
+from llava_steps.pipeline.rules import Rule
+from llava_steps.settings.config import Config
 from llava_steps.store import run, store
 from llava_steps.store.commit import committed
 from llava_steps.store.digest import Digests
@@ -85,6 +86,11 @@ def _shows(rule: Rule, entry: Path, shown: Mapping[str, Any] | None) -> bool:
         return True
     made = (entry / rule.page.name).read_bytes()
     return rule.page.is_file() and rule.page.read_bytes() == made
+
+
+def outlook(config: Config, rules: Mapping[str, Rule], image: str) -> dict[str, State]:
+    """The state of each rule of a configuration; `image` is the digest of its image."""
+    return {state.rule: state for state in states(rules, Path(config.store), image)}
 
 
 def demanded(

@@ -1,0 +1,54 @@
+# What is checked and shown around the jobs of a run.
+import atexit
+import sys
+
+from llava_steps.commands import plan
+from llava_steps.pipeline import slurm
+
+for step in this_run.rules.values():
+    workflow.get_rule(step.name).docstring = step.declared.summary
+
+if workflow.is_main_process:
+    for line in this_run.jobs():
+        print(line, file=sys.stderr)
+
+
+@in_one_line
+def before_jobs():
+    this_run.refuse_host_for_image()
+    this_run.refuse_nodes_without_slurm()
+    # A layout that stage 2 cannot have is reported before stage 1 has cost its time.
+    plan.refuse(this_run.config, this_run.stages_to_train())
+    lease = this_run.hold()
+    atexit.register(lease.__exit__, None, None, None)
+    slurm.wait_for_jobs(this_run.places())
+    this_run.request_forced()
+
+
+@atexit.register
+def show_plan():
+    """After a dry run: what the run would take. It never fails the dry run itself."""
+    planned = (
+        workflow.scheduler is not None
+    )  # not where Snakemake ended with an error before
+    if not (planned and workflow.dryrun and workflow.is_main_process):
+        return
+    if workflow.output_settings.quiet:
+        return
+    try:
+        for line in plan.lines(
+            this_run.config, plan.parser().parse_args([]), this_run.outlook
+        ):
+            print(line, file=sys.stderr)
+    except StepError as error:
+        print(f"plan: {error}", file=sys.stderr)
+
+
+onstart:
+    if workflow.is_main_process:
+        before_jobs()
+
+
+onsuccess:
+    if workflow.is_main_process:
+        in_one_line(this_run.check_results)()
