@@ -1,15 +1,15 @@
-"""Look at a dataset as training will see it, and refuse it if training would go wrong on it.
+"""Check a dataset as training will see it, and refuse it if training would fail on it.
 
     llava-steps audit --data-path results/demo/energon_dataset \\
         --tokenizer-load-dir results/demo/hf_model --seq-length 256 --save-dir results/demo/audit
 
-Reads, tokenizes and decodes --samples of it (0: all) with what training uses. Each answer must be
-supervised up to its end token, padding and image tokens never, and every image must have its
-tokens. Writes report.json (shares, lengths, samples that are refused or cut by name) and
+Reads, tokenizes and decodes --samples of it (0: all) with the code of training. Each answer must be
+supervised up to its end token, padding and image tokens must not be, and every image must have its
+tokens. Writes report.json (shares, lengths, names of samples that are refused or truncated) and
 examples.txt, three samples with their supervised text in [[ ]], in colour on a terminal. Exit code
-3 when samples are refused, 4 when labels or image tokens are wrong; the report then lies in the
-store entry that the log names. For report.html there are also examples.json, the same samples, and
---thumbnails of the images.
+3 when samples are refused, 4 when labels or image tokens are wrong; the report is then in the store
+entry that the log names. Also writes examples.json, the same samples, and --thumbnails of the
+images, for report.html.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ if TYPE_CHECKING:
 
 REPORT, EXAMPLES, PICTURES = "report.json", "examples.txt", "examples.json"
 LISTED = 3
-"""Samples that an error message names; the report names more."""
+"""Samples that an error message lists; the report lists more."""
 
 
 def run(ctx: Context, cfg: Audit) -> Mapping[str, Any]:
-    """Judge the samples, write the report, and raise if one of them breaks a rule.
+    """Check the samples, write the report, and raise if one of them breaks a rule.
 
     Raises:
         InputError: training would refuse samples.
-        IntegrityError: labels or image tokens are not what they must be.
+        IntegrityError: labels or image tokens are wrong.
     """
     from llava_steps.data.loader import audit
     from llava_steps.data.loader.corpus import Corpus
     from llava_steps.data.samples.thumbnails import Thumbnails
 
-    # Not resolved: what a blend names is relative to where its file stands, link or not.
+    # Not resolved: paths in a blend are relative to the directory of its file, link or not.
     corpus = Corpus(ctx.inputs["data_path"].path.absolute(), cfg.split, cfg.seed)
     auditor = audit.Auditor(
         corpus, ctx.inputs["tokenizer_load_dir"].path, cfg.seq_length, cfg.too_long == "truncate"
     )
-    places = audit.choose(corpus, cfg.samples, cfg.seed)
+    chosen = audit.choose(corpus, cfg.samples, cfg.seed)
     examples: list[Example] = []
     pictures: list[dict[str, str]] = []
     thumbnails = Thumbnails(ctx.entry, "thumbnails")
-    every = max(1, len(places) // max(1, cfg.thumbnails))
-    with ctx.progress("looking at samples", len(places)) as bar:
-        for number, place in enumerate(places):
-            example = auditor.look(place)
+    every = max(1, len(chosen) // max(1, cfg.thumbnails))
+    with ctx.progress("checking samples", len(chosen)) as bar:
+        for number, index in enumerate(chosen):
+            example = auditor.look(index)
             if example and number % every == 0 and len(pictures) < cfg.thumbnails:
-                found = thumbnails.add(example.images[:1])
-                pictures += [{"image": image, "sample": example.where} for image in found]
+                added = thumbnails.add(example.images[:1])
+                pictures += [{"image": image, "sample": example.where} for image in added]
             if example is not None and len(examples) < cfg.examples:
                 examples.append(example)
             bar.advance(1)

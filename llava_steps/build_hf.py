@@ -3,9 +3,9 @@
     llava-steps build_hf --vision-tower openai/clip-vit-large-patch14-336 \\
         --text-model path/to/llama --save-dir results/x/hf_model
 
-Both are local directories or hub ids. All their weights are kept; the projector is new, and so are
-the rows of tokens that the tokenizer did not have (`<image>`, and `<pad>` if it has none), which
-begin as the mean of the others. The result loads with plain transformers
+Both are local directories or hub ids. All their weights are kept. The projector is new, and so are
+the rows of tokens that the tokenizer did not have (`<image>`, and `<pad>` if it has none); they
+start as the mean of the others. The result loads with plain transformers
 (LlavaForConditionalGeneration, AutoProcessor).
 """
 
@@ -25,10 +25,10 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
 def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
-    """Build the model in `ctx.entry`; metrics say what was added."""
+    """Build the model in `ctx.entry`; metrics count what was added."""
     from llava_steps.conversion.build import build
 
-    for remains in ctx.entry.iterdir():  # of an attempt that was killed
+    for remains in ctx.entry.iterdir():  # of a killed attempt
         if remains != ctx.work:
             filesystem.remove(remains)
     tower, text = ctx.inputs["vision_tower"].path, ctx.inputs["text_model"].path
@@ -36,12 +36,12 @@ def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
     built = build(tower, text, ctx.entry, cfg, template)
     if not built.class_tokens and cfg.vision_feature_select_strategy == "default":
         ctx.log.warning(
-            "%s has no class token: the select strategy 'default' drops the first patch of every "
-            "image; 'full' keeps it",
+            "%s has no class token, so vision_feature_select_strategy 'default' drops the first "
+            "patch of every image; 'full' keeps it",
             tower,
         )
     ctx.log.info(
-        "%d parameters, vocabulary %d (%d new rows), %d tokens an image",
+        "%d parameters, vocabulary %d (%d new rows), %d tokens per image",
         built.parameters,
         built.vocab,
         built.new_rows,
@@ -51,7 +51,7 @@ def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
 
 
 def local(text: str, fetch: bool) -> Path:
-    """A directory as it is; a hub id as its snapshot, downloaded with `fetch` if it is missing."""
+    """The directory, or the snapshot of a hub id, downloaded with `fetch` if it is missing."""
     if Path(text).exists():
         return Path(text)
     from huggingface_hub import snapshot_download
@@ -60,10 +60,10 @@ def local(text: str, fetch: bool) -> Path:
     try:
         return Path(snapshot_download(text, allow_patterns=[*FILES], local_files_only=not fetch))
     except HFValidationError:
-        raise InputError(f"{text} is neither a directory nor a hub id") from None
+        raise InputError(f"{text} is neither a directory nor a hub id; check the name") from None
     except Exception as error:
         raise InputError(
-            f"{text} is no directory here and could not be fetched from the hub: {error}"
+            f"{text} is not a directory here and could not be downloaded from the hub: {error}"
         ) from error
 
 

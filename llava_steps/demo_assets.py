@@ -6,7 +6,7 @@ Writes raw/train.json, raw/heldout.json and raw/images/*.jpg (real scans that sc
 questions in English and Japanese), vision_tower/ (a CLIP tower, briefly pretrained against
 captions) and text_model/ (a Llama with its tokenizer, briefly pretrained on text about digits).
 Neither model has seen a held-out scan, and the language model has seen no image at all. The same
-settings give the same bytes. A run with data and models of your own does not need this step.
+settings give the same bytes. A run with your own data and models does not need this step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def run(ctx: Context, cfg: DemoAssets) -> Mapping[str, Any]:
 
     from llava_steps.demo import questions, scans
 
-    for remains in ctx.entry.iterdir():  # of an attempt that was killed
+    for remains in ctx.entry.iterdir():  # of a killed attempt
         if remains != ctx.work:
             filesystem.remove(remains)
     data = scans.load_scans()
@@ -54,7 +54,7 @@ def run(ctx: Context, cfg: DemoAssets) -> Mapping[str, Any]:
 
 
 def _vision(ctx: Context, cfg: DemoAssets, pixels: Any, digits: Any) -> int:
-    """Pretrain and save the tower on these scans alone; returns its number of parameters."""
+    """Pretrain and save the tower on these scans only; returns its number of parameters."""
     from transformers.utils import logging
 
     from llava_steps.demo import schedule, vision

@@ -4,10 +4,10 @@
         --after-stage2 results/x/hf_export --save-dir results/x/evaluation
 
 Models are loaded and run by plain transformers (AutoProcessor, LlavaForConditionalGeneration),
-as their users will. An answer is right when it equals the reference, white space at its ends
-aside; --metrics adds other scores, and --prompts questions that are asked for reading, about the
-file's first images. Writes results.json, table.md, samples.json and generations.json, and the
-images of the samples as thumbnails.
+as their users will. An answer is right when it equals the reference, except for white space at its
+ends. --metrics adds other scores. --prompts adds questions about the file's first images, whose
+answers are shown but not scored. Writes results.json, table.md, samples.json, generations.json, and
+the images of the samples as thumbnails.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
     generations: dict[str, list[str]] = {}
     for name in names:
         model = ask.Model(ctx.inputs[name].path)
-        with ctx.progress(f"asking {name}", len(questions)) as bar:
+        with ctx.progress(f"evaluating {name}", len(questions)) as bar:
             answers = model.answers(questions, cfg.batch_size, cfg.max_new_tokens, bar.advance)
         results[name] = _scores(ctx, cfg, name, model, questions, answers)
         samples[name] = score.some(questions, answers, cfg.samples_shown)
         if prompts:
-            with ctx.progress(f"prompting {name}", len(prompts)) as bar:
+            with ctx.progress(f"fixed prompts, {name}", len(prompts)) as bar:
                 generations[name] = model.answers(
                     prompts, cfg.batch_size, cfg.prompt_tokens, bar.advance
                 )
     thumbnails = Thumbnails(ctx.entry, "images")
-    for place, number in enumerate(score.chosen(questions, cfg.samples_shown)):
+    for row, number in enumerate(score.chosen(questions, cfg.samples_shown)):
         images = thumbnails.add(questions[number].images)
         for name in names:
-            samples[name][place]["images"] = images
+            samples[name][row]["images"] = images
     filesystem.write_json(ctx.entry / "results.json", results)
     filesystem.write_json(ctx.entry / "samples.json", samples)
     if prompts:
@@ -105,20 +105,20 @@ def _scores(
 
 
 def prompted(questions: Sequence[Question], prompts: Sequence[str], images: int) -> list[Question]:
-    """Every prompt about each of the first `images` single images, without what was said there."""
+    """Every prompt about each of the first `images` single images, without their conversation."""
     from llava_steps.data.samples.sample import PLACEHOLDER
 
     shown = dict.fromkeys(q.images for q in questions if len(q.images) == 1)
     return [
         replace(
             questions[0],
-            id=f"prompt {number} image {place}",
+            id=f"prompt {number} image {position}",
             turns=({"role": "user", "content": f"{PLACEHOLDER}\n{prompt}"},),
-            images=found,
+            images=image,
             reference="",
             answers=(),
         )
-        for place, found in enumerate(list(shown)[:images])
+        for position, image in enumerate(list(shown)[:images])
         for number, prompt in enumerate(prompts)
     ]
 
@@ -127,15 +127,15 @@ def read_questions(path: Path) -> list[Question]:
     """The last question of every conversation in a LLaVA JSON or JSONL file.
 
     Raises:
-        InputError: the file, or any of its samples, cannot be used: leaving out what is difficult
-            would change what an accuracy means.
+        InputError: the file, or any of its samples, cannot be used: leaving samples out would
+            change what an accuracy means.
     """
     from llava_steps.data import sources
     from llava_steps.data.samples import sample as samples
     from llava_steps.evaluation.ask import Question
 
     source = sources.open_source(path, "llava", sources.Options(max_pixels=MAX_PIXELS))
-    found = []
+    questions = []
     for chunk in source.chunks(1000):
         for row in source.rows(chunk):
             try:
@@ -147,10 +147,12 @@ def read_questions(path: Path) -> list[Question]:
             group = "/".join(str(name) for name in names if name) or "questions"
             reference = turns[-1]["content"]
             answers = _answers(sample.extra.get("answers"), f"{path}, record {row.index}")
-            found.append(Question(sample.id, group, turns[:-1], sample.images, reference, answers))
-    if not found:
-        raise InputError(f"{path} holds no questions")
-    return found
+            questions.append(
+                Question(sample.id, group, turns[:-1], sample.images, reference, answers)
+            )
+    if not questions:
+        raise InputError(f"{path} holds no questions; it must be a LLaVA JSON or JSONL file")
+    return questions
 
 
 def _answers(given: Any, where: str) -> tuple[str, ...]:
@@ -158,9 +160,9 @@ def _answers(given: Any, where: str) -> tuple[str, ...]:
     if given is None:
         return ()
     rows = given if isinstance(given, list) else [given]
-    found = [row.get("answer") if isinstance(row, dict) else row for row in rows]
-    texts = tuple(answer for answer in found if isinstance(answer, str))
-    if not texts or len(texts) < len(found):
+    values = [row.get("answer") if isinstance(row, dict) else row for row in rows]
+    texts = tuple(answer for answer in values if isinstance(answer, str))
+    if not texts or len(texts) < len(values):
         raise InputError(f"{where}: answers must be a list of texts, or of objects with `answer`")
     return texts
 

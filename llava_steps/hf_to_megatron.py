@@ -2,8 +2,8 @@
 
 llava-steps hf_to_megatron --hf-dir results/demo/hf_model --save-dir results/demo/...
 
-Streams tensor by tensor; needs no GPU. The checkpoint loads at any tensor, pipeline and data
-parallel size; --tp and --pp say for which its files are cut.
+Converts tensor by tensor; needs no GPU. The checkpoint loads at any tensor, pipeline and data
+parallel size; its files are split for --tp and --pp.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     geometry = Geometry.load(source)
     final = ctx.entry / iteration_name(0)
     temporary = ctx.entry / f"{filesystem.TEMPORARY}{final.name}"
-    for remains in (temporary, final):  # of an attempt that was killed
+    for remains in (temporary, final):  # of a killed attempt
         filesystem.remove(remains)
     with (
         TensorDirectory(source) as tensors,

@@ -5,9 +5,9 @@
 
 llm-jp-eval-mm (https://github.com/llm-jp/llm-jp-eval-mm, package eval-mm) is not installed with
 this project: --python names the Python of an environment that has it, with torch and transformers.
-A task is given with its metrics, separated by commas; --tasks may be repeated. Questions and scores
-are its own, answers are greedy and those of `evaluate`. A metric that asks a judge needs
---judge-model, the network, and the keys that eval_mm reads from the environment. Writes scores.json
+A task is given with its metrics, separated by commas; --tasks may be repeated. llm-jp-eval-mm gives
+the questions and scores, `evaluate` the greedy answers. A metric with a judge needs --judge-model,
+the network, and the keys that eval_mm reads from the environment. Writes scores.json
 and raw/TASK.jsonl with all answers.
 """
 
@@ -32,15 +32,17 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
     """Run the tasks; metrics hold each number.
 
     Raises:
-        ConfigError: llm-jp-eval-mm is not there, or no tasks are given.
-        InputError: it failed, or a task came out without a number.
+        ConfigError: llm-jp-eval-mm is not installed, or no tasks are given.
+        InputError: it failed, or gave no number for a task.
     """
     if not cfg.tasks:
         raise ConfigError(f"{SECTION}.tasks: name at least one task of llm-jp-eval-mm")
-    found = harness.find(PACKAGE, SECTION, cfg.python)
+    installed = harness.find(PACKAGE, SECTION, cfg.python)
     log = ctx.work / "llm_jp_eval_mm.log"
-    ctx.log.info("llm-jp-eval-mm %s in %s: %s", found.version, found.python, ", ".join(cfg.tasks))
-    ctx.log.info("what it says goes to %s", log)
+    ctx.log.info(
+        "llm-jp-eval-mm %s in %s: %s", installed.version, installed.python, ", ".join(cfg.tasks)
+    )
+    ctx.log.info("its output is written to %s", log)
     raw = ctx.entry / "raw"
     filesystem.remove(raw)
     raw.mkdir(parents=True)
@@ -55,15 +57,15 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
     }
     filesystem.write_json(ctx.work / "job.json", job)
     line = [str(eval_mm_driver.__file__), str(ctx.work / "job.json")]
-    harness.run(found, line, log)
+    harness.run(installed, line, log)
     path = raw / eval_mm_driver.SCORES
     try:
         scores = [Score(**row) for row in json.loads(path.read_bytes())]
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    told = harness.summary(found, list(cfg.tasks), scores, SECTION)
-    filesystem.write_json(ctx.entry / "scores.json", told)
-    return told
+    summary = harness.summary(installed, list(cfg.tasks), scores, SECTION)
+    filesystem.write_json(ctx.entry / "scores.json", summary)
+    return summary
 
 
 STEP = Step(name="llm_jp_eval_mm", config=LlmJpEvalMm, run=run, doc=__doc__, volatile=("raw/*",))

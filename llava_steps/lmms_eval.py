@@ -5,10 +5,10 @@
 
 lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval) is not installed with this project, whose
 versions it does not share: --python names the Python of an environment that has it, with decord,
-which its own `llava_hf` needs. That loads the export and asks, one question at a time, in the words
-of the chat template. It fetches its data as it does elsewhere, and its numbers are taken as they
-are; answers that failed are an error, where it would count them as wrong. --task-files is a folder
-with tasks of your own. Writes scores.json, and all that lmms-eval wrote below raw/.
+which its `llava_hf` model needs. `llava_hf` loads the export and asks one question at a time, with
+the prompts of the chat template. lmms-eval downloads its own data, and its numbers are not changed.
+Answers that failed are an error; lmms-eval would count them as wrong. --task-files is a folder with
+your own tasks. Writes scores.json, and all output files of lmms-eval below raw/.
 """
 
 from __future__ import annotations
@@ -31,76 +31,80 @@ SECTION = "lmms_eval"
 PACKAGE = harness.PACKAGES[SECTION]
 RESULTS = "*_results.json"
 _UNANSWERED = re.compile(r"Error (.*) (?:in generating|when loading video)")
-"""What llava_hf says when it takes an empty text for an answer that it could not get."""
+"""Printed by llava_hf when generation failed and it uses an empty text as the answer."""
 
 
 def run(ctx: Context, cfg: LmmsEval) -> Mapping[str, Any]:
     """Run the tasks; metrics hold each number.
 
     Raises:
-        ConfigError: lmms-eval is not there, no tasks are given, or a path cannot be passed on.
-        InputError: it failed, or a task came out without a number.
+        ConfigError: lmms-eval is not installed, no tasks are given, or a path cannot be passed on.
+        InputError: it failed, or gave no number for a task.
     """
     if not cfg.tasks:
         raise ConfigError(f"{SECTION}.tasks: name at least one task of lmms-eval")
-    found = harness.find(PACKAGE, SECTION, cfg.python)
+    installed = harness.find(PACKAGE, SECTION, cfg.python)
     raw = ctx.entry / "raw"
     filesystem.remove(raw)
     log = ctx.work / "lmms_eval.log"
-    ctx.log.info("lmms-eval %s in %s: %s", found.version, found.python, ", ".join(cfg.tasks))
-    ctx.log.info("what it says goes to %s", log)
+    ctx.log.info(
+        "lmms-eval %s in %s: %s", installed.version, installed.python, ", ".join(cfg.tasks)
+    )
+    ctx.log.info("its output is written to %s", log)
     from llava_steps.evaluation import same_prompts
 
     model = same_prompts.directory(ctx.inputs["model"].path, ctx.work / "model")
-    line = [*arguments(cfg, model, raw, found.cuda)]
+    line = [*arguments(cfg, model, raw, installed.cuda)]
     if "task_files" in ctx.inputs:
         line.append(f"--include_path={ctx.inputs['task_files'].path}")
-    said = harness.run(found, line, log, environment())
-    if unanswered := _UNANSWERED.findall(said):
+    output = harness.run(installed, line, log, environment())
+    if unanswered := _UNANSWERED.findall(output):
         raise InputError(
             f"{SECTION}.tasks: lmms-eval could not answer {len(unanswered)} of its questions and "
-            f"would count that as wrong: {unanswered[0]}. Its llava_hf takes no question without "
-            f"an image; name tasks with images. All it said is in {log}"
+            f"would count them as wrong: {unanswered[0]}. Its llava_hf model needs an image in "
+            f"each question; name tasks with images. Its output is in {log}"
         )
     if not list(raw.rglob(RESULTS)):
-        raise harness.failure(found, "wrote no results", said, log)
-    told = harness.summary(found, *scores(raw), SECTION)
-    filesystem.write_json(ctx.entry / "scores.json", told)
-    return told
+        raise harness.failure(installed, "wrote no results", output, log)
+    summary = harness.summary(installed, *scores(raw), SECTION)
+    filesystem.write_json(ctx.entry / "scores.json", summary)
+    return summary
 
 
 def environment() -> dict[str, str]:
-    """This one, with what keeps lmms-eval from two things.
+    """The environment of lmms-eval, changed in two variables.
 
-    It prints HF_TOKEN; the hub's library takes a token from an older name as well. And Python would
-    write the bytecode of task functions into task_files, an input of this step.
+    lmms-eval prints HF_TOKEN, so the token has its older name, which the hub's library reads too.
+    And Python would write the bytecode of task functions into task_files, an input of this step.
     """
-    found = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    if token := found.pop("HF_TOKEN", ""):
-        found["HUGGING_FACE_HUB_TOKEN"] = token
-    return found
+    variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    if token := variables.pop("HF_TOKEN", ""):
+        variables["HUGGING_FACE_HUB_TOKEN"] = token
+    return variables
 
 
 def arguments(cfg: LmmsEval, model: Path, raw: Path, cuda: bool) -> list[str]:
-    """The command line of lmms-eval behind its Python.
+    """The command line of lmms-eval after its Python.
 
     Raises:
-        ConfigError: a value holds a comma, with which lmms-eval separates them.
+        ConfigError: a value contains a comma, which lmms-eval uses as the separator.
     """
     device = "cuda" if cuda else "cpu"
-    # Its own device_map, an empty text, is refused by transformers 5.
+    # The default device_map of lmms-eval, an empty text, is refused by transformers 5.
     given = {"pretrained": str(model.absolute()), "device_map": device, **cfg.model_args}
     texts = [*given.items(), ("--save-dir or --store", str(raw))]
     for key, value in (*texts, *((f"{SECTION}.tasks", task) for task in cfg.tasks)):
         if "," in value:
-            raise ConfigError(f"{key}: {value!r} holds a comma, which lmms-eval takes apart")
+            raise ConfigError(
+                f"{key}: {value!r} contains a comma, where lmms-eval splits it; use another"
+            )
     line = [
         "-m",
         PACKAGE,
         "--model=llava_hf",
         "--model_args=" + ",".join(f"{key}={value}" for key, value in given.items()),
         "--tasks=" + ",".join(cfg.tasks),
-        # More than one are refused by its llava_hf.
+        # Its llava_hf model refuses more than one.
         "--batch_size=1",
         f"--device={device}",
         f"--output_path={raw}",
@@ -112,20 +116,20 @@ def arguments(cfg: LmmsEval, model: Path, raw: Path, cuda: bool) -> list[str]:
 def scores(raw: Path) -> tuple[list[str], list[Score]]:
     """The tasks that lmms-eval ran, by its *_results.json below `raw`, and their numbers.
 
-    A group of tasks may have numbers of its own. A key is METRIC,FILTER; the filter is named where
-    it is not `none`.
+    A group of tasks may have its own numbers. A key is METRIC,FILTER; the filter is named if it is
+    not `none`.
 
     Raises:
-        InputError: the file is none of lmms-eval.
+        InputError: the file is not a result of lmms-eval.
     """
     file = max(raw.rglob(RESULTS))
     try:
-        told = json.loads(file.read_bytes())
-        rows = {task: harness.numbers(row) for task, row in told["results"].items()}
-        groups = {name for name, tasks in told.get("group_subtasks", {}).items() if tasks}
+        results = json.loads(file.read_bytes())
+        rows = {task: harness.numbers(row) for task, row in results["results"].items()}
+        groups = {name for name, tasks in results.get("group_subtasks", {}).items() if tasks}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{file} is no result of lmms-eval: {error!r}") from error
-    found = []
+        raise InputError(f"{file} is not a result file of lmms-eval: {error!r}") from error
+    numbers = []
     for task, row in rows.items():
         for key, value in row.items():
             metric, _, filtered = key.partition(",")
@@ -133,8 +137,8 @@ def scores(raw: Path) -> tuple[list[str], list[Score]]:
                 continue
             name = metric if filtered == "none" else f"{metric}, {filtered}"
             stderr = row.get(f"{metric}_stderr,{filtered}")
-            found.append(Score(task, name, value, stderr))
-    return [task for task in rows if task not in groups], found
+            numbers.append(Score(task, name, value, stderr))
+    return [task for task in rows if task not in groups], numbers
 
 
 STEP = Step(

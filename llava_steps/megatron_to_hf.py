@@ -5,8 +5,8 @@ llava-steps megatron_to_hf --megatron-dir results/demo/stage2_checkpoint \\
 
 The newest committed iteration is converted. Config, tokenizer, processor, chat template and
 generation config are copied from --tokenizer-dir, whose weight files also give names, shards and
-dtypes: what was never trained comes back byte for byte. --export-format transformers-4 writes names
-and files that transformers 4.45 to 4.57 read as well.
+dtypes. Weights that were not trained are byte-identical to it. --export-format transformers-4
+writes names and files that transformers 4.45 to 4.57 read too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
 
     template = ctx.inputs["tokenizer_dir"].path
     checkpoint = latest_commit(ctx.inputs["megatron_dir"].path)
-    # Every byte: values that changed on disk would come out as a model that is silently worse.
+    # Every byte: values that changed on disk would silently make the model worse.
     read_commit(checkpoint)
     geometry = Geometry.load(template)
     with (

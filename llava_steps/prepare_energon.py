@@ -1,11 +1,11 @@
-"""Tar shards to a megatron-energon dataset, without a prompt.
+"""Index tar shards as a megatron-energon dataset, without prompts.
 
     llava-steps prepare_energon --tar-dir results/x/tar_shards \
         --save-dir results/x/energon_dataset
 
 Checks every tar (size, sha256, headers, end of archive, number of samples), links it into the
-dataset and writes what `energon prepare` would: `.tar.idx` files and `.nv-meta/`. Tars of others
-work too: without a shards.json beside them every sample in them is looked at instead.
+dataset and writes what `energon prepare` would: `.tar.idx` files and `.nv-meta/`. Other tars work
+too: without a shards.json beside them every sample in them is read instead.
 """
 
 from __future__ import annotations

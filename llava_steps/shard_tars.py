@@ -1,16 +1,16 @@
-"""Raw images and conversations to tar shards.
+"""Write raw images and conversations to tar shards.
 
     llava-steps shard_tars --source data/train.json --save-dir results/x/tar_shards
 
 Reads LLaVA JSON or JSONL, parquet with embedded images, a folder of images with a CSV, TSV or JSONL
-of texts, or webdataset tars; `--source-format` says which, if it cannot be told. Every sample is
-checked; what can be used is written to 000000.tar, 000001.tar, ... and the rest listed with its
-reason in quarantine.jsonl; above `--quarantine-limit` the step fails. The same input and settings
-give the same bytes, whatever the number of workers.
+of texts, or webdataset tars; `--source-format` names the form if it cannot be detected. Every
+sample is checked. Usable ones are written to 000000.tar, 000001.tar, ..., the others are listed
+with the reason in quarantine.jsonl; above `--quarantine-limit` the step fails. The same input and
+settings give the same bytes for any number of workers.
 
-Over several machines, such as a Slurm array of 8 jobs: `--part 1/8 --save-dir parts/1` to
+On several machines, such as a Slurm array of 8 jobs: `--part 1/8 --save-dir parts/1` to
 `--part 8/8 --save-dir parts/8`, then once `--parts parts` without `--part`. The bytes are the same.
-The workflow does so where `cluster.jobs` asks for it.
+The workflow does this if `cluster.jobs` is set.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
         ctx.log.warning("quarantined %d x %s", count, reason)
     if metrics["duplicate_ids"]:
         ctx.log.warning(
-            "%d ids occur more than once; all their samples are kept, told apart by tar and key",
+            "%d ids occur more than once; all their samples are kept, distinguished by tar and key",
             metrics["duplicate_ids"],
         )
     ctx.log.info(
@@ -72,8 +72,10 @@ def _shares(ctx: Context, cfg: TarShards, settings: writer.Settings) -> Iterator
 
     folder = Path(cfg.parts)
     if not folder.is_dir():
-        raise InputError(f"parts: {folder} is no directory with the results of the shares")
-    # The shares differ in their number alone.
+        raise InputError(
+            f"parts: {folder} is not a directory; give the one with the results of all parts"
+        )
+    # The shares differ only in their number.
     quiet = {"parts", "remove_parts", "workers"}
     wanted = cfg.model_dump(exclude={"source", "part", *quiet, *_LIMITS})
     chunks = settings.source.chunks(settings.samples_per_shard)
@@ -94,7 +96,7 @@ def _source_files(path: Path, cfg: TarShards) -> tuple[Path, Iterable[Path]]:
 
 
 _LIMITS = ("quarantine_limit",)
-"""What decides about the whole, but nothing about a share of it."""
+"""Settings that apply to the whole, not to a share of it."""
 
 
 def _idle(cfg: TarShards) -> tuple[str, ...]:

@@ -4,9 +4,9 @@
         --megatron-load-dir results/demo/stage1_checkpoint \\
         --tokenizer-load-dir results/demo/hf_model --data-path results/demo/energon_dataset
 
-An interrupted training goes on from its last checkpoint when it is started again with the same
-settings. SIGTERM saves and ends with exit code 75. Progress: metrics.jsonl in the store entry,
-linked as `work` in --save-dir while it runs.
+An interrupted training resumes from its last checkpoint when it is started again with the same
+settings. SIGTERM saves a checkpoint and ends with exit code 75. Progress is in metrics.jsonl of the
+store entry, which `work` in --save-dir links to while it runs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from llava_steps.store import commit
 from llava_steps.store.run import Context, Step, main
 
 if TYPE_CHECKING:
-    # Runs in the workers; named here so that its code counts for this step's code version.
+    # Runs in the workers; imported here so that its code is part of this step's code version.
     from llava_steps.training import worker as worker
 
 
 def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
     """Start the workers, wait for them, keep the final checkpoint and summarise the metrics.
 
-    With several nodes the launchers meet first; all but the lead's only wait for the end.
+    With several nodes the launchers connect first; all but the first only wait for the end.
     """
     from llava_steps.launch import preflight, rendezvous
     from llava_steps.launch.job import Failure, Job
@@ -38,7 +38,7 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
 
     hf_dir = ctx.inputs["tokenizer_load_dir"].path.resolve()
     if "megatron_load_dir" not in ctx.inputs and not cfg.init:
-        raise ConfigError("--megatron-load-dir is needed, or --init to draw the weights anew")
+        raise ConfigError("give --megatron-load-dir, or --init to start from random weights")
     preflight.check(cfg, hf_dir)
     job_id = cfg.slurm_job_id or os.environ.get("SLURM_JOB_ID", "")
     for what, text in (("Slurm job", job_id), ("job output", cfg.slurm_output_name)):
@@ -50,7 +50,7 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         work=ctx.work,
         checkpoint=None if cfg.init else ctx.inputs["megatron_load_dir"].path.resolve(),
         hf_dir=hf_dir,
-        # Not resolved: what a blend names is relative to where its file stands, link or not.
+        # Not resolved: paths in a blend are relative to the directory of its file, link or not.
         dataset=ctx.inputs["data_path"].path.absolute(),
         fingerprint=ctx.fingerprint,
     )
@@ -68,7 +68,9 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
     lines = [json.loads(line) for line in (ctx.entry / "metrics.jsonl").read_text().splitlines()]
     rows = [line for line in lines if "skipped" not in line]
     if not rows:
-        raise DivergedError("no step updated the weights: all were skipped; see metrics.jsonl")
+        raise DivergedError(
+            "no step updated the weights: all were skipped; metrics.jsonl has the reasons"
+        )
     return {
         "steps": len(lines),
         "updates": len(rows),
@@ -81,9 +83,9 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
 
 
 def keep_beside(ctx: Context, cfg: Stage) -> None:
-    """Leave the last checkpoint alone in the payload, which is the value of the training.
+    """Keep only the last checkpoint in the payload, which is the value of the training.
 
-    Others that were asked for go to `.work/kept`: how many is no part of the value.
+    Others, as keep_every selects them, move to `.work/kept`: they are not part of the value.
     """
     for iteration, path in commit.committed(ctx.entry)[:-1]:
         if cfg.keep_every and iteration % cfg.keep_every == 0:
@@ -93,7 +95,7 @@ def keep_beside(ctx: Context, cfg: Stage) -> None:
 
 
 def follows(cfg: Stage) -> bool:
-    """Whether this is the launcher of another node than the first."""
+    """Whether this launcher is not the one of the first node."""
     from llava_steps.launch.rendezvous import place_of
 
     return not place_of(cfg).leads

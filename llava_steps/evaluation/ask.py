@@ -17,10 +17,10 @@ from transformers.generation.streamers import BaseStreamer
 from llava_steps.core.errors import ConfigError, InputError
 
 PLACEHOLDER = "<image>"
-"""Where an image stands in a turn's text, whatever the model's own image token is."""
+"""Marks an image in a turn's text, for every model; its own image token replaces it."""
 PROBE = "probe-question"
 TINY = 10_000_000
-"""Parameters below which a second CPU thread costs more than it gives, above all on busy cores."""
+"""Parameters below which a second CPU thread costs more than it gains, above all on busy cores."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Question:
 
     id: str
     group: str
-    """Kind and language, as "what_digit/en"; "questions" when the file does not say."""
+    """Kind and language, as "what_digit/en"; "questions" when the file has neither."""
     turns: tuple[dict[str, str], ...]
     """role and content, from the first turn to the question."""
     images: tuple[bytes, ...]
     reference: str
     answers: tuple[str, ...] = ()
-    """What several people answered, where the file has that."""
+    """Answers of several people, if the file has them."""
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -46,21 +46,21 @@ class Question:
 def check_llava(directory: Path) -> None:
     """InputError unless config.json is that of a LLaVA.
 
-    Asked first: transformers would go on with the sizes of LLaVA-1.5, 7 billion random weights.
+    Checked first: transformers would continue with LLaVA-1.5, 7 billion random weights.
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise InputError(f"{directory} is no whole LLaVA model: config.json is missing")
+        raise InputError(f"{directory} is not a complete LLaVA model: config.json is missing")
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "llava":
-        raise InputError(f"{directory} is no whole LLaVA model: its model_type is {kind!r}")
+        raise InputError(f"{directory} is not a complete LLaVA model: its model_type is {kind!r}")
     for part in ("vision_config", "text_config"):
         if not isinstance(config.get(part), dict):
-            raise InputError(f"{directory} is no whole LLaVA model: {path} has no {part}")
+            raise InputError(f"{directory} is not a complete LLaVA model: {path} has no {part}")
 
 
 class Model:
@@ -86,10 +86,13 @@ class Model:
                 directory, local_files_only=True, dtype="auto", output_loading_info=True
             )
         except Exception as error:
-            raise InputError(f"{directory} is no whole LLaVA model: {error}") from error
+            raise InputError(f"{directory} is not a complete LLaVA model: {error}") from error
         wrong = {k: sorted(report[k]) for k in ("missing_keys", "mismatched_keys") if report[k]}
         if wrong:
-            raise InputError(f"{directory}: weights that transformers would make up: {wrong}")
+            raise InputError(
+                f"{directory}: the files lack weights, which transformers would fill with random "
+                f"numbers: {wrong}; export the model again"
+            )
         self._processor.tokenizer.padding_side = "left"
         self._as_parts = takes_parts(self._processor, directory)
         self.directory = directory
@@ -97,10 +100,10 @@ class Model:
         self.network: Any = model.to(self.device).eval()
 
     def prompt(self, turns: Sequence[dict[str, str]]) -> str:
-        """The chat template's text up to where the answer begins; one image token per image."""
-        said = [{"role": turn["role"], "content": self._content(turn)} for turn in turns]
+        """The chat template's text up to the beginning of the answer; one image token per image."""
+        messages = [{"role": turn["role"], "content": self._content(turn)} for turn in turns]
         text: str = self._processor.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True
         )
         return text
 
@@ -120,7 +123,7 @@ class Model:
             text=prompts,
             images=images or None,
             padding=True,
-            # As processor.apply_chat_template does: not a second <s> after the template's own.
+            # Like processor.apply_chat_template: no second <s> after that of the template.
             add_special_tokens=not (bos and prompts[0].startswith(bos)),
             return_tensors="pt",
         )
@@ -133,9 +136,9 @@ class Model:
         max_new_tokens: int,
         advance: Callable[[int], None] = lambda count: None,
     ) -> list[str]:
-        """Greedy answers in the questions' order. Questions of like length share a batch."""
+        """Greedy answers in the questions' order. Questions of similar length share a batch."""
         order = sorted(range(len(questions)), key=lambda i: _length(questions[i]))
-        found = [""] * len(questions)
+        answers = [""] * len(questions)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             inputs = self.inputs([questions[i] for i in chosen]).to(self.device, self.network.dtype)
@@ -147,9 +150,9 @@ class Model:
                 tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
             for i, text in zip(chosen, texts, strict=True):
-                found[i] = text
+                answers[i] = text
             advance(len(chosen))
-        return found
+        return answers
 
     @torch.inference_mode()
     def stream(self, question: Question, max_new_tokens: int, write: Callable[[str], None]) -> None:
@@ -163,7 +166,7 @@ class Model:
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[None]:
-        """While it lasts, torch uses as many CPU threads as help a model of this size."""
+        """Within it, torch uses as many CPU threads as speed up a model of this size."""
         before = torch.get_num_threads()
         torch.set_num_threads(1 if self.network.num_parameters() < TINY else before)
         try:
@@ -173,9 +176,9 @@ class Model:
 
 
 class Stream(BaseStreamer):  # type: ignore[misc]
-    """Hands over the text of generated tokens as soon as it cannot change any more.
+    """Writes the text of generated tokens as soon as it is final.
 
-    A character of several tokens comes whole, and texts without spaces do not wait for one.
+    A character of several tokens is written whole, and texts without spaces do not wait for one.
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
@@ -208,10 +211,10 @@ class Stream(BaseStreamer):  # type: ignore[misc]
 
 
 def takes_parts(processor: Any, directory: Path) -> bool:
-    """Whether the chat template takes a content as a list of parts (True) or only as text.
+    """Whether the chat template takes content as a list of parts (True) or only as text.
 
     Raises:
-        ConfigError: it writes the image token for neither.
+        ConfigError: it writes the image token in neither case.
     """
     parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
     forms: dict[bool, Any] = {True: parts, False: f"{processor.image_token}\n{PROBE}"}
@@ -220,18 +223,18 @@ def takes_parts(processor: Any, directory: Path) -> bool:
             text: str = processor.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False
             )
-        except Exception:  # noqa: S112  a template may fail in any way on the other form
+        except Exception:  # noqa: S112  the other form may fail in any way
             continue
         if text.count(processor.image_token) == 1 and PROBE in text and "'type'" not in text:
             return as_parts
     raise ConfigError(
         f"{directory}: the chat template writes the image token neither for {{'type': 'image'}} "
-        f"parts nor for {processor.image_token!r} in a text; check chat_template.jinja"
+        f"parts nor for {processor.image_token!r} in a text; correct chat_template.jinja"
     )
 
 
 def content_parts(content: str) -> list[dict[str, str]]:
-    """A text with placeholders as parts; line breaks around an image are the template's."""
+    """A text with placeholders as parts; the template adds the line breaks around images."""
     pieces = content.split(PLACEHOLDER)
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(pieces):

@@ -1,9 +1,9 @@
-"""Asks a model the questions of llm-jp-eval-mm; runs as a script in the environment that has it.
+"""Answers the questions of llm-jp-eval-mm; runs as a script in the environment that has it.
 
     python eval_mm_driver.py job.json
 
-The job is written by llava_steps/llm_jp_eval_mm.py. This project need not be installed there: what
-asks the model is imported from beside this file. Writes scores.json and TASK.jsonl into job["raw"].
+llava_steps/llm_jp_eval_mm.py writes the job. This project need not be installed there: this script
+imports the code that runs the model by its path. Writes scores.json and TASK.jsonl into job["raw"].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SCORES = "scores.json"
 
 
 def main(path: str) -> None:
-    """Run the job; what is raised is left to the caller, who shows the last lines of it."""
+    """Run the job; the caller shows the last lines of a traceback."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     sys.path.append(str(Path(__file__).parents[2]))
     from llava_steps.evaluation.ask import Model
@@ -30,12 +30,12 @@ def main(path: str) -> None:
 
 
 def run(job: dict[str, Any], model: Any, name: str, metrics: list[str]) -> list[dict[str, Any]]:
-    """Answers of one task to its file; its numbers as keyword arguments of `harness.Score`."""
+    """Write the answers of a task; returns its numbers as keyword arguments of `harness.Score`."""
     from eval_mm import ScorerConfig, ScorerRegistry, TaskConfig, TaskRegistry
 
     task = TaskRegistry.load_task(name, TaskConfig())
     if job["limit"]:
-        # Its own max_dataset_len fails on a task with fewer.
+        # max_dataset_len of eval_mm fails on a task with fewer.
         task.dataset = task.dataset.select(range(min(job["limit"], len(task.dataset))))
     docs = list(task.dataset)
     questions = [question(task, name, doc) for doc in docs]
@@ -43,55 +43,55 @@ def run(job: dict[str, Any], model: Any, name: str, metrics: list[str]) -> list[
     references = [task.doc_to_answer(doc) for doc in docs]
     with Path(job["raw"], f"{name}.jsonl").open("w", encoding="utf-8") as file:
         for asked, answer, reference in zip(questions, answers, references, strict=True):
-            told = {"id": asked.id, "answer": answer, "reference": reference}
-            file.write(json.dumps(told, ensure_ascii=False, default=str) + "\n")
-    found = []
+            row = {"id": asked.id, "answer": answer, "reference": reference}
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    numbers = []
     for metric in metrics:
         options = {"docs": task.dataset, "judge_model": job["judge_model"]}
         judge = judged(metric) if job["judge_model"] else Unjudged(metric)
         scorer = ScorerRegistry.load_scorer(metric, ScorerConfig(**options, client=judge))
         total = scorer.aggregate(scorer.score(references, answers))
-        found.append({"task": name, "metric": metric, "value": float(total.overall_score)})
-        found += [
+        numbers.append({"task": name, "metric": metric, "value": float(total.overall_score)})
+        numbers += [
             {"task": name, "metric": f"{metric}, {part}", "value": float(value)}
             for part, value in (total.details or {}).items()
             if part.replace("_", "-") != metric and isinstance(value, int | float)
         ]
-    return found
+    return numbers
 
 
 def judged(metric: str) -> Any:
-    """The judge of eval_mm, of which an answer that did not come is an error.
+    """The judge of eval_mm, for which a missing answer is an error.
 
-    eval_mm takes an empty text for it, which scores nothing.
+    eval_mm would use an empty text, which scores nothing.
     """
     from eval_mm import OpenAIChatAPI
 
     class Judge(OpenAIChatAPI):  # type: ignore[misc]
         def batch_generate_chat_response(self, *args: Any, **kwargs: Any) -> list[str]:
-            found: list[str] = super().batch_generate_chat_response(*args, **kwargs)
-            if missing := sum(not text for text in found):
+            texts: list[str] = super().batch_generate_chat_response(*args, **kwargs)
+            if missing := sum(not text for text in texts):
                 raise RuntimeError(
-                    f"{metric}: the judge gave no answer to {missing} of {len(found)} questions; "
-                    "what its service said stands above"
+                    f"{metric}: the judge gave no answer to {missing} of {len(texts)} questions; "
+                    "the output of its service is above this message"
                 )
-            return found
+            return texts
 
     return Judge()
 
 
 class Unjudged:
-    """Stands where a judge would: a metric that asks it says what is missing."""
+    """Replaces a judge that is not set: the error of a metric that needs one."""
 
     def __init__(self, metric: str) -> None:
         self._metric = metric
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(f"{self._metric} asks a judge: set llm_jp_eval_mm.judge_model")
+        raise RuntimeError(f"{self._metric} needs a judge: set llm_jp_eval_mm.judge_model")
 
 
 def question(task: Any, name: str, doc: Any) -> Any:
-    """The images, as PNG, before the text; a task's own <image> marks give way to that."""
+    """The images, as PNG, before the text, in place of the task's own <image> marks."""
     from llava_steps.evaluation.ask import PLACEHOLDER, Question
 
     images = []

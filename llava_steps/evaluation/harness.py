@@ -1,4 +1,4 @@
-"""Evaluation harnesses of others, which run in an environment of their own."""
+"""External evaluation harnesses, which run in their own environments."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PACKAGES = {"lmms_eval": "lmms_eval", "llm_jp_eval_mm": "eval_mm"}
 """Section of the configuration -> package."""
 _BESIDE = {"lmms_eval": ("decord",), "eval_mm": ("transformers", "PIL")}
-"""What a package that is installed without its extras may lack, and is used here."""
+"""Packages used here that an installation without extras may lack."""
 _PROBE = (
     "import importlib.metadata as m, importlib.util as u, json, sys\n"
     "missing = [name for name in sys.argv[1:] if u.find_spec(name) is None]\n"
-    "if missing: sys.exit('no ' + ', '.join(missing))\n"
+    "if missing: sys.exit('missing: ' + ', '.join(missing))\n"
     "import torch\n"
     "print(json.dumps([m.version(sys.argv[1]), torch.cuda.is_available()]))"
 )
@@ -55,18 +55,18 @@ class Score:
 
 
 def find(package: str, section: str, python: str = "") -> Harness:
-    """The harness `package` in the environment of `python`; of this one when that is empty.
+    """The harness `package` in the environment of `python`, or in this one if that is empty.
 
     Raises:
-        ConfigError: it is not installed there, or there is no such Python.
+        ConfigError: it is not installed there, or that Python does not run.
     """
     python = python or sys.executable
     hint = (
-        f"install it into an environment, name that environment's Python in {section}.python, or "
+        f"install it into an environment and set {section}.python to that environment's Python, or "
         f"leave {section}.tasks empty"
     )
     try:
-        found = subprocess.run(
+        probe = subprocess.run(
             [python, "-c", _PROBE, package, *_BESIDE[package]],
             capture_output=True,
             text=True,
@@ -75,12 +75,12 @@ def find(package: str, section: str, python: str = "") -> Harness:
     except OSError as error:
         raise ConfigError(f"{section}.python: {python}: {error}; {hint}") from error
     try:
-        version, cuda = json.loads(found.stdout.splitlines()[-1])
+        version, cuda = json.loads(probe.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        said = found.stderr.strip().splitlines()[-1:]
-        detail = f": {said[0]}" if said else ""
+        last = probe.stderr.strip().splitlines()[-1:]
+        detail = f": {last[0]}" if last else ""
         raise ConfigError(
-            f"{section}.tasks: {python} has no {package} that works{detail}; {hint}"
+            f"{section}.tasks: {python} has no working {package}{detail}; {hint}"
         ) from None
     return Harness(package, python, version, cuda)
 
@@ -91,13 +91,13 @@ def run(
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Run the harness's Python with `arguments`; what it says goes to the file `log`.
+    """Run the harness's Python with `arguments`; its output goes to the file `log`.
 
-    Whatever ends the wait, a signal to the step say, ends the harness and all of its processes; a
-    step that is killed takes the harness with it.
+    An error or signal while waiting kills the harness and all of its processes. So does the end of
+    a step that is killed.
 
     Returns:
-        What it said, without colours.
+        Its output, without colours.
 
     Raises:
         InputError: it failed; the message ends with its last lines.
@@ -118,42 +118,42 @@ def run(
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
-    said = _COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    output = _COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     if code:
-        raise failure(harness, f"ended with code {code}", said, log)
-    return said
+        raise failure(harness, f"ended with code {code}", output, log)
+    return output
 
 
-def failure(harness: Harness, what: str, said: str, log: Path) -> InputError:
-    """An error that shows the last lines of what the harness said."""
-    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
+def failure(harness: Harness, what: str, output: str, log: Path) -> InputError:
+    """An error that shows the last lines of the harness's output."""
+    lines = [line for line in output.replace("\r", "\n").splitlines() if line.strip()]
     return InputError(
-        f"{harness.package} {harness.version} {what}; all it said is in {log}, the last lines "
+        f"{harness.package} {harness.version} {what}; its output is in {log}, the last lines "
         "are:\n" + "\n".join(lines[-TAIL:])
     )
 
 
 def summary(
-    harness: Harness, asked: Sequence[str], scores: Sequence[Score], section: str
+    harness: Harness, tasks: Sequence[str], scores: Sequence[Score], section: str
 ) -> dict[str, Any]:
-    """What the report shows and the manifest keeps.
+    """The scores as the report shows and the manifest keeps them.
 
     Raises:
-        InputError: a task that was asked for has no score.
+        InputError: a task has no score.
     """
     scored = {score.task for score in scores}
-    silent = [task for task in asked if task not in scored]
-    if silent or not scored:
+    missing = [task for task in tasks if task not in scored]
+    if missing or not scored:
         raise InputError(
-            f"{section}.tasks: {harness.package} {harness.version} gave no number for "
-            f"{', '.join(silent) or 'any task'}; see its own files in raw/"
+            f"{section}.tasks: {harness.package} {harness.version} reported no number for "
+            f"{', '.join(missing) or 'any task'}; see its files in raw/"
         )
     rows = [asdict(score) for score in scores]
     return {"harness": harness.package, "version": harness.version, "scores": rows}
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that are numbers; a bool is none, and neither are nan and infinity."""
+    """The entries that are finite numbers, and not bools."""
     return {
         key: float(value)
         for key, value in row.items()

@@ -1,13 +1,13 @@
 """Scores of answers against their references, one number for each question.
 
-| metric | range | what it is |
+| metric | range | definition |
 |---|---|---|
 | `vqa_accuracy` | 0 to 1 | normalised answer against the answers of several people, as in VQA |
 | `rouge_l` | 0 to 1 | longest common subsequence of words, as in COCO captions (beta 1.2) |
 | `cider` | 0 to 10 | n-grams weighted by how rare they are in all references (CIDEr-D) |
 
-ROUGE-L and CIDEr are those of pycocoevalcap, on words as evaluation/words.py makes them. Perplexity
-needs the model and is in evaluation/perplexity.py.
+ROUGE-L and CIDEr are those of pycocoevalcap, on the words of evaluation/words.py. Perplexity needs
+the model and is in evaluation/perplexity.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "pycocoevalcap"
 _NEEDED = 3
-"""People who must have given an answer for it to count in full."""
+"""People who must agree on an answer for it to count in full."""
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_DIGITS)}}
 _ARTICLES = {"a", "an", "the"}

@@ -1,4 +1,4 @@
-"""How expected the references are to a model: exp of the mean negative log-likelihood per token."""
+"""Perplexity of the references: exp of the mean negative log-likelihood per token."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def surprise(
     Tokens, labels and pixels are those of training; only the last answer counts.
 
     Raises:
-        InputError: a question and its reference cannot be tokenized as training does it.
+        InputError: a question and its reference cannot be tokenized as in training.
     """
     encoder = ConversationEncoder(model.directory, _NO_LIMIT)
     rows = [_encode(encoder, question) for question in questions]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    found = [(0.0, 0)] * len(rows)
+    surprises = [(0.0, 0)] * len(rows)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         images = [image for i in chosen for image in questions[i].images]
         pixels = encoder.images(images) if images else None
-        sums = _batch(model, [rows[i] for i in chosen], pixels, encoder.pad_id)
-        for i, one in zip(chosen, sums, strict=True):
-            found[i] = one
+        batch = _batch(model, [rows[i] for i in chosen], pixels, encoder.pad_id)
+        for i, one in zip(chosen, batch, strict=True):
+            surprises[i] = one
         advance(len(chosen))
-    return found
+    return surprises
 
 
 def _encode(encoder: ConversationEncoder, question: Question) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 [tokens], and int64 [tokens] labels at the last answer alone."""
+    """int64 [tokens], and int64 [tokens] labels at the last answer only."""
     turns = [Turn(t["role"], t["content"]) for t in question.turns]
     try:
         encoded = encoder.encode([*turns, Turn("assistant", question.reference)])
@@ -78,11 +78,11 @@ def _batch(
         hidden = network.model(
             input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), **images
         ).last_hidden_state
-        # Logits of the references alone: over all positions they would not fit for large models.
-        found = []
+        # Logits at the references only: at all positions they would not fit for large models.
+        surprises = []
         for state, label in zip(hidden, labels.to(model.device), strict=True):
             wanted = label != IGNORE
             logits = network.lm_head(state[wanted]).float()
             total = cross_entropy(logits, label[wanted], reduction="sum")
-            found.append((float(total), int(wanted.sum())))
-    return found
+            surprises.append((float(total), int(wanted.sum())))
+    return surprises

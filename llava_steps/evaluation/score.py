@@ -16,7 +16,7 @@ SHARES = ("accuracy", "vqa_accuracy", "rouge_l")
 
 
 def right(question: Question, answer: str) -> bool:
-    """Whether an answer equals the reference, white space at the ends aside."""
+    """Whether an answer equals the reference, except for white space at its ends."""
     return answer.strip() == question.reference.strip()
 
 
@@ -39,7 +39,7 @@ def by_kind(
         for group in (ALL, question.group):
             members.setdefault(group, []).append(number)
     marks = [right(q, answer) for q, answer in zip(questions, answers, strict=True)]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for group, numbers in members.items():
         count = len(numbers)
         row: dict[str, Any] = {"accuracy": sum(marks[i] for i in numbers) / count}
@@ -49,19 +49,19 @@ def by_kind(
         if surprise is not None:
             tokens = sum(surprise[i][1] for i in numbers)
             row["perplexity"] = math.exp(sum(surprise[i][0] for i in numbers) / tokens)
-        found[group] = row
-    return found
+        results[group] = row
+    return results
 
 
 def chosen(questions: Sequence[Question], count: int) -> list[int]:
     """Numbers of the first `count` questions of each group, in order."""
     seen: Counter[str] = Counter()
-    found = []
+    numbers = []
     for number, question in enumerate(questions):
         seen[question.group] += 1
         if seen[question.group] <= count:
-            found.append(number)
-    return found
+            numbers.append(number)
+    return numbers
 
 
 def some(questions: Sequence[Question], answers: Sequence[str], count: int) -> list[dict[str, Any]]:

@@ -1,9 +1,8 @@
-"""Texts of any language as the words that overlap metrics count.
+"""Splits texts of any language into the words that overlap metrics count.
 
 A run of letters and digits is a word, as usual for English. Chinese characters, hiragana and
-katakana are written without spaces, so each of them is a word of its own; this needs no dictionary
-whose version would decide a score. Width and case do not count (NFKC, casefold), punctuation
-neither.
+katakana are written without spaces, so each character is a word, and scores do not depend on the
+version of a dictionary. Width, case (NFKC, casefold) and punctuation are ignored.
 """
 
 from __future__ import annotations
@@ -18,5 +17,5 @@ _WORD = regex.compile(rf"[{_ALONE}]|[\p{{L}}\p{{M}}\p{{N}}--[{_ALONE}]]+", regex
 
 def words(text: str) -> list[str]:
     """The words of a text, in order."""
-    found: list[str] = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-    return found
+    matches: list[str] = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return matches

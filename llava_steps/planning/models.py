@@ -1,4 +1,4 @@
-"""The model of a run before it is built: from configurations alone, no weights, no network."""
+"""The model of a run before it is built: from configuration files, without weights or network."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ class Model:
 def model_of(config: Config, done: bool = False, shapes: Path = SHAPES) -> Model:
     """The model that a run trains.
 
-    `done`: whether what the run shows as its hf_model is what the configuration asks for. If not,
-    it stands in only where it was built from the same parts and these are not at hand any more.
+    `done`: whether the run's hf_model matches the configuration. If not, it is used only where it
+    was built from the same parts and those no longer exist.
 
     Raises:
-        InputError: a configuration cannot be found or used; the message says where it was sought.
+        InputError: a configuration is missing or cannot be used; the message lists where it can be.
     """
     given = config.stage2.tokenizer_load_dir
     built = Path(given or Path(config.results, config.run, "hf_model"))
-    there = (built / "config.json").is_file()
-    if given or (there and done):
+    exists = (built / "config.json").is_file()
+    if given or (exists and done):
         return Model(_load(built), str(built), True)
     try:
         return _unbuilt(config, shapes)
     except InputError:
-        if not (there and _same_parts(built, config)):
+        if not (exists and _same_parts(built, config)):
             raise
-        return Model(_load(built), f"{built}, which is built anew", False)
+        return Model(_load(built), f"{built}, which will be rebuilt", False)
 
 
 def _load(built: Path) -> Geometry:
@@ -72,13 +72,15 @@ def _unbuilt(config: Config, shapes: Path) -> Model:
     if vision.get("model_type") in PARTS:
         inner = vision.get("vision_config") or {}
         if not isinstance(inner, dict):
-            raise InputError(f"{from_vision}: vision_config is no section")
+            raise InputError(
+                f"{from_vision}: vision_config is not a section; expected keys and values"
+            )
         vision = {"model_type": PARTS[str(vision["model_type"])], **inner}
         vision["model_type"] = PARTS.get(str(vision["model_type"]), vision["model_type"])
     vocab = text.get("vocab_size", 32000)
     if not isinstance(vocab, int):
         raise InputError(f"{from_text}: vocab_size is {vocab!r}; expected a whole number")
-    # Building adds <image>; whether it needs a row of its own only the tokenizer knows.
+    # Building adds <image>; only the tokenizer knows whether that needs a new row.
     rows = max(vocab, tokens or vocab + 1)
     rows = padded(rows, hf.vocab_size_padding * hf.tp)
     llava = {
@@ -100,13 +102,13 @@ def _unbuilt(config: Config, shapes: Path) -> Model:
 def _part(
     text: str, demo: DemoAssets | None, shapes: Path, key: str
 ) -> tuple[Mapping[str, Any], str, int | None]:
-    """config.json of a part of the model, where it is from, and the tokens that are needed."""
+    """config.json of a part of the model, its source, and the number of tokens if known."""
     if text.startswith(DEMO) and demo is not None:
         config, tokens = _demo(demo, key)
         return config, text, tokens
-    place = Path(text) / "config.json"
-    if place.is_file():
-        return _read(place), text, _tokens(Path(text))
+    local = Path(text) / "config.json"
+    if local.is_file():
+        return _read(local), text, _tokens(Path(text))
     shipped = shapes / (text.replace("/", "--") + ".json")
     if shipped.is_file():
         known = dict(_read(shipped))
@@ -116,8 +118,9 @@ def _part(
     if cached := _hub(text):
         return _read(cached), text, _tokens(cached.parent)
     raise InputError(
-        f"hf_model.{key}: {text} is no directory here, not in the cache of Hugging Face and not in "
-        f"{shapes}; download it, or give its config.json the name {shipped}"
+        f"hf_model.{key}: {text} is not a directory here, and its config.json is neither in the "
+        f"Hugging Face cache nor in {shapes}; download the model, or "
+        f"save its config.json as {shipped}"
     )
 
 
@@ -127,24 +130,24 @@ def _hub(text: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(text, "config.json")
+        cached = try_to_load_from_cache(text, "config.json")
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is no configuration of a model")
-    return found
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not the configuration of a model; expected keys and values")
+    return config
 
 
 def _tokens(directory: Path) -> int | None:
-    """Tokens of a directory's tokenizer with those that building adds; None when it has none."""
+    """Tokens of a directory's tokenizer and those that building adds; None without a tokenizer."""
     path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
     if not path.is_file():
         return None

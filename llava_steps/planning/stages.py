@@ -1,4 +1,4 @@
-"""What a training stage will take: tokens, memory, operations, time, disk; and what would fit."""
+"""What a training stage needs: tokens, memory, operations, time, disk; and layouts that fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llava_steps.settings.config import Stage
 
 @dataclass(frozen=True)
 class Data:
-    """An average sample: tokens with those of images, labels, images; where that is known from."""
+    """An average sample: tokens including those of images, labels, images, and their source."""
 
     tokens: float
     supervised: float
@@ -43,7 +43,7 @@ class Data:
 
     @classmethod
     def audited(cls, report: Mapping[str, Any]) -> Data:
-        """What the audit of the stage found."""
+        """From the audit of the stage."""
         usable = max(int(report["usable"]), 1)
         tokens = report["tokens"] / usable
         share = report["supervised_share"]
@@ -63,7 +63,7 @@ class StagePlan:
     memory: Memory
     operations: Flops
     recomputed: int
-    """Operations done again in the backward pass; they take time and count for nothing."""
+    """Operations repeated in the backward pass; they take time, but are not part of the total."""
 
     @property
     def samples(self) -> int:
@@ -74,7 +74,7 @@ class StagePlan:
         return round(self.samples * self.data.tokens)
 
     def seconds(self, gpu: Gpu, efficiency: float) -> float:
-        """Of one step, at `efficiency` of the peak of all GPUs; pipeline bubbles come on top."""
+        """Of one step, at `efficiency` of the peak of all GPUs, with the pipeline bubble."""
         peak = gpu.peak(self.stage.precision) * self.stage.world_size
         busy = (self.operations.total + self.recomputed) / (peak * efficiency)
         return busy * (1 + bubble(self.stage))
@@ -84,22 +84,22 @@ class StagePlan:
         return self.stage.train_steps * self.seconds(gpu, efficiency) / 3600
 
     def fits(self, gpu: Gpu) -> bool:
-        """Whether one process fits into `gpu`, a share of it being set aside."""
+        """Whether one process fits into `gpu`, without its reserved share."""
         return self.memory.total <= gpu.gib * GIB * (1 - SET_ASIDE)
 
 
 def bubble(stage: Stage) -> float:
     """Idle over busy time of a pipeline: (p - 1) / (v m) (Narayanan et al. 2021, section 2.2)."""
     pp, vp = stage.pipeline_model_parallel, stage.virtual_pipeline
-    return (pp - 1) / max(rows_of(stage) * vp, 1)
+    return (pp - 1) / max(microbatches_per_step(stage) * vp, 1)
 
 
-def rows_of(stage: Stage) -> int:
-    """Microbatches of a process in a step; with packing the most that there can be."""
+def microbatches_per_step(stage: Stage) -> int:
+    """Microbatches of a process in a step; with packing the largest possible number."""
     return stage.global_batch_size // (stage.micro_batch_size * stage.data_parallel)
 
 
-def largest_row(stage: Stage, data: Data) -> Row:
+def largest_microbatch(stage: Stage, data: Data) -> Row:
     """The longest microbatch that the settings allow, filled with average samples."""
     if stage.packing:
         tokens = stage.pack_length or stage.seq_length
@@ -118,7 +118,7 @@ def largest_row(stage: Stage, data: Data) -> Row:
 
 
 def stage_plan(geometry: Geometry, stage: Stage, data: Data, cuda: bool = True) -> StagePlan:
-    """The figures of a stage; ConfigError when the model cannot be cut as the stage says."""
+    """The figures of a stage; ConfigError when the model cannot be split as configured."""
     layout = Layout.by(geometry, stage, cuda)
     trained, batch = Trained.by(stage), stage.global_batch_size
     work = Work(
@@ -127,7 +127,7 @@ def stage_plan(geometry: Geometry, stage: Stage, data: Data, cuda: bool = True) 
         images=round(batch * data.images),
         squares=round(batch * data.tokens**2),
     )
-    row = largest_row(stage, data)
+    row = largest_microbatch(stage, data)
     operations = flops(geometry, trained, work, head="supervised")
     forward = flops(geometry, Trained(False, False, False), work, head="supervised")
     again = {
@@ -142,7 +142,7 @@ def stage_plan(geometry: Geometry, stage: Stage, data: Data, cuda: bool = True) 
         parameters=parameters(geometry).total,
         trained_parameters=trained_parameters(geometry, trained).total,
         row=row,
-        memory=memory(geometry, trained, layout, row, rows_of(stage)),
+        memory=memory(geometry, trained, layout, row, microbatches_per_step(stage)),
         operations=operations,
         recomputed=again[stage.recompute],
     )
@@ -169,7 +169,7 @@ def variants(geometry: Geometry, stage: Stage, data: Data, nodes: int) -> Iterat
     possible, why = 0, ""
     for tp, pp, micro, again in product(sizes, sizes, micros, recomputes):
         if tp > stage.gpus:
-            continue  # tensor parallel ranks talk in every layer: they belong on one node
+            continue  # tensor parallel ranks communicate in every layer: keep them on one node
         try:
             changed = Stage.model_validate(
                 given
@@ -181,7 +181,7 @@ def variants(geometry: Geometry, stage: Stage, data: Data, nodes: int) -> Iterat
                     "recompute": again,
                 }
             )
-            found = stage_plan(geometry, changed, data)
+            plan = stage_plan(geometry, changed, data)
         except ValidationError as error:
             why = why or str(error.errors()[0]["msg"]).removeprefix("Value error, ")
             continue
@@ -189,17 +189,17 @@ def variants(geometry: Geometry, stage: Stage, data: Data, nodes: int) -> Iterat
             why = why or str(error)
             continue
         possible += 1
-        yield found
+        yield plan
     if not possible:
         raise ConfigError(f"stage {stage.stage} has no layout on {nodes} nodes: {why}")
 
 
 def step_seconds(geometry: Geometry, plan: StagePlan, gpu: Gpu, efficiency: float) -> float:
-    """`seconds` and, without overlap, the traffic: what layouts are ranked by.
+    """`seconds` and, without overlap, the communication: layouts are ranked by it.
 
     Four all-reduces of a row's activations in each layer for tensor parallelism (Shoeybi et al.
     2019, arXiv:1909.08053, section 3), and one reduction of fp32 gradients and one gathering of
-    weights for data parallelism, over the slowest link that is used.
+    weights for data parallelism, over the slowest link between them.
     """
     stage = plan.stage
     tp, dp = stage.tensor_model_parallel, stage.data_parallel
@@ -218,22 +218,22 @@ def search(
 ) -> list[tuple[float, StagePlan]]:
     """(seconds of a step, plan) of every layout that fits, the fastest first.
 
-    Of equal ones that come first which recompute less and leave more memory.
+    Of equally fast ones, those with less recomputation and more free memory come first.
     """
-    found = [
+    fitting = [
         (step_seconds(geometry, plan, gpu, efficiency), plan)
         for plan in variants(geometry, stage, data, nodes)
         if plan.fits(gpu)
     ]
-    return sorted(found, key=lambda pair: (round(pair[0], 6), pair[1].memory.total))
+    return sorted(fitting, key=lambda pair: (round(pair[0], 6), pair[1].memory.total))
 
 
 def suggestion(geometry: Geometry, stage: Stage, data: Data, gpu: Gpu, efficiency: float) -> str:
-    """Settings with which a stage that does not fit would, on the same GPUs; or what to do."""
+    """Settings that make a stage fit on the same GPUs, or what to do if there are none."""
     ranked = search(geometry, stage, data, stage.nodes, gpu, efficiency)
     if not ranked:
         return (
-            f"no layout of {stage.world_size} {gpu.name} fits; take more or larger GPUs, or a "
+            f"no layout of {stage.world_size} {gpu.name} fits; use more or larger GPUs, or a "
             "shorter " + ("pack_length" if stage.packing else "seq_length")
         )
     return "set " + ", ".join(f"{k}: {v}" for k, v in changes(stage, ranked[0][1].stage).items())

@@ -1,4 +1,4 @@
-"""A plan as people read it."""
+"""A plan as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llava_steps.geometry.costs import parameters
 from llava_steps.geometry.hardware import GIB, SET_ASIDE, Gpu
 from llava_steps.pipeline.outlook import State
 from llava_steps.planning.models import Model
-from llava_steps.planning.stages import StagePlan, bubble, changes, rows_of
+from llava_steps.planning.stages import StagePlan, bubble, changes, microbatches_per_step
 
 WORDS = {"done": "done ", "run": "run  ", "after": "later"}
 
@@ -23,12 +23,12 @@ def model_text(model: Model) -> list[str]:
     """Sizes of the model by part."""
     g, p = model.geometry, parameters(model.geometry)
     language = p.embedding + p.layers + p.final_norm + p.head
-    vocabulary = f"vocabulary {g.vocab:,}" + ("" if model.sure else " (tokenizer not at hand)")
+    vocabulary = f"vocabulary {g.vocab:,}" + ("" if model.sure else " (estimated: no tokenizer)")
     return [
         f"Model: {p.total:,} parameters, from {model.source}",
-        f"  vision tower {p.vision_read + p.vision_rest:,} ({p.vision_read:,} of them are run), "
+        f"  vision tower {p.vision_read + p.vision_rest:,} ({p.vision_read:,} of them used), "
         f"projector {p.projector:,}, language model {language:,}",
-        f"  {g.tokens_per_image} tokens an image, {vocabulary}",
+        f"  {g.tokens_per_image} tokens per image, {vocabulary}",
     ]
 
 
@@ -40,11 +40,12 @@ def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]
     lines = [
         f"Stage {s.stage}: {plan.trained_parameters:,} of {plan.parameters:,} parameters trained",
         f"  {s.train_steps:,} steps of {s.global_batch_size} samples: {plan.samples:,} samples, "
-        f"{amount(plan.tokens)} tokens ({plan.data.tokens:.0f} a sample, {plan.data.source})",
-        f"  {s.world_size} processes: tp {tp}, pp {pp}, dp {dp}; {rows_of(s)} microbatches of at "
-        f"most {plan.row.tokens:,} tokens; {s.precision}, recompute {s.recompute}",
-        f"  memory of a process: {size(m.total)} ({parts})",
-        f"  {plan.operations.total:.3g} operations a step, "
+        f"{amount(plan.tokens)} tokens ({plan.data.tokens:.0f} per sample, {plan.data.source})",
+        f"  {s.world_size} processes: tp {tp}, pp {pp}, dp {dp}; "
+        f"{microbatches_per_step(s)} microbatches of at most {plan.row.tokens:,} tokens; "
+        f"{s.precision}, recompute {s.recompute}",
+        f"  memory per process: {size(m.total)} ({parts})",
+        f"  {plan.operations.total:.3g} operations per step, "
         f"{plan.operations.total * s.train_steps:.3g} in all",
     ]
     if gpu:
@@ -53,7 +54,7 @@ def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]
         lines += [
             f"  on {s.world_size} {gpu.name}: "
             + ("fits" if plan.fits(gpu) else "does not fit")
-            + f" ({size(m.total)} of {size(room)} without what is set aside); "
+            + f" ({size(m.total)} of {size(room)} usable); "
             f"{duration(hours)}, {hours * s.world_size:.3g} GPU-hours at {efficiency:.0%} of the "
             f"peak" + (f" and {bubble(s):.0%} pipeline bubble" if pp > 1 else "")
         ]
@@ -62,15 +63,17 @@ def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]
 
 def search_text(stage: Any, ranked: Sequence[tuple[float, StagePlan]], count: int) -> list[str]:
     """A table of the best layouts."""
-    lines = ["  seconds a step  memory      settings"]
+    lines = ["  seconds per step  memory      settings"]
     for seconds, plan in ranked[:count]:
         settings = ", ".join(f"{k}: {v}" for k, v in changes(stage, plan.stage).items())
-        lines.append(f"  {seconds:>14.3g}  {size(plan.memory.total):<10}  {settings or 'as it is'}")
+        lines.append(
+            f"  {seconds:>16.3g}  {size(plan.memory.total):<10}  {settings or 'as configured'}"
+        )
     return lines
 
 
 def size(number: float) -> str:
-    """Bytes for people."""
+    """Bytes as text."""
     for unit, factor in (("GiB", GIB), ("MiB", 2**20)):
         if number >= factor:
             return f"{number / factor:.1f} {unit}"
@@ -78,7 +81,7 @@ def size(number: float) -> str:
 
 
 def amount(number: float) -> str:
-    """A count for people."""
+    """A count as text."""
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
@@ -86,7 +89,7 @@ def amount(number: float) -> str:
 
 
 def duration(hours: float) -> str:
-    """A time for people."""
+    """A time as text."""
     if hours >= 48:
         return f"{hours / 24:.1f} days"
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"

@@ -93,7 +93,7 @@ def test_scores_of_lmms_eval_are_those_that_it_wrote(model: Path, room: Path) ->
     [
         (["broken"], "wrote no results.*ERROR Error during evaluation: the stand-in was told to"),
         (["digit"], "wrote no results.*Tasks not found: digit"),
-        (["silent", "digits"], "gave no number for silent"),
+        (["silent", "digits"], "reported no number for silent"),
         (["wordless"], "could not answer 1 of its questions.*the stand-in has no words"),
     ],
 )
@@ -216,7 +216,9 @@ def test_a_judge_that_says_nothing_gives_no_score(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(STANDINS))
-    with pytest.raises(RuntimeError, match=r"judged asks a judge: set llm_jp_eval_mm\.judge_model"):
+    with pytest.raises(
+        RuntimeError, match=r"judged needs a judge: set llm_jp_eval_mm\.judge_model"
+    ):
         drive(tmp_path, "judged", 2)
     with pytest.raises(RuntimeError, match="judged: the judge gave no answer to 2 of 2 questions"):
         drive(tmp_path, "judged", 2, "mute")
@@ -229,7 +231,7 @@ def test_what_is_not_installed_is_told_with_its_key(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "")
     for package, section in (("lmms_eval", "lmms_eval"), ("eval_mm", "llm_jp_eval_mm")):
-        with pytest.raises(ConfigError, match=rf"{section}.tasks: .* has no {package} that works"):
+        with pytest.raises(ConfigError, match=rf"{section}.tasks: .* has no working {package}"):
             harness.find(package, section)
         with pytest.raises(ConfigError, match=rf"{section}.python: /none/python: .*No such file"):
             harness.find(package, section, "/none/python")
@@ -237,11 +239,11 @@ def test_what_is_not_installed_is_told_with_its_key(
 
 def test_a_comma_would_be_taken_apart() -> None:
     for given in ({"tasks": ["a,b"]}, {"tasks": ["a"], "model_args": {"dtype": "x,y"}}):
-        with pytest.raises(ConfigError, match="holds a comma"):
+        with pytest.raises(ConfigError, match="contains a comma"):
             lmms_eval.arguments(LmmsEval.model_validate(given), Path("m"), Path("raw"), False)
-    with pytest.raises(ConfigError, match=r"pretrained: .* holds a comma"):
+    with pytest.raises(ConfigError, match=r"pretrained: .* contains a comma"):
         lmms_eval.arguments(LmmsEval(tasks=["a"]), Path("m,n"), Path("raw"), False)
-    with pytest.raises(ConfigError, match=r"--save-dir or --store: .* holds a comma"):
+    with pytest.raises(ConfigError, match=r"--save-dir or --store: .* contains a comma"):
         lmms_eval.arguments(LmmsEval(tasks=["a"]), Path("m"), Path("a,b/raw"), False)
     line = lmms_eval.arguments(LmmsEval(tasks=["a", "b"]), Path("/m"), Path("raw"), True)
     assert "--tasks=a,b" in line and "--device=cuda" in line and not [w for w in line if "lim" in w]

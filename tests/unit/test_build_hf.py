@@ -333,7 +333,7 @@ def test_names_that_are_neither_directory_nor_hub_id(monkeypatch: pytest.MonkeyP
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="could not be fetched from the hub"):
+    with pytest.raises(InputError, match="could not be downloaded from the hub"):
         build_hf.local("nobody/no-such-model", True)
     with pytest.raises(InputError, match="neither a directory nor a hub id"):
         build_hf.local("no/such/directory", True)

@@ -102,11 +102,15 @@ def test_numbers_that_plan_cannot_use(
     ("key", "content", "message"),
     [
         ("text_model", None, "hf_model.text_model: "),
-        ("text_model", "[1]", "is no configuration of a model"),
+        ("text_model", "[1]", "is not the configuration of a model"),
         ("text_model", '{"model_type": ', "cannot be read"),
         ("text_model", LLAMA | {"vocab_size": "many"}, "vocab_size is 'many'"),
         ("text_model", LLAMA | {"num_attention_heads": 0}, "num_attention_heads is 0"),
-        ("vision_tower", {"model_type": "clip", "vision_config": 5}, "vision_config is no section"),
+        (
+            "vision_tower",
+            {"model_type": "clip", "vision_config": 5},
+            "vision_config is not a section",
+        ),
         ("vision_tower", LLAMA, "'llama' is not supported"),
     ],
 )
@@ -133,13 +137,13 @@ def test_a_model_of_other_settings_is_not_planned_with(place: Path) -> None:
     inputs = {"vision_tower": {"path": "v"}, "text_model": {"path": "other"}}
     manifest = {"format": 1, "content": "", "files": [], "inputs": inputs}
     (built / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="vision_tower: v is no directory"):
+    with pytest.raises(InputError, match="vision_tower: v is not a directory"):
         model_of(gone)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "model/config.json is missing"), ([3], "is no configuration"), ({}, "model_type")],
+    [(None, "model/config.json is missing"), ([3], "is not the configuration"), ({}, "model_type")],
 )
 def test_directories_that_plan_is_given(
     place: Path, capsys: pytest.CaptureFixture[str], content: Any, message: str

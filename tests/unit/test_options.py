@@ -222,7 +222,7 @@ def test_megatron_load_dir(chain: Chain, whole: SimpleNamespace) -> None:
     assert manifest["inputs"]["megatron_load_dir"]["digest"] == content
     flags = [f for f in chain.train_flags("nothing") if "megatron-load" not in f]
     result = run_step("train", *flags, cwd=chain.root, check=False)
-    assert result.returncode == 2 and "--megatron-load-dir is needed" in result.stderr
+    assert result.returncode == 2 and "give --megatron-load-dir, or --init" in result.stderr
 
 
 def test_tokenizer_load_dir(chain: Chain) -> None:

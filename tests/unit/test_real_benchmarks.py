@@ -182,4 +182,4 @@ def test_llm_jp_eval_mm_scores_the_answers_that_evaluate_gets(
     assert {row["metric"] for row in scores} == {"exact-match", "substring-match", "rougel"}
     judge = "--tasks=ja-vg-vqa-500=llm-as-a-judge"
     assert execute(llm_jp_eval_mm.STEP, [*line, judge, f"--save-dir={tmp_path / 'judged'}"]) != 0
-    assert "asks a judge: set llm_jp_eval_mm.judge_model" in capfd.readouterr().err
+    assert "needs a judge: set llm_jp_eval_mm.judge_model" in capfd.readouterr().err

@@ -103,11 +103,14 @@ def test_what_was_not_run_is_left_out(made: tuple[Path, dict[str, Path]], tmp_pa
     assert sections == ["pipeline", "costs", "provenance"]
     assert few.text.count("not in this run") == 7
     found = run_step("report", "--save-dir=none", cwd=tmp_path, check=False)
-    assert found.returncode == 2 and "nothing to report" in found.stderr
+    assert found.returncode == 2 and "no results given" in found.stderr
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain/x").write_text("x")
     found = run_step("report", "--hf-model=plain", "--save-dir=none", cwd=tmp_path, check=False)
-    assert found.returncode == InputError.exit_code and "no result of a step" in found.stderr
+    assert (
+        found.returncode == InputError.exit_code
+        and "--hf-model plain has no manifest" in found.stderr
+    )
 
 
 def test_the_report_asks_for_nothing_that_the_run_does_not_need() -> None:
