@@ -14,8 +14,11 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.store import sealed
+from llava_steps.store.sealed import SealedFile
 
 MARKER = "commit.json"
+ADVICE = "restore the checkpoint from a copy, or run the step that made it again"
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
 
 
@@ -31,14 +34,10 @@ def commit_dir(temporary: Path, final: Path, info: dict[str, Any] | None = None)
     """
     remove_uncommitted(final)
     files = {
-        path.relative_to(temporary).as_posix(): {
-            "size": path.stat().st_size,
-            "sha256": filesystem.sha256_file(path),
-        }
-        for path in filesystem.files_below(temporary, skip=[MARKER])
+        file.name: {"size": file.size, "sha256": file.sha256}
+        for file in sealed.list_files(temporary, [MARKER])
     }
-    filesystem.fsync_tree(temporary)
-    filesystem.write_bytes(temporary / MARKER, _marker(files, info or {}))
+    sealed.write_marker(temporary / MARKER, _marker(files, info or {}))
     os.rename(temporary, final)
     filesystem.fsync_path(final.parent)
 
@@ -66,7 +65,10 @@ def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
     try:
         raw = (path / MARKER).read_bytes()
         marker = json.loads(raw)
-        files = {n: (int(f["size"]), str(f["sha256"])) for n, f in marker["files"].items()}
+        files = [
+            SealedFile(name, int(file["size"]), str(file["sha256"]))
+            for name, file in marker["files"].items()
+        ]
         info: dict[str, Any] = marker["info"]
     except FileNotFoundError:
         raise InputError(f"{path} is not a committed checkpoint: it has no {MARKER}") from None
@@ -74,16 +76,12 @@ def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
         raise IntegrityError(f"{path / MARKER} is damaged: {error!r}") from None
     if raw != _marker(marker["files"], info):
         raise IntegrityError(f"{path / MARKER} is damaged: it is not what was written")
-    present = {p.relative_to(path).as_posix() for p in filesystem.files_below(path, skip=[MARKER])}
-    for name in sorted(present ^ files.keys()):
-        state = "is missing" if name in files else "does not belong to the checkpoint"
-        raise IntegrityError(f"{path / name} {state} (compared with {MARKER})")
-    for name, (expected, digest) in files.items():
-        size = (path / name).stat().st_size
-        if size != expected:
-            raise IntegrityError(f"{path / name} has {size} bytes, {MARKER} says {expected}")
-        if digests and filesystem.sha256_file(path / name) != digest:
-            raise IntegrityError(f"{path / name} has another sha256 than {MARKER} says")
+    sealed.verify(path / MARKER, files, ADVICE, filesystem.sha256_file if digests else None)
+    listed = {file.name for file in files}
+    for file in filesystem.files_below(path, skip=[MARKER]):
+        name = file.relative_to(path).as_posix()
+        if name not in listed:
+            raise IntegrityError(f"{file} does not belong to the checkpoint; {ADVICE}")
     return info
 
 

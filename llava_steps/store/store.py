@@ -23,6 +23,8 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.store import sealed
+from llava_steps.store.sealed import SealedFile
 
 MANIFEST = "manifest.json"
 WORK = ".work"
@@ -117,16 +119,8 @@ def check(
         raise IntegrityError(
             f"{directory / MANIFEST}: content digest and file list disagree; {advice}"
         )
-    for file in manifest["files"]:
-        path = directory / file["path"]
-        if not path.is_file():
-            raise IntegrityError(f"{path} is missing though {MANIFEST} lists it; {advice}")
-        if path.stat().st_size != file["size"]:
-            raise IntegrityError(
-                f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {file['size']}; {advice}"
-            )
-        if sha256 is not None and sha256(path) != file["sha256"]:
-            raise IntegrityError(f"{path} has another sha256 than {MANIFEST} says; {advice}")
+    files = [SealedFile(file["path"], file["size"], file["sha256"]) for file in manifest["files"]]
+    sealed.verify(directory / MANIFEST, files, advice, sha256)
 
 
 def seal(
@@ -141,19 +135,13 @@ def seal(
     """
     patterns = tuple(volatile)
     files = []
-    for path in filesystem.files_below(entry, skip=[WORK, MANIFEST]):
-        name = path.relative_to(entry).as_posix()
-        row: dict[str, Any] = {
-            "path": name,
-            "size": path.stat().st_size,
-            "sha256": sha256(path),
-        }
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+    for file in sealed.list_files(entry, [WORK, MANIFEST], sha256):
+        row: dict[str, Any] = {"path": file.name, "size": file.size, "sha256": file.sha256}
+        if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
             row["volatile"] = True
         files.append(row)
     if not files:
         raise IntegrityError(f"{entry}: the step wrote no file; refusing to seal an empty artefact")
-    filesystem.fsync_tree(entry)
     manifest = {
         "format": FORMAT,
         "content": content_digest(files),
@@ -162,7 +150,7 @@ def seal(
         "packages": package_versions(),
         **description,
     }
-    filesystem.write_json(entry / MANIFEST, manifest)
+    sealed.write_marker(entry / MANIFEST, filesystem.dump_json(manifest).encode())
     return manifest
 
 
