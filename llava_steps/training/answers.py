@@ -7,6 +7,7 @@ answers them, in any layout; nothing is kept between tokens, so this is for a fe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from llava_steps.data.loader.batch import MicroBatch, pad, round_up
-from llava_steps.data.loader.validation_set import HeldOut
+from llava_steps.data.loader.validation_set import ValidationSet
 from llava_steps.data.samples.conversation import IGNORE
 from llava_steps.launch.job import Job
-from llava_steps.training import forward, parallel
+from llava_steps.training import forward
+from llava_steps.training.share import loader_spec
 from llava_steps.training.validation import look
 
 
@@ -33,10 +35,14 @@ class Answers:
         self._data = None
         if ps.get_data_parallel_rank() == 0:
             # Every rank of the first stage decodes all images: they go to the model as they are.
-            self._data = HeldOut(
-                job.dataset, "val", job.hf_dir, stage.seq_length, stage.seed, stage.eval_answers,
-                1, 0, 1, parallel.is_first_stage(), truncate=stage.too_long == "truncate",
-            )  # fmt: skip
+            spec = replace(
+                loader_spec(job, "val"),
+                micro_batch_size=1,
+                dp_size=1,
+                image_part=0,
+                image_parts=1,
+            )
+            self._data = ValidationSet(spec, stage.eval_answers)
 
     def __call__(self, wrapped: Any, beat: Callable[[], None]) -> list[dict[str, str]]:
         """A row for each question: id, question, answer, reference; empty on other replicas."""

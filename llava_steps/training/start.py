@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as ps
 
 from llava_steps.conversion.lora import Lora
 from llava_steps.core.errors import ConfigError, DivergedError
@@ -26,9 +24,10 @@ from llava_steps.model.weights import load_weights
 from llava_steps.settings.config import Stage
 from llava_steps.store import commit
 from llava_steps.training import checkpoints, parallel
-from llava_steps.training.forward import compiles, row_multiple
+from llava_steps.training.forward import compiles
 from llava_steps.training.guard import Counters
 from llava_steps.training.optimizer import Optimizer
+from llava_steps.training.share import loader_spec
 
 
 def build(job: Job, log: logging.Logger) -> list[Llava]:
@@ -103,16 +102,16 @@ def restore_or_start(
     if found is None and job.checkpoint is None:
         start_fresh(job, model, log)
         optimizer.reload_weights()
-        return Counters(), open_loader(job, 0)
+        return Counters(), TrainLoader(loader_spec(job, "train"))
     if goes_on:
         found = checkpoints.verified(latest(job))
     if found is None:
         load_weights(model, checkpoints.verified(latest(job)) / checkpoints.WEIGHTS)
         optimizer.reload_weights()
         log.info("starting from %s", job.checkpoint)
-        return Counters(), open_loader(job, 0)
+        return Counters(), TrainLoader(loader_spec(job, "train"))
     counters, kept = checkpoints.load(found, job.stage, model, optimizer)
-    loader = open_loader(job, kept["consumed_samples"])
+    loader = TrainLoader(loader_spec(job, "train"), kept["consumed_samples"])
     loader.check_state(kept)
     if goes_on and counters.step >= job.stage.train_steps:
         raise ConfigError(
@@ -161,33 +160,3 @@ def roll_back(
     done.updates, done.recent, done.rejected = before.updates, before.recent, 0
     done.rollbacks += 1
     log.error("step %d: rolled back to %s, rollback %d", done.step, found.name, done.rollbacks)
-
-
-def open_loader(job: Job, consumed: int) -> TrainLoader:
-    """This rank's loader, `consumed` samples into the stream."""
-    stage = job.stage
-    return TrainLoader(
-        job.dataset,
-        "train",
-        job.hf_dir,
-        stage.seq_length,
-        stage.global_batch_size,
-        stage.micro_batch_size,
-        ps.get_data_parallel_rank(),
-        ps.get_data_parallel_world_size(),
-        stage.seed,
-        stage.num_workers,
-        consumed,
-        need_pixels=parallel.is_first_stage(),
-        image_part=ps.get_tensor_model_parallel_rank(),
-        image_parts=stage.tensor_model_parallel,
-        pad_to_multiple=row_multiple(stage),
-        equal_lengths=stage.pipeline_model_parallel > 1,
-        rows_multiple=stage.pipeline_model_parallel if stage.virtual_pipeline > 1 else 1,
-        packing=stage.packing,
-        pack_length=stage.pack_length,
-        pad_to=stage.pad_to,
-        patience=stage.loader_timeout,
-        scratch=Path(tempfile.gettempdir()),  # the launcher's
-        truncate=stage.too_long == "truncate",
-    )

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from llava_steps.data.loader.batch import MicroBatch
-from llava_steps.data.loader.validation_set import HeldOut
+from llava_steps.data.loader.validation_set import ValidationSet
 from llava_steps.launch.job import Job
 from llava_steps.training import forward as rows
 from llava_steps.training import parallel
+from llava_steps.training.share import loader_spec
 
 
 class Validation:
@@ -31,21 +31,7 @@ class Validation:
         stage = job.stage
         self._group = stage.pipeline_model_parallel
         self._multiple = rows.row_multiple(stage)
-        self._data = HeldOut(
-            job.dataset,
-            "val",
-            job.hf_dir,
-            stage.seq_length,
-            stage.seed,
-            stage.eval_samples,
-            stage.micro_batch_size,
-            ps.get_data_parallel_rank(),
-            ps.get_data_parallel_world_size(),
-            parallel.is_first_stage(),
-            ps.get_tensor_model_parallel_rank(),
-            stage.tensor_model_parallel,
-            truncate=stage.too_long == "truncate",
-        )
+        self._data = ValidationSet(loader_spec(job, "val"), stage.eval_samples)
         self.samples = self._data.samples
 
     def __call__(self, wrapped: Sequence[Any], beat: Callable[[], None]) -> dict[str, float]:

@@ -213,7 +213,7 @@ def main() -> int:
                 else:
                     torch.nn.init.normal_(p, std=0.02, generator=generator)
         optimizer.reload_weights()
-        return Counters(), start.open_loader(job, 0)
+        return Counters(), start.TrainLoader(start.loader_spec(job, "train"))
 
     work: list[Work] = []
     inner = loop.forward_backward

@@ -20,12 +20,15 @@ from typing import Any
 
 def batches(spec: dict[str, Any], count: int) -> list[list[Any]]:
     """`count` global batches of single samples."""
-    from llava_steps.data.loader.loader import TrainLoader
+    from tests.helpers.data_fixtures import train_loader
 
-    loader = TrainLoader(
-        Path(spec["dataset"]), "train", Path(spec["hf_dir"]), 2048 + 128, spec["batch"], 1, 0, 1, 7,
-        spec["workers"], 0, True,
-    )  # fmt: skip
+    loader = train_loader(
+        Path(spec["dataset"]),
+        Path(spec["hf_dir"]),
+        seq_length=2048 + 128,
+        global_batch_size=spec["batch"],
+        num_workers=spec["workers"],
+    )
     steps = iter(loader)
     found = list(itertools.islice(steps, count))
     steps.close()  # type: ignore[attr-defined]

@@ -36,11 +36,10 @@ import torch
 from PIL import Image
 
 from llava_steps.data.loader.feed import Feed
-from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.data.loader.packing import pack
 from llava_steps.data.loader.workers import start_server
 from llava_steps.data.samples.conversation import load_processor
-from tests.helpers.data_fixtures import make_hf_dir, members, write_tar
+from tests.helpers.data_fixtures import make_hf_dir, members, train_loader, write_tar
 
 ROUNDS, STEPS, BATCH = 5, 4, 16
 MIX, CAPACITY, GLOBAL = 1024, 4096, 256
@@ -108,7 +107,9 @@ def measure_images(root: Path, hf_dir: Path) -> dict[str, Any]:
     feeds: list[Feed] = []
     start_feed: Callable[[Feed], None] = Feed.start
     Feed.start = lambda feed: (feeds.append(feed), start_feed(feed))[1]  # type: ignore
-    loader = TrainLoader(data, "train", hf_dir, 1024, BATCH, 1, 0, 1, 5, 1, 0, True)
+    loader = train_loader(
+        data, hf_dir, seq_length=1024, global_batch_size=BATCH, seed=5, num_workers=1
+    )
     steps = iter(loader)
     next(steps)
     worker = feeds[0]._workers.workers[0].process.pid
@@ -149,10 +150,19 @@ def measure_packing(root: Path, hf_dir: Path) -> dict[str, Any]:
     prepare(data, {"000000.tar": MIX})
 
     def rows(rank: int, **options: Any) -> Iterator[list[Any]]:
-        loader = TrainLoader(
-            data, "train", hf_dir, CAPACITY, GLOBAL, 1, rank, 8, 3, 0, 0, False, packing=True,
-            scratch=root, **options,
-        )  # fmt: skip
+        loader = train_loader(
+            data,
+            hf_dir,
+            seq_length=CAPACITY,
+            global_batch_size=GLOBAL,
+            dp_rank=rank,
+            dp_size=8,
+            seed=3,
+            need_pixels=False,
+            packing=True,
+            scratch=root,
+            **options,
+        )
         return itertools.islice(loader, MIX // GLOBAL)
 
     fills, lengths = {}, []
@@ -173,11 +183,17 @@ def measure_packing(root: Path, hf_dir: Path) -> dict[str, Any]:
     for begin in range(0, MIX, GLOBAL):
         pack(lengths[begin : begin + GLOBAL], CAPACITY, 8)
     planning = (time.process_time() - start) / MIX
-    loader = TrainLoader(
-        data, "train", hf_dir, CAPACITY, GLOBAL, 1, 0, 1, 3, 0, 0, False, packing=True
+    loader = train_loader(
+        data,
+        hf_dir,
+        seq_length=CAPACITY,
+        global_batch_size=GLOBAL,
+        seed=3,
+        need_pixels=False,
+        packing=True,
     )
     start = time.process_time()
-    loader._maker.lengths(range(MIX))
+    loader._builder.lengths(range(MIX))
     measuring = (time.process_time() - start) / MIX
     return {
         "what": "packing", **fills, "mean_tokens": round(statistics.mean(lengths), 1),
@@ -213,8 +229,16 @@ def measure_resume(root: Path, hf_dir: Path) -> dict[str, Any]:
     for workers in (0, 2):
         first = 7 * ENDLESS // 2 // GLOBAL * GLOBAL
         start = time.monotonic()
-        loader = TrainLoader(
-            data, "train", hf_dir, CAPACITY, GLOBAL, 1, 0, 8, 3, workers, first, True, packing=True
+        loader = train_loader(
+            data,
+            hf_dir,
+            seq_length=CAPACITY,
+            global_batch_size=GLOBAL,
+            dp_size=8,
+            seed=3,
+            num_workers=workers,
+            start_samples=first,
+            packing=True,
         )
         state = loader.state()
         loader.check_state(state)

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from llava_steps.data.loader.loader import TrainLoader
-from tests.helpers.data_fixtures import make_energon, make_hf_dir
+from tests.helpers.data_fixtures import make_energon, make_hf_dir, train_loader
 
 BATCH = 8
 LAYOUTS = ((1, 0), (2, 2), (4, 1), (1, 0), (2, 1), (4, 0), (1, 2), (2, 0), (4, 2))
@@ -51,9 +51,9 @@ def loaders(
 ) -> list[TrainLoader]:
     """One loader a data parallel rank, all in this process."""
     return [
-        TrainLoader(
-            path, "train", hf_dir, 256, BATCH, 1, rank, dp, 17, workers, start, False,
-            packing=packing,
+        train_loader(
+            path, hf_dir, start, global_batch_size=BATCH, dp_rank=rank, dp_size=dp, seed=17,
+            num_workers=workers, need_pixels=False, packing=packing,
         )
         for rank in range(dp)
     ]  # fmt: skip

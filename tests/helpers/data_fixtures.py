@@ -9,9 +9,12 @@ import random
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from llava_steps.data.loader.loader import TrainLoader
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>
 {% for c in m.content %}{% if c.type == 'image' %}<image>
@@ -148,6 +151,20 @@ def make_energon(
         "field_map:\n  image: jpg\n  context: json[question]\n  answers: txt\n"
     )
     return root
+
+
+def train_loader(
+    dataset: Path, hf_dir: Path, start_samples: int = 0, **options: Any
+) -> TrainLoader:
+    """A loader of the split train: rows of one sample, in this process; `options` override."""
+    from llava_steps.data.loader.loader import TrainLoader
+    from llava_steps.data.loader.spec import LoaderSpec
+
+    given: dict[str, Any] = {
+        "split": "train", "seq_length": 256, "global_batch_size": 8, "micro_batch_size": 1,
+        "seed": 7, "need_pixels": True, **options,
+    }  # fmt: skip
+    return TrainLoader(LoaderSpec(dataset, hf_dir=hf_dir, **given), start_samples)
 
 
 def fake_context(entry: Path, **inputs: Path) -> Any:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.head import IGNORED
 from llava_steps.model.llava import build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.model.weights import load_weights
 from llava_steps.store.commit import latest_commit
+from tests.helpers.data_fixtures import train_loader
 from tests.helpers.dist_helpers import model_parallel
 
 STEPS, BATCH, LENGTH = 5, 40, 256
@@ -29,8 +29,8 @@ def losses(
         load_weights(model, latest_commit(checkpoint) / "weights")
         model.eval()
         for packing in (False, True):
-            loader = TrainLoader(
-                dataset, "train", hf, LENGTH, BATCH, 1, 0, 1, 11, 0, 0, True, packing=packing
+            loader = train_loader(
+                dataset, hf, seq_length=LENGTH, global_batch_size=BATCH, seed=11, packing=packing
             )
             samples, rows, tokens = [], 0, 0
             for step, batch in enumerate(itertools.islice(loader, STEPS)):

@@ -19,7 +19,7 @@ from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.data.loader.order import EpochOrder, SampleOrder, WeightedOrder, largest_remainder
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.config import Stage
-from tests.helpers.data_fixtures import TEMPLATE, make_energon, make_hf_dir
+from tests.helpers.data_fixtures import TEMPLATE, make_energon, make_hf_dir, train_loader
 
 HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 SIZES = {"one": 12, "two": 20, "three": 8}
@@ -62,8 +62,16 @@ def test_an_epoch_of_three_datasets_has_each_sample_as_often_as_asked(
     steps = (2 * 12 + 20 + 8) // size + 1
     given: list[dict[int, tuple[str, str]]] = [{} for _ in range(steps)]
     for rank in range(dp):
-        loader = TrainLoader(
-            path, "train", hf_dir, 256, size, 1, rank, dp, 3, workers, 0, False, packing=packing
+        loader = train_loader(
+            path,
+            hf_dir,
+            global_batch_size=size,
+            dp_rank=rank,
+            dp_size=dp,
+            seed=3,
+            num_workers=workers,
+            need_pixels=False,
+            packing=packing,
         )
         for step, rows in zip(given, loader, strict=False):
             for row in rows:
@@ -208,7 +216,7 @@ def test_options_of_a_dataset(root: Path, hf_dir: Path) -> None:
     both = [{"path": "one", "repetitions": 1},
             {"path": "one", "repetitions": 1, "subflavors": own}]  # fmt: skip
     path = write(root, "options", {"blend_epochized": both})
-    loader = TrainLoader(path, "train", hf_dir, 256, 24, 1, 0, 1, 3, 0, 0, True)
+    loader = train_loader(path, hf_dir, global_batch_size=24, seed=3)
     rows = {(r.datasets[0], r.sample_ids[0]): r for r in next(iter(loader))}
     assert len(rows) == 24
     for number in range(12):
@@ -222,7 +230,7 @@ def test_options_of_a_dataset(root: Path, hf_dir: Path) -> None:
 
 def test_the_state_of_another_blend_is_refused(root: Path, hf_dir: Path) -> None:
     def loader(path: Path) -> TrainLoader:
-        return TrainLoader(path, "train", hf_dir, 256, 4, 1, 0, 1, 3, 0, 0, False)
+        return train_loader(path, hf_dir, global_batch_size=4, seed=3, need_pixels=False)
 
     state = loader(epochs(root, one=1, two=1)).state()
     json.dumps(state)

@@ -15,7 +15,13 @@ from llava_steps.core.errors import ConfigError, InputError, StepError
 from llava_steps.data.energon.reader import SampleReader
 from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.data.loader.order import SampleOrder
-from tests.helpers.data_fixtures import make_energon, make_hf_dir, sample_parts, write_tar
+from tests.helpers.data_fixtures import (
+    make_energon,
+    make_hf_dir,
+    sample_parts,
+    train_loader,
+    write_tar,
+)
 
 SAMPLES = 24
 
@@ -28,15 +34,6 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_energon(tmp_path_factory.mktemp("ds") / "energon", SAMPLES, 7)
-
-
-def loader(dataset: Path, hf_dir: Path, **options: Any) -> TrainLoader:
-    settings: dict[str, Any] = {
-        "split": "train", "seq_length": 256, "global_batch_size": 8, "micro_batch_size": 1,
-        "dp_rank": 0, "dp_size": 1, "seed": 7, "num_workers": 0, "start_samples": 0,
-        "need_pixels": True,
-    }  # fmt: skip
-    return TrainLoader(dataset, hf_dir=hf_dir, **(settings | options))
 
 
 def ids(steps: list[list[Any]]) -> list[list[list[str]]]:
@@ -53,7 +50,9 @@ def global_ids(
     """Ordered ids of each global batch, put together from all ranks by the documented rule."""
     ranks = []
     for rank in range(dp):
-        one = loader(dataset, hf_dir, dp_rank=rank, dp_size=dp, num_workers=workers, **options)
+        one = train_loader(
+            dataset, hf_dir, dp_rank=rank, dp_size=dp, num_workers=workers, **options
+        )
         ranks.append(ids(take(one, steps)))
     merged = []
     for step in range(steps):
@@ -146,12 +145,12 @@ def test_resuming_anywhere_in_any_layout_continues_exactly(
 def test_state_counts_given_steps_and_a_second_iteration_goes_on(
     dataset: Path, hf_dir: Path
 ) -> None:
-    one = loader(dataset, hf_dir)
+    one = train_loader(dataset, hf_dir)
     first = take(one, 2)
     assert one.state()["consumed_samples"] == 16
     json.dumps(one.state())
     second = take(one, 2)
-    assert ids(first + second) == ids(take(loader(dataset, hf_dir), 4))
+    assert ids(first + second) == ids(take(train_loader(dataset, hf_dir), 4))
 
 
 @pytest.mark.parametrize(
@@ -161,25 +160,27 @@ def test_state_counts_given_steps_and_a_second_iteration_goes_on(
 def test_a_state_of_another_training_is_refused(
     dataset: Path, hf_dir: Path, change: dict[str, Any], error: type[StepError]
 ) -> None:
-    state = loader(dataset, hf_dir).state()
-    loader(dataset, hf_dir).check_state(state)
+    state = train_loader(dataset, hf_dir).state()
+    train_loader(dataset, hf_dir).check_state(state)
     with pytest.raises(error, match=next(iter(change))):
-        loader(dataset, hf_dir, **change).check_state(state)
+        train_loader(dataset, hf_dir, **change).check_state(state)
 
 
 def test_a_state_of_another_dataset_is_refused(dataset: Path, hf_dir: Path, tmp_path: Path) -> None:
     other = make_energon(tmp_path / "other", SAMPLES, 8)
     with pytest.raises(InputError, match="dataset"):
-        loader(other, hf_dir).check_state(loader(dataset, hf_dir).state())
+        train_loader(other, hf_dir).check_state(train_loader(dataset, hf_dir).state())
     with pytest.raises(InputError, match="lacks"):
-        loader(dataset, hf_dir).check_state({"seed": 7})
+        train_loader(dataset, hf_dir).check_state({"seed": 7})
 
 
 def test_microbatches_hold_their_samples_and_padding_apart(dataset: Path, hf_dir: Path) -> None:
     options: dict[str, Any] = {"micro_batch_size": 2, "num_workers": 2}
-    plain = take(loader(dataset, hf_dir, **options), 3)
-    padded = take(loader(dataset, hf_dir, pad_to_multiple=16, equal_lengths=True, **options), 3)
-    single = take(loader(dataset, hf_dir), 3)
+    plain = take(train_loader(dataset, hf_dir, **options), 3)
+    padded = take(
+        train_loader(dataset, hf_dir, pad_to_multiple=16, equal_lengths=True, **options), 3
+    )
+    single = take(train_loader(dataset, hf_dir), 3)
     image_token, pad_id = 3, 2
     for step, filled, ones in zip(plain, padded, single, strict=True):
         assert len({batch.tokens.shape[1] for batch in filled}) == 1
@@ -213,7 +214,8 @@ def test_microbatches_hold_their_samples_and_padding_apart(dataset: Path, hf_dir
 
 def test_without_pixels_everything_else_is_the_same(dataset: Path, hf_dir: Path) -> None:
     for step, blind in zip(
-        take(loader(dataset, hf_dir), 3), take(loader(dataset, hf_dir, need_pixels=False), 3),
+        take(train_loader(dataset, hf_dir), 3),
+        take(train_loader(dataset, hf_dir, need_pixels=False), 3),
         strict=True,
     ):  # fmt: skip
         for batch, other in zip(step, blind, strict=True):
@@ -235,9 +237,9 @@ def test_a_bad_sample_is_an_error_that_names_it(hf_dir: Path, tmp_path: Path, wo
         tmp_path, ["000000.tar"], split_parts_ratio=[("train", 1)], shuffle_seed=None, workers=1
     )
     with pytest.raises(InputError, match=r"000000\.tar/000001.*image 0"):
-        take(loader(tmp_path, hf_dir, global_batch_size=3, num_workers=workers), 1)
+        take(train_loader(tmp_path, hf_dir, global_batch_size=3, num_workers=workers), 1)
 
 
 def test_too_long_a_sample_is_refused_by_name(dataset: Path, hf_dir: Path) -> None:
     with pytest.raises(InputError, match=r"\.tar/0000.*more than seq_length 20"):
-        take(loader(dataset, hf_dir, seq_length=20), 3)
+        take(train_loader(dataset, hf_dir, seq_length=20), 3)

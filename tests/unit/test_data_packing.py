@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from llava_steps.core.errors import ConfigError
 from llava_steps.data.loader.batch import image_share
 from llava_steps.data.loader.corpus import Corpus
-from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.data.loader.packing import pack
 from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.settings.config import Stage
-from tests.helpers.data_fixtures import jpeg, make_energon, make_hf_dir
+from tests.helpers.data_fixtures import jpeg, make_energon, make_hf_dir, train_loader
 
 CAPACITY = 120
 
@@ -80,12 +79,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steps(dataset: Path, hf_dir: Path, count: int = 3, **options: Any) -> list[list[Any]]:
-    given: dict[str, Any] = {
-        "split": "train", "seq_length": CAPACITY, "global_batch_size": 8, "micro_batch_size": 1,
-        "dp_rank": 0, "dp_size": 1, "seed": 7, "num_workers": 0, "start_samples": 0,
-        "need_pixels": True, **options,
-    }  # fmt: skip
-    return list(itertools.islice(TrainLoader(dataset, hf_dir=hf_dir, **given), count))
+    loader = train_loader(dataset, hf_dir, **({"seq_length": CAPACITY} | options))
+    return list(itertools.islice(loader, count))
 
 
 def test_lengths_are_those_of_the_encoded_samples(dataset: Path, hf_dir: Path) -> None:

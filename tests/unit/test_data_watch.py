@@ -20,9 +20,9 @@ from llava_steps.data.energon.reader import RawSample
 from llava_steps.data.loader import loader as loader_module
 from llava_steps.data.loader.corpus import Place
 from llava_steps.data.loader.feed import Feed
-from llava_steps.data.loader.row_builder import RowMaker
+from llava_steps.data.loader.row_builder import RowBuilder
 from llava_steps.data.loader.workers import Task, Workers, _Worker
-from tests.helpers.data_fixtures import make_energon, make_hf_dir
+from tests.helpers.data_fixtures import make_energon, make_hf_dir, train_loader
 from tests.helpers.patience import wait_for
 
 server = forkserver._forkserver  # type: ignore[attr-defined]
@@ -30,7 +30,7 @@ STUCK = 3
 """Index of the sample that takes for ever. Key and index are the same in this dataset."""
 
 
-class Stuck(RowMaker):
+class Stuck(RowBuilder):
     """What a worker looks like from outside whose storage has gone away."""
 
     def _encode(self, place: Place, raw: RawSample) -> Any:
@@ -57,14 +57,12 @@ def test_the_sample_that_a_lost_worker_held_is_named(
 ) -> None:
     feeds: list[Feed] = []
     start = Feed.start
-    monkeypatch.setattr(loader_module, "RowMaker", Stuck)
+    monkeypatch.setattr(loader_module, "RowBuilder", Stuck)
     monkeypatch.setattr(Feed, "start", lambda feed: (feeds.append(feed), start(feed)))
-    loader = loader_module.TrainLoader(
-        dataset, "train", hf_dir, 256, 8, 1, 0, 1, 7, 2, 0, True, packing=packing, patience=600
-    )
+    loader = train_loader(dataset, hf_dir, num_workers=2, packing=packing, patience=600)
     steps = iter(loader)
     # The first step starts the workers; the stuck sample is not in it.
-    corpus = loader._maker.corpus
+    corpus = loader._builder.corpus
     stuck = next(p for p in range(96) if corpus[p].index == STUCK)
     assert 8 <= stuck < 24, "choose another seed"
     next(steps)
@@ -101,9 +99,9 @@ def test_of_several_silent_workers_the_one_that_stood_still_first_is_named(
     dataset: Path, hf_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others stand still because of it, or are only slow."""
-    loader = loader_module.TrainLoader(dataset, "train", hf_dir, 256, 8, 1, 0, 1, 7, 2, 0, True)
+    loader = train_loader(dataset, hf_dir, num_workers=2)
     workers = Workers.__new__(Workers)
-    workers._maker, workers._patience, workers._seen = loader._maker, 600.0, 0.0
+    workers._builder, workers._patience, workers._seen = loader._builder, 600.0, 0.0
     workers._board = (ctypes.c_int64 * 6)(1, 8, 1, 9, 1, 10)
     processes = [SimpleNamespace(pid=1000 + number) for number in range(3)]
     tasks = {1: Task("row", (8, [0, 1, 2], None))}
@@ -130,7 +128,7 @@ def test_signals_that_ask_for_a_stop_leave_workers_and_their_server_alone(
     feeds: list[Feed] = []
     start = Feed.start
     monkeypatch.setattr(Feed, "start", lambda feed: (feeds.append(feed), start(feed)))
-    loader = loader_module.TrainLoader(dataset, "train", hf_dir, 256, 8, 1, 0, 1, 7, 2, 0, True)
+    loader = train_loader(dataset, hf_dir, num_workers=2)
     steps = iter(loader)
     next(steps)
     processes = [worker.process.pid for worker in feeds[0]._workers.workers]

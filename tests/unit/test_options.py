@@ -358,10 +358,18 @@ def test_global_batch_size(trial: SimpleNamespace, whole: SimpleNamespace) -> No
 
 
 def test_num_workers(chain: Chain, trial: SimpleNamespace) -> None:
-    from llava_steps.data.loader.loader import TrainLoader
+    from tests.helpers.data_fixtures import train_loader
 
     assert len(metrics(trial.out)) == 4, "with a worker"
-    loader = TrainLoader(chain.dataset, "train", chain.hf, 256, 2, 2, 0, 1, 1, 2, 0, False)
+    loader = train_loader(
+        chain.dataset,
+        chain.hf,
+        global_batch_size=2,
+        micro_batch_size=2,
+        seed=1,
+        num_workers=2,
+        need_pixels=False,
+    )
     me = Path("/proc/self/task")
     steps = iter(loader)
     next(steps)

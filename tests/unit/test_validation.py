@@ -12,7 +12,8 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.data.loader.validation_set import HeldOut
+from llava_steps.data.loader.spec import LoaderSpec
+from llava_steps.data.loader.validation_set import ValidationSet
 from tests.helpers import reference
 from tests.helpers.chain import Chain, metrics
 from tests.helpers.dist_helpers import spawn
@@ -24,8 +25,13 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-def held_out(chain: Chain, samples: int) -> HeldOut:
-    return HeldOut(chain.dataset, "val", chain.hf, 256, 1234, samples, 1, 0, 1, False)
+def held_out(chain: Chain, samples: int, **options: Any) -> ValidationSet:
+    given = {"split": "val", "seq_length": 256, "seed": 1234} | options
+    spec = LoaderSpec(
+        chain.dataset, hf_dir=chain.hf, global_batch_size=1, micro_batch_size=1,
+        need_pixels=False, **given,
+    )  # fmt: skip
+    return ValidationSet(spec, samples)
 
 
 def expected(chain: Chain) -> tuple[dict[str, float], list[str], list[str]]:
@@ -83,9 +89,9 @@ def test_questions_are_told_without_repeated_image_tokens(chain: Chain) -> None:
 
 def test_what_cannot_be_looked_at_is_told_at_once(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="more than seq_length 20"):
-        HeldOut(chain.dataset, "val", chain.hf, 20, 1, 4, 1, 0, 1, False)
+        held_out(chain, 4, seq_length=20, seed=1)
     with pytest.raises((ConfigError, InputError), match="test"):
-        HeldOut(chain.dataset, "test", chain.hf, 256, 1, 4, 1, 0, 1, False)
+        held_out(chain, 4, split="test", seed=1)
 
 
 def test_training_does_not_notice_that_it_is_looked_at(chain: Chain) -> None:

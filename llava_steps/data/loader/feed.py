@@ -17,7 +17,8 @@ from typing import Any
 
 from llava_steps.data.loader.batch import MicroBatch
 from llava_steps.data.loader.packing import pack
-from llava_steps.data.loader.row_builder import RowMaker
+from llava_steps.data.loader.row_builder import RowBuilder
+from llava_steps.data.loader.spec import LoaderSpec
 from llava_steps.data.loader.workers import Task, Workers, perform
 
 _ROWS_AHEAD = 4
@@ -26,39 +27,22 @@ _CHUNK = 16
 """Samples whose lengths are asked for together."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a global batch is divided into rows, and which of them are this rank's."""
+def rank_rows(spec: LoaderSpec, lengths: list[int] | None) -> list[list[int]]:
+    """Places in the global batch of this rank's samples, row by row; `lengths` is for packing."""
+    if lengths is not None:
+        packed = pack(lengths, spec.capacity, spec.dp_size * spec.rows_multiple)
+        return packed[spec.dp_rank :: spec.dp_size]
+    size, share = spec.micro_batch_size, spec.micro_batch_size * spec.dp_size
+    starts = range(spec.dp_rank * size, spec.global_batch_size, share)
+    return [list(range(start, start + size)) for start in starts]
 
-    global_batch_size: int
-    micro_batch_size: int
-    dp_rank: int
-    dp_size: int
-    capacity: int | None
-    """Tokens of a packed row; None without packing."""
-    shift: float
-    """Where in a global batch this rank begins to find out lengths, in [0, 1)."""
-    rows_multiple: int = 1
-    """The number of packed rows of a rank is a multiple of this."""
 
-    def rows(self, lengths: list[int] | None) -> list[list[int]]:
-        """Places in the global batch of this rank's samples, row by row."""
-        if self.capacity is not None:
-            assert lengths is not None
-            packed = pack(lengths, self.capacity, self.dp_size * self.rows_multiple)
-            return packed[self.dp_rank :: self.dp_size]
-        size, share = self.micro_batch_size, self.micro_batch_size * self.dp_size
-        starts = range(self.dp_rank * size, self.global_batch_size, share)
-        return [list(range(start, start + size)) for start in starts]
-
-    def chunks(self) -> list[range]:
-        """Places whose lengths are found out together; other ranks begin with others."""
-        chunks = [
-            range(start, min(start + _CHUNK, self.global_batch_size))
-            for start in range(0, self.global_batch_size, _CHUNK)
-        ]
-        turn = int(self.shift * len(chunks))
-        return chunks[turn:] + chunks[:turn]
+def chunks(spec: LoaderSpec) -> list[range]:
+    """Places whose lengths are found out together; other ranks begin with others."""
+    size = spec.global_batch_size
+    found = [range(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
+    turn = int(spec.shift * len(found))
+    return found[turn:] + found[:turn]
 
 
 @dataclass
@@ -73,32 +57,31 @@ class _Step:
     rows_missing: int = 0
 
 
-def serial(maker: RowMaker, layout: Layout, first: int) -> Iterator[list[MicroBatch]]:
+def serial(builder: RowBuilder, spec: LoaderSpec, first: int) -> Iterator[list[MicroBatch]]:
     """This rank's rows step by step from position `first` on, made when they are asked for."""
     while True:
         lengths = None
-        if layout.capacity is not None:
-            places = range(first, first + layout.global_batch_size)
-            lengths = maker.lengths(places)
-        tasks = _row_tasks(layout, first, lengths)
-        yield [perform(maker, task) for task in tasks]
-        first += layout.global_batch_size
+        if spec.packing:
+            lengths = builder.lengths(range(first, first + spec.global_batch_size))
+        tasks = _row_tasks(spec, first, lengths)
+        yield [perform(builder, task) for task in tasks]
+        first += spec.global_batch_size
 
 
-def _row_tasks(layout: Layout, first: int, lengths: list[int] | None) -> list[Task]:
+def _row_tasks(spec: LoaderSpec, first: int, lengths: list[int] | None) -> list[Task]:
     return [
         Task("row", (first, row, sum(lengths[i] for i in row) if lengths else None))
-        for row in layout.rows(lengths)
+        for row in rank_rows(spec, lengths)
     ]
 
 
 class Feed(threading.Thread):
     """`serial` with worker processes, ahead of whoever iterates; to be closed afterwards."""
 
-    def __init__(self, workers: Workers, layout: Layout, first: int) -> None:
+    def __init__(self, workers: Workers, spec: LoaderSpec, first: int) -> None:
         super().__init__(name="loader", daemon=True)
         self._workers = workers
-        self._layout = layout
+        self._spec = spec
         self._next = first
         self._ahead = _ROWS_AHEAD * len(workers.workers)
         self._steps: deque[_Step] = deque()
@@ -161,18 +144,18 @@ class Feed(threading.Thread):
         return self._rows < self._ahead and sum(step.rows is None for step in self._steps) < 2
 
     def _open(self) -> _Step:
-        layout, first = self._layout, self._next
-        self._next += layout.global_batch_size
-        if layout.capacity is None:
+        first, size = self._next, self._spec.global_batch_size
+        self._next += size
+        if not self._spec.packing:
             return _Step(first, [], 0)
-        step = _Step(first, [0] * layout.global_batch_size, layout.global_batch_size)
-        for places in layout.chunks():
+        step = _Step(first, [0] * size, size)
+        for places in chunks(self._spec):
             task = Task("lengths", ([first + place for place in places],))
             self._owners[self._workers.submit(task)] = (step, places)
         return step
 
     def _plan(self, step: _Step) -> None:
-        tasks = _row_tasks(self._layout, step.first, step.lengths or None)
+        tasks = _row_tasks(self._spec, step.first, step.lengths or None)
         step.rows = [None] * len(tasks)
         step.rows_missing = len(tasks)
         self._rows += len(tasks)

@@ -12,40 +12,24 @@ from llava_steps.data.energon.reader import RawSample
 from llava_steps.data.loader.batch import MicroBatch, image_share, join
 from llava_steps.data.loader.corpus import Corpus, Place
 from llava_steps.data.loader.lengths import Lengths
+from llava_steps.data.loader.spec import LoaderSpec
 from llava_steps.data.samples.conversation import ConversationEncoder, Encoded
 from llava_steps.data.samples.sample import Sample, SampleError
 
 
-class RowMaker:
+class RowBuilder:
     """Reads, tokenizes and decodes; sent to the workers, each of which opens the files itself.
 
     Args:
         corpus: the samples.
-        hf_dir: HF directory with tokenizer, chat template and image processor.
-        seq_length: longest accepted sample in tokens.
-        lengths: table of known lengths, by `corpus.number`.
-        need_pixels: decode images.
-        image_part, image_parts: which part of a row's images is decoded here.
-        truncate: cut samples that are longer than seq_length.
+        spec: how they are read.
+        lengths: table of known lengths, by `corpus.number`; only packing needs it.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        hf_dir: Path,
-        seq_length: int,
-        lengths: Lengths | None,
-        need_pixels: bool,
-        image_part: int,
-        image_parts: int,
-        truncate: bool = False,
-    ) -> None:
+    def __init__(self, corpus: Corpus, spec: LoaderSpec, lengths: Lengths | None = None) -> None:
         self.corpus = corpus
-        self._hf = (hf_dir, seq_length)
-        self._truncate = truncate
+        self._spec = spec
         self._lengths = lengths
-        self._need_pixels = need_pixels
-        self._part = (image_part, image_parts)
         self._encoders: dict[Path | None, ConversationEncoder] = {}
         self.watch: Callable[[int], None] = _nobody
         """Called with the position of each sample before it is touched."""
@@ -58,7 +42,10 @@ class RowMaker:
         """
         template = self.corpus.members[dataset].chat_template
         if template not in self._encoders:
-            self._encoders[template] = ConversationEncoder(*self._hf, template, self._truncate)
+            spec = self._spec
+            self._encoders[template] = ConversationEncoder(
+                spec.hf_dir, spec.seq_length, template, spec.truncate
+            )
         return self._encoders[template]
 
     def check(self) -> None:
@@ -66,7 +53,7 @@ class RowMaker:
         for dataset in range(len(self.corpus.members)):
             self.encoder(dataset)
 
-    def without_encoders(self) -> RowMaker:
+    def without_encoders(self) -> RowBuilder:
         """A copy that can be sent to another process, where its encoders are made anew."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__ | {"_encoders": {}, "watch": _nobody})
@@ -135,7 +122,7 @@ class RowMaker:
                 f"samples {ids} have {total} tokens where {tokens} were planned; did the dataset "
                 "or the tokenizer change while the training runs?"
             )
-        pixels = self._pixels(images) if self._need_pixels else None
+        pixels = self._pixels(images) if self._spec.need_pixels else None
         return join(ids, keys, places, datasets, encoded, pixels, len(images))
 
     def _encode(self, place: Place, raw: RawSample) -> tuple[Sample, Encoded]:
@@ -147,7 +134,7 @@ class RowMaker:
         if not images:
             return None
         transform = self.encoder().images
-        part = image_share(len(images), *self._part)
+        part = image_share(len(images), self._spec.image_part, self._spec.image_parts)
         pixels = transform.empty(len(part))
         for target, number in enumerate(part):
             position, data, where = images[number]

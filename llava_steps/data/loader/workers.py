@@ -28,7 +28,7 @@ import torch
 from llava_steps.core.errors import StepError
 from llava_steps.data import fork_server
 from llava_steps.data.loader import wire
-from llava_steps.data.loader.row_builder import RowMaker
+from llava_steps.data.loader.row_builder import RowBuilder
 
 _MESSAGE = 1 << 20
 _TOLD = 20_000
@@ -42,7 +42,7 @@ _NOTHING = -1
 
 @dataclass(frozen=True)
 class Task:
-    """Something that a `RowMaker` does: `lengths` of positions, or one `row`."""
+    """Something that a `RowBuilder` does: `lengths` of positions, or one `row`."""
 
     method: str
     arguments: tuple[Any, ...]
@@ -65,9 +65,9 @@ def start_server() -> None:
     fork_server.start(["llava_steps.data.loader.preload"])
 
 
-def perform(maker: RowMaker, task: Task) -> Any:
+def perform(builder: RowBuilder, task: Task) -> Any:
     """The result of a task: a list of lengths, or a MicroBatch."""
-    return getattr(maker, task.method)(*task.arguments)
+    return getattr(builder, task.method)(*task.arguments)
 
 
 @dataclass
@@ -85,13 +85,13 @@ class Workers:
     """Processes that perform tasks for one thread of this process.
 
     Args:
-        maker: what performs the tasks.
+        builder: what performs the tasks.
         count: processes, at least 1.
         patience: seconds after which a worker that begins no further sample is given up.
     """
 
-    def __init__(self, maker: RowMaker, count: int, patience: float) -> None:
-        self._maker = maker.without_encoders()
+    def __init__(self, builder: RowBuilder, count: int, patience: float) -> None:
+        self._builder = builder.without_encoders()
         self._patience = patience
         self._waiting: deque[tuple[int, Task]] = deque()
         self._tickets = 0
@@ -102,7 +102,7 @@ class Workers:
         self.workers: list[_Worker] = []
         for number in range(count):
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            arguments = (theirs, self._maker, self._board, number)
+            arguments = (theirs, self._builder, self._board, number)
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -212,7 +212,7 @@ class Workers:
 
     def _name(self, position: int) -> str:
         """Tar and key of a sample."""
-        corpus = self._maker.corpus
+        corpus = self._builder.corpus
         place = corpus[position]
         try:
             return corpus.where(place, corpus.raw(place, images=False))
@@ -232,7 +232,7 @@ def _kinds(base: type[StepError]) -> list[type[StepError]]:
     return [base, *(kind for child in base.__subclasses__() for kind in _kinds(child))]
 
 
-def _work(line: socket.socket, maker: RowMaker, board: Any, number: int) -> None:
+def _work(line: socket.socket, builder: RowBuilder, board: Any, number: int) -> None:
     """Main function of a worker process."""
     torch.set_num_threads(1)
 
@@ -240,12 +240,12 @@ def _work(line: socket.socket, maker: RowMaker, board: Any, number: int) -> None
         board[2 * number + 1] = position
         board[2 * number] += 1
 
-    maker.watch = watch
+    builder.watch = watch
     while message := line.recv(_MESSAGE):
         ticket, method, arguments = json.loads(message)
         watch(_NOTHING)
         try:
-            result, error = perform(maker, Task(method, tuple(arguments))), None
+            result, error = perform(builder, Task(method, tuple(arguments))), None
         except StepError as failure:
             result, error = str(failure), _named(failure).__name__
         except Exception:
