@@ -28,6 +28,7 @@ from typing import Any, Literal
 import yaml
 
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.settings import yaml_loader
 
 _HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 _SUBFLAVORS = ("name", "max_turns", "chat_template", "augment")
@@ -77,7 +78,7 @@ def read_blend(path: Path, split: str) -> Blend:
     if path.is_dir():
         return Blend("epochs", (Member(path, path.name, split),))
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        table = yaml_loader.load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as the YAML of a blend: {error}") from error
     try:

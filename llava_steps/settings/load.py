@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.settings import cli
+from llava_steps.settings import cli, yaml_loader
 from llava_steps.settings.config import Config
 
 SHIPPED = Path("config/config.yaml")
@@ -93,7 +93,7 @@ def _read(path: Path, source: Source) -> None:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    loader = yaml.SafeLoader(text)
+    loader = yaml_loader.Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -234,7 +234,7 @@ def _explain(problem: Any, key: Key) -> str:
         if isinstance(given, str) and number is not None:
             whole = kind == "int_type" and number.is_integer()
             right = str(int(number)) if whole else repr(number).replace("e-0", "e-")
-            # YAML 1.1 wants a point before the exponent: 2e-5 is text, 2.0e-5 a number.
+            # Also a number to those who read YAML 1.1, which wants a point before the exponent.
             if "e" in right and "." not in right:
                 right = right.replace("e", ".0e")
             return f"{given!r} is text in YAML, not {wanted}; write {right}"

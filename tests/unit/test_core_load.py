@@ -88,7 +88,7 @@ def test_a_standalone_file_takes_nothing_from_the_demo(write) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr: 2e-5", "stage2.lr: '2e-5' is text in YAML, not a number; write 2.0e-5"),
+        ("lr: '2e-5'", "stage2.lr: '2e-5' is text in YAML, not a number; write 2.0e-5"),
         ("lr: '0.1'", "stage2.lr: '0.1' is text in YAML, not a number; write 0.1"),
         ("lr: fast", "stage2.lr: expected a number, got 'fast'"),
         ("lr: .nan", "stage2.lr: "),
@@ -98,7 +98,9 @@ def test_a_standalone_file_takes_nothing_from_the_demo(write) -> None:
             "stage2.train_steps: '8' is text in YAML, not a whole number; write 8",
         ),
         ("train_steps: 8.0", "stage2.train_steps: expected a whole number, got 8.0; write 8"),
-        ("train_steps: 1e3", "stage2.train_steps: '1e3' is text in YAML"),
+        ("train_steps: '1e3'", "stage2.train_steps: '1e3' is text in YAML"),
+        ("train_steps: 1e3", "stage2.train_steps: expected a whole number, got 1000.0; write 1000"),
+        ("lr: 1e999", "stage2.lr: "),
         ("freeze_lm: 'no'", "stage2.freeze_lm: expected true or false, got 'no'"),
         ("freeze_lm: 1", "stage2.freeze_lm: expected true or false, got 1"),
         ("name:", "stage2.name: has no value; write one behind the colon, or leave the key out"),
@@ -119,6 +121,31 @@ def test_each_mistake_is_told_with_its_place(write, text: str, message: str) -> 
     told = problems(SHIPPED, overlay)
     line = next(row for row in told.splitlines() if message in row)
     assert f"{overlay}:" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2e-5", 2e-5),
+        ("2E-5", 2e-5),
+        ("2.0e-5", 2e-5),
+        ("2.e-5", 2e-5),
+        (".5e2", 50.0),
+        ("+1e5", 1e5),
+        ("1.5e3", 1500.0),
+        ("0.25", 0.25),
+    ],
+)
+def test_floats_are_those_of_yaml_1_2(write, text: str, number: float) -> None:
+    assert load([SHIPPED, write(f"stage2: {{lr: {text}}}\n")]).stage2.lr == number
+
+
+@pytest.mark.parametrize(
+    "text", ["e5", "1e", "1e5x", "2e-5-1", "1e-5e3", "--1e5", "2024e1-01", "0x1e5g", ".e5", "1_0e5"]
+)
+def test_words_with_an_e_stay_text(write, text: str) -> None:
+    assert load([SHIPPED, write(f"stage2: {{name: {text}}}\n")]).stage2.name == text
+    assert load([SHIPPED, write("stage2: {name: '1e5'}\n")]).stage2.name == "1e5"
 
 
 def test_all_problems_at_once_and_only_once(write) -> None:

@@ -121,6 +121,13 @@ def test_largest_remainder(weights: list[float], total: int) -> None:
         assert abs(count - Fraction(weight) / whole * total) < 1
 
 
+def test_weights_are_floats_of_yaml_1_2(root: Path) -> None:
+    items = [{"path": "one", "weight": 25.0}, {"path": "two", "weight": 2.0}]
+    path = write(root, "floats", {"blend": items})
+    path.write_text(path.read_text().replace("25.0", "2.5e1").replace("2.0", "2e-5"))
+    assert [member.weight for member in read_blend(path, "train").members] == [25.0, 2e-5]
+
+
 def test_energon_reads_the_same_file(root: Path) -> None:
     """What we accept is energon's own form: it finds the same datasets, splits and options."""
     from megatron.energon.dataset_config import load_config

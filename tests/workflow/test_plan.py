@@ -126,7 +126,7 @@ def test_a_stage_can_start_from_and_read_something_else(fresh: Project) -> None:
 
 
 def test_wrong_keys_are_refused_with_their_place(fresh: Project) -> None:
-    overlay = fresh.overlay("stage2:\n  lr: 2e-5\n  train_stepps: 3\n")
+    overlay = fresh.overlay("stage2:\n  lr: '2e-5'\n  train_stepps: 3\n")
     text = fresh.snakemake("--cores", "1", "-n", "--configfile", overlay, code=1)
     assert "overlay.yaml:2: stage2.lr" in text and "write 2.0e-5" in text
     assert "overlay.yaml:3: stage2.train_stepps: unknown key; did you mean train_steps?" in text
@@ -137,6 +137,13 @@ def test_wrong_keys_are_refused_with_their_place(fresh: Project) -> None:
         "-n", "--configfile", fresh.overlay("run: x"), "--replace-workflow-config", code=1
     )
     assert "standalone: true" in text
+
+
+def test_a_float_of_yaml_1_2_reaches_the_command(fresh: Project) -> None:
+    overlay = fresh.overlay("stage2:\n  lr: 2e-5\n")
+    text = fresh.snakemake("--cores", "1", "-n", "--configfile", overlay)
+    (line,) = re.findall(r"python -m llava_steps.train (.*--stage=2.*)$", text, flags=re.M)
+    assert "--lr=2e-05" in line
 
 
 def test_an_image_is_known_by_its_digest_and_needs_containers(fresh: Project) -> None:
