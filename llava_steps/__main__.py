@@ -1,4 +1,4 @@
-"""llava-steps: one command for the steps of a run and for the tools beside it."""
+"""llava-steps: one command for the steps of a run and for the other tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llava_steps.store.run import execute
 
 PROG = "llava-steps"
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as a shell counts it."""
+"""Exit code after Ctrl-C, as in a shell."""
 
 
 def run() -> NoReturn:
@@ -28,7 +28,7 @@ def run() -> NoReturn:
         try:
             code = main(sys.argv[1:])
         finally:
-            sys.stdout.flush()  # a reader that has gone shows here and not at the very end
+            sys.stdout.flush()  # raises here, not at exit, if the reader has ended
     except KeyboardInterrupt:
         code = INTERRUPTED
     sys.exit(code)
@@ -92,13 +92,13 @@ def listing() -> str:
 
 def _lines(commands: Mapping[str, str]) -> list[str]:
     """Names and first sentences, read without importing what the commands need."""
-    found = []
+    lines = []
     for name, module in commands.items():
         spec = importlib.util.find_spec(module)
         assert spec is not None and spec.origin is not None
         text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-        found.append(f"  {name:16s} {text.partition(chr(10))[0]}")
-    return found
+        lines.append(f"  {name:16s} {text.partition(chr(10))[0]}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ QUESTIONS: dict[tuple[str, str], tuple[str, ...]] = {
         "大きい数字はどちらの画像ですか？",
     ),
 }
-# Text-only questions name the digit themselves; the answer is the one of the kind beside them.
+# Text-only questions name the digit; the answer is that of the kind beside them.
 TEXT_QUESTIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "en": (
         ("what_follows", "What number follows {0}?"),
@@ -70,7 +70,7 @@ TEXT_QUESTIONS: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def answer(kind: str, lang: str, digits: Sequence[int]) -> str:
-    """The one right answer to a question of `kind` about `digits` (two for which_larger)."""
+    """The correct answer to a question of `kind` about `digits` (two for which_larger)."""
     first = digits[0]
     if kind == "what_digit":
         return f"It is {first}." if lang == "en" else f"{first}です。"
@@ -82,14 +82,14 @@ def answer(kind: str, lang: str, digits: Sequence[int]) -> str:
     if kind == "what_follows":
         return f"{first + 1} follows." if lang == "en" else f"次は{first + 1}です。"
     if kind == TWO_SCANS:
-        place = 0 if first > digits[1] else 1
+        larger = 0 if first > digits[1] else 1
         return (
-            ("The first one.", "The second one.")[place]
+            ("The first one.", "The second one.")[larger]
             if lang == "en"
             else (
                 "1枚目です。",
                 "2枚目です。",
-            )[place]
+            )[larger]
         )
     raise ValueError(f"unknown kind of question: {kind!r}")
 
@@ -137,7 +137,7 @@ def training_samples(
     """
     rng = np.random.default_rng([seed, 1])
     drafts: list[tuple[str, str, list[dict[str, str]], list[str]]] = []
-    for place, scan in enumerate(scans):
+    for position, scan in enumerate(scans):
         for lang in LANGS:
             if rng.random() < 0.4:
                 kinds = ["what_digit", *rng.permutation(ABOUT_ONE_SCAN[1:]).tolist()]
@@ -146,10 +146,10 @@ def training_samples(
                 kinds = [str(rng.choice(ABOUT_ONE_SCAN, p=[0.5, 0.25, 0.25]))]
                 kind = kinds[0]
             drafts.append((kind, lang, turns(kinds, lang, [digits[scan]], rng), [image_name(scan)]))
-        if place % 5 == 0:
-            drafts.append(_pair(scan, scans, digits, LANGS[place // 5 % 2], rng))
-        if place % 10 == 0:
-            lang = LANGS[place // 10 % 2]
+        if position % 5 == 0:
+            drafts.append(_pair(scan, scans, digits, LANGS[position // 5 % 2], rng))
+        if position % 10 == 0:
+            lang = LANGS[position // 10 % 2]
             text = text_turns(lang, int(rng.integers(10)), int(rng.integers(2)))
             drafts.append((TEXT_ONLY, lang, text, []))
     order = rng.permutation(len(drafts))

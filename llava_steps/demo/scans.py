@@ -32,14 +32,14 @@ def load_scans() -> Scans:
 
 
 def split(digits: NDArray[np.int64], heldout: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices (training, held-out), each sorted; every digit has its share in both.
+    """Indices (training, held-out), each sorted; both have the same shares of the digits.
 
     Raises ConfigError if `heldout` leaves a digit without training or without held-out scans.
     """
     total = len(digits)
     if not len(DIGITS) <= heldout <= total - len(DIGITS):
         raise ConfigError(
-            f"demo_assets.heldout_scans is {heldout}: choose {len(DIGITS)} to {total - len(DIGITS)}"
+            f"demo_assets.heldout_scans is {heldout}; choose {len(DIGITS)} to {total - len(DIGITS)}"
         )
     # Largest remainder: the shares add up to `heldout` exactly.
     counts = np.array([int((digits == digit).sum()) for digit in DIGITS])

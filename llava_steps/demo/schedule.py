@@ -1,4 +1,4 @@
-"""What both brief pretrainings share: a private random stream and AdamW with warm-up and cosine."""
+"""Shared by both short pretrainings: a separate random stream, and AdamW with its schedule."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 THREADS = 1
-"""Fixed, not the machine's: the order of sums, and with it the last bits, depend on the number."""
+"""Fixed, because the order of summation, and so the last bits, depend on the number of threads."""
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A random stream from `seed` and a fixed number of threads; the caller's are put back."""
+    """A random stream from `seed` and a fixed number of threads; restores those of the caller."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

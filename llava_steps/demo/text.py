@@ -1,4 +1,4 @@
-"""A tokenizer and a tiny Llama trained on text about digits. Neither ever sees an image."""
+"""A tokenizer and a tiny Llama trained on text about digits, without images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = """\
     {{- '<|assistant|>' }}
 {%- endif %}
 """
-# How a text can speak of a picture: what stands where a conversation about a scan has its image.
+# Text in place of the image of a conversation about a scan.
 PICTURES = {
     "en": ("a handwritten {0}", "a scan of the digit {0}", "the number {0}"),
     "ja": ("手書きの{0}", "数字の{0}の画像", "数の{0}"),
@@ -79,7 +79,7 @@ def _conversation(rng: np.random.Generator) -> list[dict[str, str]]:
 def _in_words(
     turns: list[dict[str, str]], lang: str, digits: list[int], rng: np.random.Generator
 ) -> list[dict[str, str]]:
-    """Each <image> of the first question becomes words, or the digit said several times over."""
+    """Replace each <image> of the first question by words, or by the digit several times."""
     question = turns[0]["value"]
     for digit in digits:
         if rng.random() < 0.5:
@@ -110,7 +110,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    # As Llama's tokenizer does: plain text gets a <s> in front, rendered chats bring their own.
+    # Like Llama's tokenizer: plain text gets a <s> before it, rendered chats contain theirs.
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
@@ -129,7 +129,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 def build_llama(
     tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, heads: int, kv_heads: int
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama (float32), grouped-query attention, head not tied."""
+    """A randomly initialised Llama (float32) with grouped-query attention and an untied head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""A tiny CLIP vision tower, briefly pretrained against captions as CLIP itself was."""
+"""A tiny CLIP vision tower, briefly pretrained against captions like CLIP itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH = 64
 LEARNING_RATE = 2e-3
 EMBEDDING = 32
 MAX_SHIFT = 0.15
-"""Share of half the side that a training scan is moved by, at most, in each direction."""
+"""Largest shift of a training scan in each direction, as a share of half the side."""
 CAPTIONS = (
     "a handwritten {0}",
     "the digit {0}",
@@ -32,7 +32,7 @@ CAPTIONS = (
 
 
 class CaptionEncoder(nn.Module):
-    """Bag of characters to an embedding: the text side of the contrastive pair, then discarded."""
+    """Bag of characters to an embedding: the text side of the contrastive pair, not saved."""
 
     def __init__(self, captions: list[str], width: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def build_tower(image_size: int, patch_size: int, hidden: int, layers: int) -> C
 
 
 def save_image_processor(image_size: int, out: Path) -> None:
-    """Writes the CLIP preprocessing of the tower (bicubic, CLIP's mean and std) to `out`."""
+    """Write the CLIP preprocessing of the tower (bicubic, CLIP's mean and std) to `out`."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     CLIPImageProcessorPil(

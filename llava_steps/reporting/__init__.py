@@ -1,1 +1,1 @@
-"""The page that tells a run: what is shown, its pictures and its HTML."""
+"""The report page of a run: its content, charts and HTML."""

@@ -1,4 +1,4 @@
-"""Pictures as inline SVG: curves, histograms. Colours are CSS classes, so that dark mode is CSS."""
+"""Curves and histograms as inline SVG. Colours are CSS classes, so that CSS does dark mode."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 440, 216
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
 POINTS = 220
-"""Points of a curve at most; of more, each stands for a stretch of steps."""
+"""Largest number of points of a curve; with more steps each point summarises several."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A stretch of steps."""
+    """One point of a curve: several consecutive steps."""
 
     x: float
     low: float
@@ -31,13 +31,13 @@ def thin(xs: Sequence[float], ys: Sequence[float], count: int = POINTS) -> list[
     """
     kept = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
     size = max(1, math.ceil(len(kept) / count))
-    found = []
+    points = []
     for start in range(0, len(kept), size):
         part = kept[start : start + size]
         values = [y for _, y in part]
         middle = sum(x for x, _ in part) / len(part)
-        found.append(Point(middle, min(values), sum(values) / len(values), max(values)))
-    return found
+        points.append(Point(middle, min(values), sum(values) / len(values), max(values)))
+    return points
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -79,7 +79,7 @@ def curve(
     """A curve over steps; where a point stands for several steps a band shows their range.
 
     Args:
-        title: said to those who cannot see it.
+        title: start of the label for screen readers.
         xs, ys: steps, counted from 1, and values; values that are not finite are left out.
         kind: CSS class of the colour.
         from_zero: whether the axis begins at 0.
@@ -103,9 +103,9 @@ def curve(
         + f'<polyline class="curve {kind}" points="{line}"/>'
         + f'<circle class="dot {kind}" cx="{x(last.x):.1f}" cy="{y(last.mean):.1f}" r="3.5"/>'
     )
-    told = f"{title}: {number(points[0].mean)} at the beginning, {number(last.mean)} at the end"
-    told += f", between {number(low)} and {number(high)}, over {len(ys)} steps"
-    return _svg(told, body + _label("step"))
+    label = f"{title}: {number(points[0].mean)} at the beginning, {number(last.mean)} at the end"
+    label += f", between {number(low)} and {number(high)}, over {len(ys)} steps"
+    return _svg(label, body + _label("step"))
 
 
 def histogram(title: str, rows: Sequence[tuple[float, float, int]], unit: str) -> Markup:
@@ -123,8 +123,8 @@ def histogram(title: str, rows: Sequence[tuple[float, float, int]], unit: str) -
         for a, b, count in rows
     )
     total = sum(count for _, _, count in rows)
-    told = f"{title}: {total} between {number(low)} and {number(high - 1)} {unit}"
-    return _svg(told, _grid(scale_x, scale_y, x, y) + bars + _label(unit))
+    label = f"{title}: {total} between {number(low)} and {number(high - 1)} {unit}"
+    return _svg(label, _grid(scale_x, scale_y, x, y) + bars + _label(unit))
 
 
 Scale = Callable[[float], float]
@@ -154,8 +154,8 @@ def _label(text: str) -> str:
     return f'<text class="tick end" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}">{escape(text)}</text>'
 
 
-def _svg(told: str, body: str) -> Markup:
+def _svg(label: str, body: str) -> Markup:
     return Markup(  # noqa: S704  numbers, and texts escaped above
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(told)}">{body}</svg>'
+        f'aria-label="{escape(label)}">{body}</svg>'
     )

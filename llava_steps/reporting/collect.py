@@ -1,6 +1,6 @@
-"""What the page shows, taken from the manifests and small files of a run's results.
+"""The content of the page, from the manifests and small files of a run's results.
 
-Nothing is computed again and no model is loaded. Every part is left out when its step is.
+Nothing is recomputed and no model is loaded. The part of a step that is not given is left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SETTINGS = (
     "train_steps", "global_batch_size", "lr", "lr_schedule", "warmup_steps", "weight_decay",
     "precision", "tensor_model_parallel", "pipeline_model_parallel", "seq_length", "packing",
 )  # fmt: skip
-"""Settings of a stage that stand beside its curves; all of them stand under provenance."""
+"""Settings of a stage that are shown beside its curves; provenance shows all of them."""
 CURVES = (
     ("loss", "Loss", True),
     ("val_loss", "Validation loss", True),
@@ -43,9 +43,9 @@ CURVES = (
     ("tokens_per_s", "Tokens per second", True),
 )
 TINY = 64
-"""Images of at most this many pixels a side are drawn with sharp pixels."""
+"""Images with sides of at most this many pixels are drawn with sharp pixels."""
 SAMPLES, EXAMPLES = 36, 3
-"""Most sample answers, and samples with their supervised text, that the page shows."""
+"""Largest numbers of sample answers and of samples with supervised text on the page."""
 
 Inputs = Mapping[str, Input]
 
@@ -59,7 +59,7 @@ def page(inputs: Inputs, title: str, samples: int) -> dict[str, Any]:
         samples: sample answers shown for each kind of question.
 
     Raises:
-        InputError: a file of a result is not what its step writes.
+        InputError: a file of a result is not as its step writes it.
     """
     manifests = {name: item.manifest for name, item in inputs.items() if item.manifest}
     held_out = inputs.get("evaluation")
@@ -88,11 +88,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}; was it made by another version?") from error
+        raise InputError(
+            f"{path}: {error}; if another version made it, run its step again"
+        ) from error
 
 
 def picture(path: Path) -> dict[str, Any]:
-    """A JPEG as a data URL, and whether it is so small that its pixels are to be seen."""
+    """A JPEG as a data URL, and whether it is small enough to show sharp pixels."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
@@ -141,17 +143,17 @@ def _best(metric: str, values: Sequence[float]) -> float:
 
 def _answers(entry: Path, models: Sequence[str], count: int) -> list[dict[str, Any]]:
     """The first samples of each kind, with the answer of every model."""
-    found = read_json(entry / "samples.json")
+    samples = read_json(entry / "samples.json")
     seen: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
-    for number, first in enumerate(found[models[0]]):
+    for number, first in enumerate(samples[models[0]]):
         seen[first["group"]] = seen.get(first["group"], 0) + 1
         if seen[first["group"]] > count or len(rows) == SAMPLES:
             continue
         given = [
             {"model": MODELS[model], "text": row["answer"], "right": row["right"]}
             for model in models
-            for row in [found[model][number]]
+            for row in [samples[model][number]]
         ]
         rows.append(
             first | {"answers": given, "pictures": _pictures(entry, first.get("images", []))}
@@ -176,14 +178,14 @@ def _pictures(entry: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _data(inputs: Inputs) -> dict[str, Any]:
-    found: dict[str, Any] = {"shards": None, "reasons": [], "splits": None, "audits": []}
+    data: dict[str, Any] = {"shards": None, "reasons": [], "splits": None, "audits": []}
     if "tar_shards" in inputs:
         metrics = dict((inputs["tar_shards"].manifest or {}).get("metrics", {}))
-        found["shards"] = metrics
+        data["shards"] = metrics
         reasons: Mapping[str, int] = metrics.get("quarantine_reasons", {})
-        found["reasons"] = sorted(reasons.items(), key=lambda row: -row[1])
+        data["reasons"] = sorted(reasons.items(), key=lambda row: -row[1])
     if "energon_dataset" in inputs:
-        found["splits"] = (inputs["energon_dataset"].manifest or {}).get("metrics", {})
+        data["splits"] = (inputs["energon_dataset"].manifest or {}).get("metrics", {})
     seen: set[str] = set()
     for name in ("stage1_audit", "stage2_audit"):
         if name not in inputs:
@@ -193,11 +195,11 @@ def _data(inputs: Inputs) -> dict[str, Any]:
         of = f"Stage {name[5]}"
         digest = json.dumps([manifest.get("metrics"), (manifest.get("inputs") or {})])
         if digest in seen:
-            found["audits"][-1]["of"] = "Both stages"
+            data["audits"][-1]["of"] = "Both stages"
             continue
         seen.add(digest)
-        found["audits"].append(_audit(item, of))
-    return found
+        data["audits"].append(_audit(item, of))
+    return data
 
 
 def _audit(item: Input, of: str) -> dict[str, Any]:
@@ -207,7 +209,7 @@ def _audit(item: Input, of: str) -> dict[str, Any]:
     return {
         "of": of,
         "report": report,
-        "chart": charts.histogram("Samples by their length", rows, "tokens"),
+        "chart": charts.histogram("Samples by length", rows, "tokens"),
         "thumbnails": [
             {"picture": picture(item.path / row["image"]), "sample": short(row["sample"])}
             for row in shown["thumbnails"]
@@ -220,7 +222,7 @@ def _audit(item: Input, of: str) -> dict[str, Any]:
 
 
 def short(where: str) -> str:
-    """Tar and key of a sample, without the directories before."""
+    """Tar and key of a sample, without the directories before them."""
     return "/".join(where.split("/")[-2:])
 
 
@@ -263,13 +265,13 @@ def _stage(name: str, words: str, item: Input) -> dict[str, Any]:
 
 
 def _certificates(manifests: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = []
+    certificates = []
     for name in ("megatron_checkpoint", "stage1_export", "hf_export"):
         metrics = manifests.get(name, {}).get("metrics", {})
         if "certificate" in metrics:
             forward = metrics.get("forward", {})
             numbers = [v for v in forward.values() if isinstance(v, int | float)]
-            found.append(
+            certificates.append(
                 {
                     "name": name,
                     "counts": metrics["certificate"],
@@ -277,7 +279,7 @@ def _certificates(manifests: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
                     "largest": max(numbers, default=None),
                 }
             )
-    return found
+    return certificates
 
 
 def _costs(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -320,18 +322,18 @@ def _origin(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _packages(manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Each package with all versions that made a part of the run, the usual case being one."""
-    found: dict[str, list[str]] = {}
+    """Each package with all versions that made a part of the run, usually one."""
+    packages: dict[str, list[str]] = {}
     for manifest in manifests.values():
         for package, version in manifest.get("packages", {}).items():
-            versions = found.setdefault(package, [])
+            versions = packages.setdefault(package, [])
             if version not in versions:
                 versions.append(version)
-    return list(found.items())
+    return list(packages.items())
 
 
 def _figures(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A short text for each box of the picture."""
+    """A short text for each box of the pipeline."""
     return {name: _figure(name, manifest["metrics"]) for name, manifest in manifests.items()}
 
 

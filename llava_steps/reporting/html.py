@@ -1,4 +1,4 @@
-"""The page's HTML: one file that needs nothing else, no script and no network."""
+"""The page's HTML: one file without scripts or network access."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llava_steps.reporting.picture import picture
 
 HERE = Path(__file__).parent
 LONGEST = 800
-"""Characters of a text from the data that are shown."""
+"""Largest number of characters of a text from the data that is shown."""
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(page: Mapping[str, Any]) -> str:
-    """HTML of what collect.page gives; every text in it is escaped."""
+    """HTML of the content from collect.page; every text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -30,7 +30,7 @@ def render(page: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "said": said,
+        "clean": clean,
         "compact": count,
         "duration": duration,
         "size": size,
@@ -42,20 +42,20 @@ def render(page: Mapping[str, Any]) -> str:
     return template.render(page, style=style, pipeline=picture(page["figures"]))
 
 
-def said(text: object, longest: int = LONGEST) -> str:
-    """A text of the data: without characters that HTML has no place for, and not too long."""
-    clean = _UNSEEN.sub("\ufffd", str(text))
-    return clean if len(clean) <= longest else clean[:longest] + " \u2026"
+def clean(text: object, longest: int = LONGEST) -> str:
+    """A text of the data, without characters that HTML cannot contain, and not too long."""
+    shown = _UNSEEN.sub("\ufffd", str(text))
+    return shown if len(shown) <= longest else shown[:longest] + " \u2026"
 
 
 def words(name: str) -> str:
-    """A name of the program as words: stage1_checkpoint is `stage 1 checkpoint`."""
+    """An identifier as words: stage1_checkpoint is `stage 1 checkpoint`."""
     spaced = re.sub(r"^(after_)?stage(\d)", r"\1stage \2", name)
     return spaced.replace("_", " ").replace("hf ", "HF ").replace("megatron", "Megatron")
 
 
 def duration(seconds: float) -> str:
-    """Such as 48 s, 6 min 43 s, 3 h 20 min."""
+    """Seconds as 48 s, 6 min 43 s or 3 h 20 min."""
     whole = math.ceil(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

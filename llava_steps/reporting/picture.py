@@ -1,4 +1,4 @@
-"""The pipeline as a picture: two branches that meet in training, with a figure in each box."""
+"""The pipeline as a diagram: two branches that join in training, with a figure in each box."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOXES = {
 
 
 def picture(figures: Mapping[str, str]) -> Markup:
-    """The picture; `figures` has a short text for each rule of the run, others are drawn faint."""
+    """The diagram; `figures` has a short text for each rule of the run, others are drawn faint."""
     parts = [
         _source("images and conversations", _LEFT),
         _source("tower + language model", _RIGHT),
@@ -40,12 +40,12 @@ def picture(figures: Mapping[str, str]) -> Markup:
             f"{escape(figures.get(name, 'not in this run'))}</text></g>"
         )
     height = _top(6) + HIGH + 2
-    told = "The pipeline: " + "; ".join(
+    label = "The pipeline: " + "; ".join(
         f"{BOXES[name][1]}, {figure}" for name, figure in figures.items() if name in BOXES
     )
     return Markup(  # noqa: S704  every text above is escaped
         f'<svg class="pipeline" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(told)}"><defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" '
+        f'aria-label="{escape(label)}"><defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" '
         f'markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>'
         f"{''.join(parts)}</svg>"
     )

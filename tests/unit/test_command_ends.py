@@ -55,7 +55,7 @@ def test_a_command_names_the_environment(line: list[str], place: Path) -> None:
     done = ended(["-S", *line], place)  # without site-packages
     assert done.returncode == 1
     (told,) = done.stderr.splitlines()
-    assert told.startswith("No module named '") and f"for {sys.executable}; use the" in told
+    assert told.startswith("No module named '") and f"for {sys.executable}; activate the" in told
 
 
 @pytest.mark.parametrize("start", [["-u", *STARTS[0]], *STARTS], ids=str)

@@ -159,7 +159,9 @@ def test_numbers_and_texts_for_people() -> None:
         "0.4 s", "48 s", "6 min 43 s", "3 h 20 min",
     ]  # fmt: skip
     assert html.size(999) == "999 bytes" and html.size(1_804_288) == "1.8 MB"
-    assert html.said("a\x00b\ud800\nc") == "a\ufffdb\ufffd\nc" and len(html.said("x" * 5000)) < 900
+    assert (
+        html.clean("a\x00b\ud800\nc") == "a\ufffdb\ufffd\nc" and len(html.clean("x" * 5000)) < 900
+    )
     assert html.words("stage1_checkpoint") == "stage 1 checkpoint"
 
 
