@@ -135,7 +135,7 @@ format: ## put code into the style that `make check` wants
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt workflow
 
-describe: ## renew config.schema.json and the tables of config/README.md from settings/config.py
+describe: ## renew config.schema.json and the tables of config/README.md from the settings classes
 	@.ci/environment
 	$(BIN)/python -m llava_steps.pipeline.describe
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.settings.blend import read_blend
-from llava_steps.settings.config import Audit
+from llava_steps.settings.dataset import Audit
 from llava_steps.store.run import Context, Step, main
 
 if TYPE_CHECKING:

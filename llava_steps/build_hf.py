@@ -18,7 +18,7 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
-from llava_steps.settings.config import HfModel
+from llava_steps.settings.conversion import HfModel
 from llava_steps.store.run import Context, Step, main
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.settings.config import DemoAssets
+from llava_steps.settings.demo_assets import DemoAssets
 from llava_steps.store.run import Context, Step, main
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.settings.config import Evaluation
+from llava_steps.settings.evaluation import Evaluation
 from llava_steps.store.run import Context, Step, main
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from llava_steps.settings.config import MegatronCheckpoint
+from llava_steps.settings.conversion import MegatronCheckpoint
 from llava_steps.store.run import Context, Step, main
 
 

@@ -21,7 +21,7 @@ from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.evaluation import eval_mm_driver, harness
 from llava_steps.evaluation.harness import Score
-from llava_steps.settings.config import LlmJpEvalMm
+from llava_steps.settings.evaluation import LlmJpEvalMm
 from llava_steps.store.run import Context, Step, main
 
 SECTION = "llm_jp_eval_mm"

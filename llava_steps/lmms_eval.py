@@ -24,7 +24,7 @@ from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.evaluation import harness
 from llava_steps.evaluation.harness import Score
-from llava_steps.settings.config import LmmsEval
+from llava_steps.settings.evaluation import LmmsEval
 from llava_steps.store.run import Context, Step, main
 
 SECTION = "lmms_eval"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 
-from llava_steps.settings.config import HfExport
+from llava_steps.settings.conversion import HfExport
 from llava_steps.store.run import Context, Step, main
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llava_steps.settings.config import EnergonDataset
+from llava_steps.settings.dataset import EnergonDataset
 from llava_steps.store.run import Context, Step, main
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.settings.config import Report
+from llava_steps.settings.report import Report
 from llava_steps.settings.steps import STEPS
 from llava_steps.store.run import Context, Step, main
 

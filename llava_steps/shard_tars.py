@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.errors import InputError
-from llava_steps.settings.config import TarShards
+from llava_steps.settings.dataset import TarShards
 from llava_steps.store.run import Context, Step, main
 
 if TYPE_CHECKING:

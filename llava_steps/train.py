@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.errors import ConfigError, DivergedError
 from llava_steps.settings.blend import read_blend
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import commit
 from llava_steps.store.run import Context, Step, main
 

@@ -16,7 +16,7 @@ from llava_steps.checks.finding import Finding
 from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline import slurm
 from llava_steps.pipeline.rules import Rule
-from llava_steps.settings.config import Cluster
+from llava_steps.settings.cluster import Cluster
 
 FORMAT = "%P|%a|%l|%D|%c|%m|%G"
 """Of sinfo: partition, state, time limit, nodes, CPUs, MB, GPUs; a row for nodes of one kind."""

@@ -15,7 +15,8 @@ from typing import Any
 from llava_steps.checks.finding import Finding
 from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline import slurm
-from llava_steps.settings.config import Config, Stage
+from llava_steps.settings.config import Config
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import container
 
 PROBE = "llava_steps.launch.probe"

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 from llava_steps.checks.finding import Finding
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 WHAT = "W&B"
 HOST = "https://api.wandb.ai"

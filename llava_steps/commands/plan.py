@@ -27,7 +27,8 @@ from llava_steps.pipeline.rules import chain
 from llava_steps.planning import stages, text
 from llava_steps.planning.models import Model, model_of
 from llava_steps.settings import load
-from llava_steps.settings.config import Config, Stage
+from llava_steps.settings.config import Config
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import container
 
 

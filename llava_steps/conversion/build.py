@@ -19,7 +19,7 @@ from torch import Tensor
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.geometry.families import TEXT_FAMILIES
 from llava_steps.geometry.geometry import Geometry, padded
-from llava_steps.settings.config import HfModel
+from llava_steps.settings.conversion import HfModel
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -17,7 +17,7 @@ from llava_steps.geometry.families import VISION_FAMILIES
 from llava_steps.geometry.geometry import Geometry
 
 if TYPE_CHECKING:
-    from llava_steps.settings.config import Stage
+    from llava_steps.settings.stage.stage import Stage
 
 
 class Sum:

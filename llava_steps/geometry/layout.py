@@ -13,7 +13,7 @@ from typing import Literal
 from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.costs import Trained, Work, flops
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 Split = Sequence[int] | Literal["even"]
 

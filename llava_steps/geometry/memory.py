@@ -16,7 +16,7 @@ from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import even_split, filled, pipeline_split
 
 if TYPE_CHECKING:
-    from llava_steps.settings.config import Stage
+    from llava_steps.settings.stage.stage import Stage
 
 
 @dataclass(frozen=True)

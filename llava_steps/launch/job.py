@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from llava_steps.core import filesystem
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 FILE = "job.json"
 

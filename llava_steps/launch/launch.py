@@ -32,7 +32,7 @@ from llava_steps.launch.rendezvous import (
 )
 from llava_steps.launch.stop import SIGNALS, held_back
 from llava_steps.launch.watchdog import BEATS, Watch
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 GRACE = 10.0
 """Seconds that workers get to end by themselves after one of them failed."""

@@ -11,7 +11,7 @@ from llava_steps.geometry import flash4
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import pipeline_split
 from llava_steps.launch import gpus, te_check
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 
 def check(stage: Stage, hf_dir: Path) -> None:

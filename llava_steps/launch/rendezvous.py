@@ -35,7 +35,7 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import BY_CODE, ConfigError, LockedError, StepError
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.store.store import MANIFEST
 
 NOTE = "nodes.json"

@@ -9,7 +9,7 @@ from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import check_fp8
 from llava_steps.launch.gpus import probe
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 OLDEST = (2, 3)
 """The first Transformer Engine with both recipes."""

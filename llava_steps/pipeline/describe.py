@@ -15,9 +15,10 @@ from pydantic_core import PydanticUndefined
 
 from llava_steps.core import filesystem
 from llava_steps.settings import cli
-from llava_steps.settings.config import Config, Stage
+from llava_steps.settings.config import Config
 from llava_steps.settings.former import ELSEWHERE, OPTIONS, field_of
 from llava_steps.settings.load import STANDALONE, sections
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.settings.steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]

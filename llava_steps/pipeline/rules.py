@@ -18,8 +18,12 @@ from llava_steps.core import filesystem
 from llava_steps.pipeline import slurm
 from llava_steps.settings import cli
 from llava_steps.settings.blend import read_blend
-from llava_steps.settings.config import Audit, Config, Report, Stage, StepConfig
+from llava_steps.settings.config import Config
+from llava_steps.settings.dataset import Audit
+from llava_steps.settings.fields import StepConfig
 from llava_steps.settings.load import DEMO
+from llava_steps.settings.report import Report
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.settings.steps import STEPS, StepDeclaration, section_of
 from llava_steps.store.code_version import code_version
 from llava_steps.store.store import MANIFEST, read_manifest

@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_steps.settings.config import Cluster, Stage, StepConfig
+from llava_steps.settings.cluster import Cluster
+from llava_steps.settings.fields import StepConfig
+from llava_steps.settings.stage.stage import Stage
 
 TASK = (
     "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURMD_NODENAME",

@@ -20,7 +20,8 @@ from llava_steps.core.errors import ConfigError, LockedError
 from llava_steps.core.log import PROGRESS
 from llava_steps.pipeline import outlook, rules, slurm
 from llava_steps.settings import load
-from llava_steps.settings.config import Config, Stage
+from llava_steps.settings.config import Config
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.store.container import exec_words, image_digest
 from llava_steps.store.lease import Lease
 from llava_steps.store.run import FORCE_REQUEST

@@ -10,7 +10,8 @@ from typing import Any
 
 from llava_steps.core.errors import InputError
 from llava_steps.geometry.geometry import Geometry, padded
-from llava_steps.settings.config import Config, DemoAssets
+from llava_steps.settings.config import Config
+from llava_steps.settings.demo_assets import DemoAssets
 from llava_steps.settings.load import DEMO
 from llava_steps.store import store
 

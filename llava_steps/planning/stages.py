@@ -21,7 +21,7 @@ from llava_steps.geometry.costs import (
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.hardware import GIB, SET_ASIDE, Gpu
 from llava_steps.geometry.memory import Layout, Memory, Row, memory
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 
 @dataclass(frozen=True)

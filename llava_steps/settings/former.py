@@ -7,7 +7,7 @@ asserts the effect of each.
 from __future__ import annotations
 
 from llava_steps.settings import cli
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 OPTIONS: dict[str, str] = {
     "gpus": "on the command line -1 is all GPUs of the machine",

@@ -28,8 +28,6 @@ NOT_COMPUTING = frozenset(
         "geometry.costs",
         "geometry.hardware",
         "geometry.memory",
-        "settings.cli",
-        "settings.config",
         "store.code_version",
         "store.digest",
         "store.lease",
@@ -37,10 +35,17 @@ NOT_COMPUTING = frozenset(
         "store.store",
     )
 )
-"""Modules every step shares that decide where and when a value is computed, never which value.
+"""Modules every step shares that decide where and when a value is computed, never which value."""
+SETTINGS = f"{NAME}.settings."
+COMPUTING_SETTINGS = frozenset(f"{SETTINGS}{module}" for module in ("blend", "load", "steps"))
+"""Modules of `settings` that count as code; the classes of the others count by their values."""
 
-The settings themselves are in the fingerprint by value, so `config` need not be here by code.
-"""
+
+def _computes(module: str) -> bool:
+    """Whether a change of the module's code can change a value."""
+    if module.startswith(SETTINGS):
+        return module in COMPUTING_SETTINGS
+    return module not in NOT_COMPUTING
 
 
 def _file_of(module: str) -> Path | None:
@@ -91,7 +96,7 @@ def modules_of(module: str) -> tuple[str, ...]:
     todo = [module]
     while todo:
         current = todo.pop()
-        if current in seen or current in NOT_COMPUTING:
+        if current in seen or not _computes(current):
             continue
         seen.add(current)
         todo.extend(_read(current)[1])

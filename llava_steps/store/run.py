@@ -33,7 +33,7 @@ from llava_steps.core.errors import (
 )
 from llava_steps.core.log import Progress, ignore_known_warnings, logger
 from llava_steps.settings import cli
-from llava_steps.settings.config import StepConfig
+from llava_steps.settings.fields import StepConfig
 from llava_steps.store import container, store
 from llava_steps.store.code_version import code_version
 from llava_steps.store.digest import Digests

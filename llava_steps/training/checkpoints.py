@@ -37,7 +37,7 @@ from llava_steps.model.weights import (
     save_weights,
     sharded_weights,
 )
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import commit
 from llava_steps.training import parallel
 from llava_steps.training.async_save import Commits

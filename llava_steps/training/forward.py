@@ -11,7 +11,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from llava_steps.data.loader.batch import MicroBatch
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.training.exchange import whole_images
 
 ROW = 128

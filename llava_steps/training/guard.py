@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from llava_steps.core.errors import DivergedError
 from llava_steps.data.loader.batch import MicroBatch, sample_names
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 WINDOW = 64
 """Updates that the running medians look back on."""

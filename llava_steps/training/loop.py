@@ -20,7 +20,7 @@ from llava_steps.data.loader.batch import MicroBatch
 from llava_steps.launch.job import Job
 from llava_steps.launch.stop import StopRequest
 from llava_steps.launch.watchdog import Beat
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.training import checkpoints, forward, parallel
 from llava_steps.training.async_save import Commits
 from llava_steps.training.batch_stats import Sums, by_dataset, counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 
 def learning_rate(stage: Stage, step: int) -> float:

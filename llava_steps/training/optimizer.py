@@ -31,7 +31,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from llava_steps.model.llava import Llava
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 METADATA = {"distrib_optim_fully_reshardable_mem_efficient": False}
 

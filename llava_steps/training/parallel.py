@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import TCPStore
 from llava_steps.core.errors import ConfigError
 from llava_steps.launch.rendezvous import LISTENING, RENDEZVOUS
 from llava_steps.model import cpu_shim
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 cpu_shim.install()
 

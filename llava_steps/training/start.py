@@ -21,7 +21,7 @@ from llava_steps.model.init_weights import draw_weights
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.model.weights import load_weights
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import commit
 from llava_steps.training import checkpoints, parallel
 from llava_steps.training.forward import compiles

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llava_steps.core import filesystem
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 PATIENCE = 60.0
 """Seconds that a tracker gets to finish."""

@@ -36,7 +36,7 @@ from PIL import Image
 
 from llava_steps import prepare_energon, shard_tars
 from llava_steps.core.errors import StepError
-from llava_steps.settings.config import EnergonDataset, TarShards
+from llava_steps.settings.dataset import EnergonDataset, TarShards
 from llava_steps.store.run import Context
 from llava_steps.store.store import Input
 

@@ -192,7 +192,7 @@ def main() -> int:
     from llava_steps.geometry.costs import Work
     from llava_steps.launch.job import Job
     from llava_steps.launch.stop import StopRequest
-    from llava_steps.settings.config import Stage
+    from llava_steps.settings.stage.stage import Stage
     from llava_steps.training import loop, parallel, start
     from llava_steps.training.guard import Counters
 

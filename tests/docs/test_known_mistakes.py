@@ -10,7 +10,7 @@ import pytest
 from llava_steps.geometry.geometry import padded
 from llava_steps.launch import launch
 from llava_steps.launch.rendezvous import Party, Place
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from tests.docs.named_tests import skips
 from tests.helpers import reference
 from tests.helpers.chain import Chain, metrics, sample_ids

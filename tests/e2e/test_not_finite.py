@@ -13,7 +13,7 @@ import pytest
 from llava_steps.core.errors import DivergedError
 from llava_steps.launch import launch as launching
 from llava_steps.launch.job import Job
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from tests.helpers.chain import ROOT, Chain, metrics
 from tests.helpers.poisoned_worker import CASES, MICRO
 

@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llava_steps.core.errors import StepError
 from llava_steps.launch.job import Job
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import commit
 from llava_steps.training import checkpoints as state
 from llava_steps.training import parallel, start

@@ -83,7 +83,7 @@ def test_fp8(tmp_path: Path, bf16: dict[str, float], recipe: str, recompute: str
 @ENGINE
 def test_the_launcher_lets_it_pass() -> None:
     from llava_steps.launch import te_check
-    from llava_steps.settings.config import Stage
+    from llava_steps.settings.stage.stage import Stage
 
     found = te_check.probe("")
     print(found)

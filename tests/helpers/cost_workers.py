@@ -19,7 +19,7 @@ from llava_steps.geometry.costs import Trained
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.llava import Llava, build_llava
 from llava_steps.model.options import ModelOptions
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from tests.helpers.dist_helpers import model_parallel
 from tests.helpers.model_fixtures import Batch
 from tests.helpers.model_workers import run_schedule

@@ -123,7 +123,7 @@ def build(way: Way) -> Any:
     from llava_steps.geometry.geometry import Geometry
     from llava_steps.model.llava import build_llava
     from llava_steps.model.options import DTYPES, ModelOptions
-    from llava_steps.settings.config import Stage
+    from llava_steps.settings.stage.stage import Stage
     from llava_steps.training.optimizer import wrap
 
     reference = _model(way.tiny, DTYPES[way.precision])
@@ -189,7 +189,7 @@ def updates(directory: Path) -> None:
     """Weights before and after three clipped updates, plain and fused."""
     from safetensors.torch import save_file
 
-    from llava_steps.settings.config import Stage
+    from llava_steps.settings.stage.stage import Stage
     from llava_steps.training.optimizer import Optimizer
 
     stage = Stage(precision="fp32", stage=2, weight_decay=0.1, clip_grad=0.5)

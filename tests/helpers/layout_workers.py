@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 from llava_steps.launch.job import Job
 from llava_steps.launch.stop import StopRequest
 from llava_steps.launch.watchdog import BEATS, Beat
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.training import loop, parallel
 from tests.helpers import chain
 

@@ -102,7 +102,7 @@ def deviations(rank: int) -> dict[str, float]:
     from llava_steps.geometry.geometry import Geometry
     from llava_steps.model.llava import build_llava
     from llava_steps.model.options import ModelOptions
-    from llava_steps.settings.config import Stage
+    from llava_steps.settings.stage.stage import Stage
     from llava_steps.training.optimizer import Optimizer, wrap
     from tests.helpers.dist_helpers import model_parallel
     from tests.helpers.model_fixtures import TINY, config_of, pack_samples, samples

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
 from llava_steps.launch.job import Job
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.training import checkpoints, parallel, start
 from llava_steps.training.answers import Answers
 from llava_steps.training.optimizer import wrap

@@ -17,7 +17,7 @@ from llava_steps.data.loader import audit
 from llava_steps.data.loader.corpus import Corpus, Place
 from llava_steps.data.samples.conversation import ConversationEncoder, Encoded
 from llava_steps.data.samples.sample import from_parts
-from llava_steps.settings.config import Audit
+from llava_steps.settings.dataset import Audit
 from tests.helpers.data_fixtures import (
     fake_context,
     make_energon,

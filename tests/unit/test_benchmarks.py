@@ -15,7 +15,8 @@ from llava_steps import llm_jp_eval_mm, lmms_eval
 from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.evaluation import ask, eval_mm_driver, harness, same_prompts
-from llava_steps.settings.config import HfModel, LmmsEval
+from llava_steps.settings.conversion import HfModel
+from llava_steps.settings.evaluation import LmmsEval
 from llava_steps.store.run import execute
 from tests.helpers.hf_fixtures import (
     PARTS_TEMPLATE,

@@ -24,7 +24,7 @@ from llava_steps.conversion.mapping import check_hf, entries
 from llava_steps.conversion.tower import tower_shapes
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.settings.config import HfModel
+from llava_steps.settings.conversion import HfModel
 from tests.helpers.chain import run_step
 from tests.helpers.data_fixtures import fake_context
 from tests.helpers.hf_fixtures import (

@@ -17,7 +17,7 @@ from llava_steps.commands import chat
 from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError
 from llava_steps.evaluation import ask
-from llava_steps.settings.config import HfModel
+from llava_steps.settings.conversion import HfModel
 from tests.helpers.data_fixtures import jpeg
 from tests.helpers.hf_fixtures import make_text, make_tokenizer, make_tower
 

@@ -22,7 +22,7 @@ from llava_steps.conversion.convert import dcp_to_hf, hf_to_dcp
 from llava_steps.conversion.tensors import INDEX, LikeWriter, TensorDirectory
 from llava_steps.core.errors import InputError, IntegrityError, StepError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.settings.config import HfExport, MegatronCheckpoint
+from llava_steps.settings.conversion import HfExport, MegatronCheckpoint
 from llava_steps.store import commit, store
 from llava_steps.store.run import execute
 from tests.helpers.data_fixtures import fake_context

@@ -9,17 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.settings import cli, config
+from llava_steps.settings import cli
+from llava_steps.settings.conversion import HfExport, HfModel, MegatronCheckpoint
+from llava_steps.settings.dataset import EnergonDataset, TarShards
+from llava_steps.settings.demo_assets import DemoAssets
+from llava_steps.settings.evaluation import Evaluation
+from llava_steps.settings.stage.stage import Stage
 
 MODELS = [
-    config.DemoAssets,
-    config.TarShards,
-    config.EnergonDataset,
-    config.HfModel,
-    config.MegatronCheckpoint,
-    config.Stage,
-    config.HfExport,
-    config.Evaluation,
+    DemoAssets,
+    TarShards,
+    EnergonDataset,
+    HfModel,
+    MegatronCheckpoint,
+    Stage,
+    HfExport,
+    Evaluation,
 ]
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
@@ -31,10 +36,10 @@ number = st.floats(min_value=1e-300, max_value=1e300)
 @settings(deadline=None, max_examples=200)
 def test_texts_survive(source: str, name: str, address: str, names: dict[str, str]) -> None:
     for given_ in (
-        config.TarShards(source=source),
-        config.Stage(name=name, master_addr=address, data_path=source),
-        config.EnergonDataset(tar_dir=source, field_map=names),
-        config.HfModel(vision_tower=source, text_model=name),
+        TarShards(source=source),
+        Stage(name=name, master_addr=address, data_path=source),
+        EnergonDataset(tar_dir=source, field_map=names),
+        HfModel(vision_tower=source, text_model=name),
     ):
         assert cli.parse(type(given_), cli.flags(given_)) == given_
 
@@ -48,21 +53,21 @@ def test_texts_survive(source: str, name: str, address: str, names: dict[str, st
 @settings(deadline=None, max_examples=200)
 def test_numbers_and_switches_survive(lr: float, seed: int, switch: bool, split: list[int]) -> None:
     for given_ in (
-        config.Stage(lr=lr, adam_eps=lr, seed=seed, freeze_lm=switch, freeze_vision=switch),
-        config.EnergonDataset(split=split, seed=seed),
-        config.HfModel(vision_tower="a", text_model="b", vision_feature_layer=-seed),
+        Stage(lr=lr, adam_eps=lr, seed=seed, freeze_lm=switch, freeze_vision=switch),
+        EnergonDataset(split=split, seed=seed),
+        HfModel(vision_tower="a", text_model="b", vision_feature_layer=-seed),
     ):
         assert cli.parse(type(given_), cli.flags(given_)) == given_
 
 
 def test_two_dashes_alone_are_refused() -> None:
     with pytest.raises(ConfigError, match="name: '--' alone is dropped by argparse"):
-        cli.flags(config.Stage(name="--"))
+        cli.flags(Stage(name="--"))
 
 
 def test_defaults_are_left_out_and_one_word_per_flag() -> None:
-    assert cli.flags(config.DemoAssets()) == []
-    line = cli.flags(config.Stage(stage=2, lr=2e-5, freeze_vision=False, tensor_model_parallel=1))
+    assert cli.flags(DemoAssets()) == []
+    line = cli.flags(Stage(stage=2, lr=2e-5, freeze_vision=False, tensor_model_parallel=1))
     assert line == ["--stage=2", "--no-freeze-vision", "--no-freeze-lm", "--lr=2e-05"]
 
 
@@ -86,14 +91,14 @@ def test_flags_are_distinct_and_explained(model) -> None:
 @pytest.mark.parametrize("names", [{}, {"a=b": "c"}])
 def test_names_that_a_flag_cannot_carry_are_refused(names: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="field_map"):
-        cli.flags(config.EnergonDataset(field_map=names))
+        cli.flags(EnergonDataset(field_map=names))
 
 
 def test_wrong_values_name_their_flag() -> None:
     with pytest.raises(ConfigError, match="--lr"):
-        cli.parse(config.Stage, ["--lr=-1"])
+        cli.parse(Stage, ["--lr=-1"])
     with pytest.raises(ConfigError, match="global_batch_size 3"):
-        cli.parse(config.Stage, ["--gpus=2", "--global-batch-size=3"])
+        cli.parse(Stage, ["--gpus=2", "--global-batch-size=3"])
 
 
 def test_names_of_the_old_scripts() -> None:
@@ -105,20 +110,20 @@ def test_names_of_the_old_scripts() -> None:
         "--master-port 1234 --rank 1 --backend gloo "
         "--skip-train-iteration-range 100-110 300-400"
     )
-    found = cli.parse(config.Stage, line.replace("-g 8", "--gpus 8").split())
+    found = cli.parse(Stage, line.replace("-g 8", "--gpus 8").split())
     assert (found.gpus, found.nodes, found.tensor_model_parallel) == (8, 1, 4)
     assert (found.pipeline_model_parallel, found.stage, found.freeze_lm) == (2, 2, True)
     assert found.skip_train_iteration_range == ["100-110", "300-400"]
-    assert cli.parse(config.Stage, cli.flags(found)) == found
+    assert cli.parse(Stage, cli.flags(found)) == found
 
 
 def test_every_switch_goes_both_ways() -> None:
     """Also --no-add-class-token, which argparse takes for the opposite of something."""
     parser = argparse.ArgumentParser()
-    cli.add_flags(parser, config.Stage)
-    switches = [n for n, field in config.Stage.model_fields.items() if field.annotation is bool]
+    cli.add_flags(parser, Stage)
+    switches = [n for n, field in Stage.model_fields.items() if field.annotation is bool]
     assert "no_add_class_token" in switches
     for name in switches:
-        flag = cli.flag_name(name, config.Stage.model_fields[name])
+        flag = cli.flag_name(name, Stage.model_fields[name])
         assert vars(parser.parse_args([flag])) == {name: True}
         assert vars(parser.parse_args(["--no-" + flag.removeprefix("--")])) == {name: False}

@@ -12,7 +12,8 @@ import yaml
 
 from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline import describe
-from llava_steps.settings.config import RULES, Config
+from llava_steps.settings.cluster import RULES
+from llava_steps.settings.config import Config
 from llava_steps.settings.load import load
 from llava_steps.settings.steps import STEPS
 
@@ -191,7 +192,7 @@ def test_schema_and_tables_are_those_of_the_classes() -> None:
     )
     texts = [(page.read_text(encoding="utf-8"), made) for page, made in pages]
     assert schema_is_new and all(text == describe.renewed(text, made) for text, made in texts), (
-        "config.schema.json and the tables of the pages are made from settings/config.py; renew "
+        "config.schema.json and the tables of the pages are made from the settings classes; renew"
         " them with `make describe` (python -m llava_steps.pipeline.describe)"
     )
 

@@ -19,7 +19,7 @@ STEP = '''
 """A small step for the tests."""
 import os, time
 from pathlib import Path
-from llava_steps.settings.config import StepConfig, quiet, source, value
+from llava_steps.settings.fields import StepConfig, quiet, source, value
 from llava_steps.core.errors import InputError
 from llava_steps.store.run import Context, Step, main
 

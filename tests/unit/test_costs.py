@@ -12,7 +12,7 @@ import torch
 from llava_steps.conversion.tower import tower_shapes
 from llava_steps.geometry.costs import Trained, Work, flops, parameters, trained_parameters
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from tests.helpers.cost_workers import Case, Counted
 from tests.helpers.dist_helpers import spawn
 from tests.helpers.model_fixtures import TINY, config_of, pack_samples, samples

@@ -18,7 +18,7 @@ from llava_steps.data.loader.corpus import Corpus
 from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.data.loader.order import EpochOrder, SampleOrder, WeightedOrder, largest_remainder
 from llava_steps.settings.blend import read_blend
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from tests.helpers.data_fixtures import TEMPLATE, make_energon, make_hf_dir, train_loader
 
 HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}

@@ -17,7 +17,7 @@ from llava_steps.data.loader.batch import image_share
 from llava_steps.data.loader.corpus import Corpus
 from llava_steps.data.loader.packing import pack
 from llava_steps.data.samples.conversation import ConversationEncoder
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from tests.helpers.data_fixtures import jpeg, make_energon, make_hf_dir, train_loader
 
 CAPACITY = 120

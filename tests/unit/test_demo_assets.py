@@ -20,7 +20,8 @@ from llava_steps import build_hf, demo_assets
 from llava_steps.core.errors import ConfigError
 from llava_steps.core.filesystem import files_below, sha256_file
 from llava_steps.demo import questions, scans, text
-from llava_steps.settings.config import DemoAssets, HfModel
+from llava_steps.settings.conversion import HfModel
+from llava_steps.settings.demo_assets import DemoAssets
 from tests.helpers.chain import environment
 from tests.helpers.data_fixtures import fake_context
 

@@ -19,7 +19,8 @@ from llava_steps.checks.finding import Finding
 from llava_steps.commands import doctor
 from llava_steps.pipeline.rules import chain
 from llava_steps.settings import load
-from llava_steps.settings.config import Config, Stage
+from llava_steps.settings.config import Config
+from llava_steps.settings.stage.stage import Stage
 from tests.unit.test_imports import HEAVY
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,8 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.data.samples.sample import Turn
 from llava_steps.evaluation import ask, score
-from llava_steps.settings.config import Evaluation, HfModel
+from llava_steps.settings.conversion import HfModel
+from llava_steps.settings.evaluation import Evaluation
 from tests.helpers.chain import run_step
 from tests.helpers.data_fixtures import fake_context, jpeg
 from tests.helpers.hf_fixtures import (

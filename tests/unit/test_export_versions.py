@@ -20,7 +20,7 @@ from llava_steps import build_hf, hf_to_megatron, megatron_to_hf
 from llava_steps.conversion.tensors import TensorDirectory
 from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.settings.config import HfExport, HfModel, MegatronCheckpoint
+from llava_steps.settings.conversion import HfExport, HfModel, MegatronCheckpoint
 from tests.helpers.chain import ROOT, environment
 from tests.helpers.data_fixtures import fake_context
 from tests.helpers.hf_fixtures import make_siglip, make_text, make_tokenizer, make_tower

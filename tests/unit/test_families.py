@@ -24,7 +24,7 @@ from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.geometry.families import TEXT_FAMILIES, VISION_FAMILIES
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.settings.config import HfModel
+from llava_steps.settings.conversion import HfModel
 from tests.helpers.hf_fixtures import (
     PATCH,
     SIDE,

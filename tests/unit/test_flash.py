@@ -21,7 +21,7 @@ from llava_steps.core.errors import ConfigError  # noqa: E402
 from llava_steps.geometry import flash4  # noqa: E402
 from llava_steps.model import flash, kernels  # noqa: E402
 from llava_steps.model.attention import dense_kernel, flash_kernel, pack  # noqa: E402
-from llava_steps.settings.config import Stage  # noqa: E402
+from llava_steps.settings.stage.stage import Stage  # noqa: E402
 from tests.helpers.attention import causal  # noqa: E402
 
 LENGTHS = (5, 1, 7)

@@ -9,7 +9,7 @@ import pytest
 from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import check_layout, costs, even_split, pipeline_split
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from tests.helpers.model_fixtures import TINY, config_of
 
 

@@ -13,8 +13,8 @@ from llava_steps.geometry.costs import Trained
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.memory import Layout, Memory, Row, memory, of_stage
 from llava_steps.planning.models import model_of
-from llava_steps.settings.config import Stage
 from llava_steps.settings.load import load
+from llava_steps.settings.stage.stage import Stage
 from tests.benchmarks import gpu_work
 from tests.helpers.cost_workers import Kept, Training
 from tests.helpers.dist_helpers import spawn

@@ -16,7 +16,7 @@ from llava_steps.conversion.build import build
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.evaluation import ask, metrics, perplexity, score
 from llava_steps.evaluation.words import words
-from llava_steps.settings.config import HfModel
+from llava_steps.settings.conversion import HfModel
 from tests.helpers.data_fixtures import jpeg
 from tests.helpers.hf_fixtures import make_text, make_tokenizer, make_tower
 

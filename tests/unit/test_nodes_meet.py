@@ -17,7 +17,7 @@ import pytest
 from llava_steps.core.errors import ConfigError, DivergedError, LockedError, StepError, StoppedError
 from llava_steps.launch import rendezvous
 from llava_steps.launch.rendezvous import LostError, Party, Place, place_of
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 STAGE = Stage(nodes=2, gpus=2, global_batch_size=4, master_addr="127.0.0.1")
 SRUN = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0"}
@@ -150,7 +150,7 @@ def test_a_stop_is_told_as_one(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.launch import rendezvous
 stage = Stage(nodes=2, gpus=2, global_batch_size=4, master_addr="127.0.0.1")
 party = nodes.meet(stage, nodes.Place(1, 2, 2, 2), Path(sys.argv[1]))

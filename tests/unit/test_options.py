@@ -25,8 +25,8 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.launch import launch, preflight
 from llava_steps.launch.rendezvous import Party, Place, place_of
 from llava_steps.settings import cli
-from llava_steps.settings.config import Stage
 from llava_steps.settings.former import OPTIONS, field_of
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import container
 from llava_steps.training import checkpoints, parallel
 from llava_steps.training.async_save import Commits

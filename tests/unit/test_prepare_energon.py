@@ -19,7 +19,7 @@ from llava_steps.data.energon import metadata
 from llava_steps.data.energon.reader import SampleReader
 from llava_steps.data.energon.split import split
 from llava_steps.prepare_energon import run
-from llava_steps.settings.config import EnergonDataset, TarShards
+from llava_steps.settings.dataset import EnergonDataset, TarShards
 from llava_steps.shard_tars import run as shard
 from llava_steps.store import store
 from llava_steps.store.run import execute

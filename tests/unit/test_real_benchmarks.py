@@ -22,7 +22,7 @@ from llava_steps import llm_jp_eval_mm, lmms_eval
 from llava_steps.conversion.build import build
 from llava_steps.core.errors import InputError
 from llava_steps.evaluation import ask
-from llava_steps.settings.config import HfModel
+from llava_steps.settings.conversion import HfModel
 from llava_steps.store.run import execute
 from tests.helpers.hf_fixtures import (
     PARTS_TEMPLATE,

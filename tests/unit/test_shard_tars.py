@@ -20,7 +20,7 @@ from llava_steps.data.samples.decode import check_jpeg, decode
 from llava_steps.data.samples.sample import SampleError
 from llava_steps.data.shards import writer
 from llava_steps.data.sources import Options, content_files, open_source
-from llava_steps.settings.config import TarShards
+from llava_steps.settings.dataset import TarShards
 from llava_steps.shard_tars import run
 from tests.helpers.data_fixtures import fake_context, jpeg
 

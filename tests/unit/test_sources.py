@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.sources import detect
-from llava_steps.settings.config import TarShards
+from llava_steps.settings.dataset import TarShards
 from llava_steps.shard_tars import run
 from tests.helpers.data_fixtures import fake_context, jpeg, members, write_tar
 

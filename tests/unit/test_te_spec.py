@@ -13,7 +13,7 @@ from llava_steps.core.errors import ConfigError
 from llava_steps.geometry import flash4
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.model import cpu_shim
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 
 cpu_shim.install()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.training import trackers
 from llava_steps.training.trackers import Trackers
 

@@ -26,7 +26,7 @@ from llava_steps.core.errors import (
 from llava_steps.launch import launch as launching
 from llava_steps.launch.job import Job
 from llava_steps.launch.stop import SIGNALS, StopRequest, age
-from llava_steps.settings.config import Stage
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.training.lr_schedule import learning_rate
 from llava_steps.training.metrics import Lines
 from tests.helpers.patience import wait_for

@@ -57,7 +57,7 @@ def work(ctx, cfg):
 STEP = '''
 """Stub."""
 from llava_steps import stub
-from llava_steps.settings.config import {config}
+from llava_steps.settings.{settings} import {config}
 from llava_steps.store.run import Context, Step, main
 
 def run(ctx: Context, cfg: {config}):
@@ -73,18 +73,18 @@ if __name__ == "__main__":
 '''
 
 MODULES = {
-    "demo_assets": ("DemoAssets", "'demo_assets'"),
-    "shard_tars": ("TarShards", "'tar_shards'"),
-    "prepare_energon": ("EnergonDataset", "'energon_dataset'"),
-    "build_hf": ("HfModel", "'hf_model'"),
-    "hf_to_megatron": ("MegatronCheckpoint", "'megatron_checkpoint'"),
-    "audit": ("Audit", "lambda cfg: f'stage{cfg.stage}_audit'"),
-    "train": ("Stage", "lambda cfg: f'stage{cfg.stage}_checkpoint'"),
-    "megatron_to_hf": ("HfExport", "'hf_export'"),
-    "evaluate": ("Evaluation", "'evaluation'"),
-    "lmms_eval": ("LmmsEval", "'lmms_eval'"),
-    "llm_jp_eval_mm": ("LlmJpEvalMm", "'llm_jp_eval_mm'"),
-    "report": ("Report", "'report'"),
+    "demo_assets": ("demo_assets.DemoAssets", "'demo_assets'"),
+    "shard_tars": ("dataset.TarShards", "'tar_shards'"),
+    "prepare_energon": ("dataset.EnergonDataset", "'energon_dataset'"),
+    "build_hf": ("conversion.HfModel", "'hf_model'"),
+    "hf_to_megatron": ("conversion.MegatronCheckpoint", "'megatron_checkpoint'"),
+    "audit": ("dataset.Audit", "lambda cfg: f'stage{cfg.stage}_audit'"),
+    "train": ("stage.stage.Stage", "lambda cfg: f'stage{cfg.stage}_checkpoint'"),
+    "megatron_to_hf": ("conversion.HfExport", "'hf_export'"),
+    "evaluate": ("evaluation.Evaluation", "'evaluation'"),
+    "lmms_eval": ("evaluation.LmmsEval", "'lmms_eval'"),
+    "llm_jp_eval_mm": ("evaluation.LlmJpEvalMm", "'llm_jp_eval_mm'"),
+    "report": ("report.Report", "'report'"),
 }
 
 # Of the shipped configuration, which asks for no benchmark.
@@ -192,8 +192,10 @@ def make_project(root: Path) -> Project:
         shutil.copytree(ROOT / "llava_steps" / room, package / room, ignore=skip)
     shutil.copy(ROOT / "llava_steps/__init__.py", package)
     (package / "stub.py").write_text(STUB)
-    for module, (config, name) in MODULES.items():
-        (package / f"{module}.py").write_text(STEP.format(config=config, name=name))
+    for module, (path, name) in MODULES.items():
+        settings, _, config = path.rpartition(".")
+        stub = STEP.format(settings=settings, config=config, name=name)
+        (package / f"{module}.py").write_text(stub)
     for folder in ("workflow", "config"):
         shutil.copytree(ROOT / folder, root / folder, ignore=skip)
     for link in ("slurm", "local"):

@@ -1,0 +1,71 @@
+"""Settings of the steps that ask a model: `evaluate`, `lmms_eval` and `llm_jp_eval_mm`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt as Count
+from pydantic import PositiveInt, field_validator
+
+from llava_steps.settings.fields import StepConfig, quiet, source, value
+
+
+class Evaluation(StepConfig):
+    """Exact-match accuracy and other scores of HF LLaVA directories on held-out data."""
+
+    data: str = source(help="LLaVA JSON or JSONL file that training never saw")
+    before: str = source("", "HF directory before training")
+    after_stage1: str = source("", "HF directory after stage 1")
+    after_stage2: str = source("", "HF directory after stage 2")
+    max_new_tokens: PositiveInt = value(16, "tokens generated at most for an answer")
+    metrics: list[Literal["vqa_accuracy", "rouge_l", "cider", "perplexity"]] = value(
+        [],
+        "scores beside exact match: vqa_accuracy, rouge_l, cider, perplexity (of the references)",
+    )
+    prompts: list[str] = value(
+        [], "questions to ask each model about the first images of `data`; read, not scored"
+    )
+    prompt_images: PositiveInt = value(4, "images that `prompts` are asked about")
+    prompt_tokens: PositiveInt = value(64, "tokens generated at most for an answer to `prompts`")
+    batch_size: PositiveInt = quiet(64, "questions answered together")
+    samples_shown: Count = value(8, "sample answers kept per question kind")
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_are_text(cls, prompts: list[str]) -> list[str]:
+        for prompt in prompts:
+            if not prompt.strip() or "<image>" in prompt:
+                raise ValueError(
+                    f"prompt {prompt!r}: give a text without <image>; the image stands before it"
+                )
+        return prompts
+
+
+class LmmsEval(StepConfig):
+    """Tasks of lmms-eval on the export, where it is installed. Left out of a run without tasks."""
+
+    model: str = source("", "HF LLaVA directory")
+    tasks: list[str] = value(
+        [], "tasks of lmms-eval, as mme or pope, groups and tags too; empty: the step is left out"
+    )
+    task_files: str = source("", "folder with tasks of your own, for its --include_path")
+    limit: Count = value(0, "questions of each task; 0: all")
+    model_args: dict[str, str] = value({}, "more for its --model_args, as NAME=VALUE")
+    python: str = quiet("", "Python of the environment that has lmms-eval; empty: this one")
+
+
+class LlmJpEvalMm(StepConfig):
+    """Tasks of llm-jp-eval-mm on the export, where it is installed. Left out of a run without
+    tasks."""
+
+    model: str = source("", "HF LLaVA directory")
+    tasks: dict[str, str] = value(
+        {},
+        "tasks of llm-jp-eval-mm with their metrics, separated by commas, as "
+        "ja-vg-vqa-500=rougel; empty: the step is left out",
+    )
+    limit: Count = value(0, "questions of each task; 0: all")
+    max_new_tokens: PositiveInt = value(256, "tokens generated at most for an answer")
+    judge_model: str = value("", "model that judges, for metrics that ask one")
+    batch_size: PositiveInt = quiet(1, "questions answered together")
+    python: str = quiet("", "Python of the environment that has eval_mm; empty: this one")
