@@ -72,7 +72,6 @@ STEP = Step(
     config=HfModel,
     run=run,
     doc=__doc__,
-    optional=frozenset({"chat_template"}),
     resolve={"vision_tower": local, "text_model": local},
 )
 

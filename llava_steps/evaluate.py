@@ -178,7 +178,6 @@ STEP = Step(
     config=Evaluation,
     run=run,
     doc=__doc__,
-    optional=frozenset(MODELS),
     parts={"data": _data_files},
 )
 

@@ -147,7 +147,6 @@ STEP = Step(
     run=run,
     doc=__doc__,
     volatile=("raw/*",),
-    optional=frozenset({"task_files"}),
 )
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import Any
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.settings.report import Report
-from llava_steps.settings.steps import STEPS
 from llava_steps.store.run import Context, Step, main
 
 PAGE = "report.html"
@@ -31,10 +30,9 @@ def run(ctx: Context, cfg: Report) -> Mapping[str, Any]:
     """
     from llava_steps.reporting import collect, html
 
-    inputs = {name: ctx.inputs[name] for name in STEPS["report"].feeds if name in ctx.inputs}
-    if not inputs:
+    if not ctx.inputs:
         raise ConfigError("no results given: give at least one, such as --evaluation")
-    for name, item in inputs.items():
+    for name, item in ctx.inputs.items():
         flag = "--" + name.replace("_", "-")
         made_by = (item.manifest or {}).get("step")
         if made_by is None:
@@ -43,14 +41,14 @@ def run(ctx: Context, cfg: Report) -> Mapping[str, Any]:
             raise InputError(f"{flag} {item.shown}: this is the result of {made_by}, not of {name}")
         ctx.log.info("reading %s", name)
     try:
-        page = collect.page(inputs, cfg.title or "run", cfg.samples)
+        page = collect.page(ctx.inputs, cfg.title or "run", cfg.samples)
     except KeyError as error:
         raise InputError(
             f"a result has no {error}; another version made it: run its step again"
         ) from error
     text = html.render(page).encode()
     filesystem.write_bytes(ctx.entry / PAGE, text)
-    return {"bytes": len(text), "sections": sorted(inputs)}
+    return {"bytes": len(text), "sections": sorted(ctx.inputs)}
 
 
 STEP = Step(
@@ -58,7 +56,6 @@ STEP = Step(
     config=Report,
     run=run,
     doc=__doc__,
-    optional=frozenset(STEPS["report"].feeds),
 )
 
 if __name__ == "__main__":

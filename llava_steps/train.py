@@ -106,7 +106,6 @@ STEP = Step(
     config=Stage,
     run=run,
     doc=__doc__,
-    optional=frozenset({"megatron_load_dir"}),
     volatile=("metrics.jsonl", "answers.jsonl", "samples/*"),
     follows=follows,
     members={"data_path": lambda path: read_blend(path, "train").files},

@@ -34,6 +34,8 @@ def schema() -> str:
     described = Config.model_json_schema()
     for part in (described, *described["$defs"].values()):
         part.pop("required", None)
+        for field in part.get("properties", {}).values():
+            field.pop("optional", None)  # of a step; in a file every key is
     described["properties"][STANDALONE] = {
         "type": "boolean",
         "default": False,

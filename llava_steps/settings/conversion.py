@@ -15,7 +15,9 @@ class HfModel(StepConfig):
 
     vision_tower: str = source(help="CLIP directory or hub id", flag="--vision-tower")
     text_model: str = source(help="language model directory or hub id", flag="--text-model")
-    chat_template: str = source("", "Jinja file instead of the text model's own chat template")
+    chat_template: str = source(
+        "", "Jinja file instead of the text model's own chat template", optional=True
+    )
     vision_feature_layer: int = value(-2, "hidden state of the tower that the projector reads")
     vision_feature_select_strategy: Literal["default", "full"] = value(
         "default", "'default' drops the class token, 'full' keeps it"

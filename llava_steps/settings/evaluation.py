@@ -14,9 +14,9 @@ class Evaluation(StepConfig):
     """Exact-match accuracy and other scores of HF LLaVA directories on held-out data."""
 
     data: str = source(help="LLaVA JSON or JSONL file that training never saw")
-    before: str = source("", "HF directory before training")
-    after_stage1: str = source("", "HF directory after stage 1")
-    after_stage2: str = source("", "HF directory after stage 2")
+    before: str = source("", "HF directory before training", optional=True)
+    after_stage1: str = source("", "HF directory after stage 1", optional=True)
+    after_stage2: str = source("", "HF directory after stage 2", optional=True)
     max_new_tokens: PositiveInt = value(16, "tokens generated at most for an answer")
     metrics: list[Literal["vqa_accuracy", "rouge_l", "cider", "perplexity"]] = value(
         [],
@@ -48,7 +48,9 @@ class LmmsEval(StepConfig):
     tasks: list[str] = value(
         [], "tasks of lmms-eval, as mme or pope, groups and tags too; empty: the step is left out"
     )
-    task_files: str = source("", "folder with tasks of your own, for its --include_path")
+    task_files: str = source(
+        "", "folder with tasks of your own, for its --include_path", optional=True
+    )
     limit: Count = value(0, "questions of each task; 0: all")
     model_args: dict[str, str] = value({}, "more for its --model_args, as NAME=VALUE")
     python: str = quiet("", "Python of the environment that has lmms-eval; empty: this one")

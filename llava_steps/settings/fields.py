@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic import NonNegativeInt as Count
+from pydantic.fields import FieldInfo
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -36,9 +37,15 @@ def value(
     return Field(default, description=help, json_schema_extra=_facts("value", flag, bare), **bounds)
 
 
-def source(default: Any = ..., help: str = "", flag: str | None = None) -> Any:
-    """A path whose content is part of the fingerprint. The workflow fills in upstream artefacts."""
-    return Field(default, description=help, json_schema_extra=_facts("source", flag))
+def source(
+    default: Any = ..., help: str = "", flag: str | None = None, optional: bool = False
+) -> Any:
+    """A path whose content is part of the fingerprint. The workflow fills in upstream artefacts.
+
+    An `optional` one may stay empty when the step runs.
+    """
+    facts = _facts("source", flag, optional=optional or None)
+    return Field(default, description=help, json_schema_extra=facts)
 
 
 def quiet(default: Any = ..., help: str = "", flag: str | None = None, **bounds: Any) -> Any:
@@ -46,9 +53,17 @@ def quiet(default: Any = ..., help: str = "", flag: str | None = None, **bounds:
     return Field(default, description=help, json_schema_extra=_facts("quiet", flag), **bounds)
 
 
-def _facts(role: str, flag: str | None, bare: int | None = None) -> dict[str, Any]:
+def may_be_empty(field: FieldInfo) -> bool:
+    """Whether a source field may stay empty when the step runs."""
+    facts = field.json_schema_extra
+    return isinstance(facts, dict) and facts.get("optional") is True
+
+
+def _facts(
+    role: str, flag: str | None, bare: int | None = None, optional: bool | None = None
+) -> dict[str, Any]:
     """What is declared of a field, without what is not."""
-    facts = {"role": role, "flag": flag, "bare": bare}
+    facts = {"role": role, "flag": flag, "bare": bare, "optional": optional}
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 

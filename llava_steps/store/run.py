@@ -33,7 +33,7 @@ from llava_steps.core.errors import (
 )
 from llava_steps.core.log import Progress, ignore_known_warnings, logger
 from llava_steps.settings import cli
-from llava_steps.settings.fields import StepConfig
+from llava_steps.settings.fields import StepConfig, may_be_empty
 from llava_steps.store import container, store
 from llava_steps.store.code_version import code_version
 from llava_steps.store.digest import Digests
@@ -79,8 +79,6 @@ class Step(Generic[C]):
     doc: str | None = None
     volatile: tuple[str, ...] = ()
     """Glob patterns of payload files that differ between equal runs (timings)."""
-    optional: frozenset[str] = frozenset()
-    """Source fields that may stay empty."""
     resolve: Mapping[str, Callable[[str, bool], Path]] = field(default_factory=dict)
     """For a source field: from the given text (a hub id, say) to a local path; False as the second
     argument forbids to fetch it."""
@@ -375,7 +373,7 @@ def _inputs(
             continue
         text: str = getattr(config, key)
         if not text:
-            if key in step.optional:
+            if may_be_empty(info):
                 continue
             raise ConfigError(f"{cli.flag_name(key, info)} is needed: {info.description}")
         path = step.resolve[key](text, recorded is None) if key in step.resolve else Path(text)

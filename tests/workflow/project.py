@@ -63,11 +63,7 @@ from llava_steps.store.run import Context, Step, main
 def run(ctx: Context, cfg: {config}):
     return stub.work(ctx, cfg)
 
-OPTIONAL = frozenset(
-    {{"chat_template", "task_files"}}
-    | ({{*{config}.model_fields}} if {config}.__name__ == "Report" else set())
-)
-STEP = Step(name={name}, config={config}, run=run, doc=__doc__, optional=OPTIONAL)
+STEP = Step(name={name}, config={config}, run=run, doc=__doc__)
 if __name__ == "__main__":
     main(STEP)
 '''

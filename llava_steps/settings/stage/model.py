@@ -14,7 +14,7 @@ class Model(StepConfig):
     """The weights and data that a stage starts from, and the parts that it trains."""
 
     stage: Literal[1, 2] = value(1, "1: projector; 2: projector and language model")
-    megatron_load_dir: str = source("", "Megatron checkpoint to start from")
+    megatron_load_dir: str = source("", "Megatron checkpoint to start from", optional=True)
     init: bool = value(
         False,
         "draw all weights anew instead of reading megatron_load_dir, which is then not needed; "
