@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
 from llava_steps.settings.conversion import HfModel
 from llava_steps.store.run import Context, Step, main
@@ -28,9 +27,6 @@ def run(ctx: Context, cfg: HfModel) -> Mapping[str, Any]:
     """Build the model in `ctx.entry`; metrics count what was added."""
     from llava_steps.conversion.build import build
 
-    for remains in ctx.entry.iterdir():  # of a killed attempt
-        if remains != ctx.work:
-            filesystem.remove(remains)
     tower, text = ctx.inputs["vision_tower"].path, ctx.inputs["text_model"].path
     template = ctx.inputs["chat_template"].path if cfg.chat_template else None
     built = build(tower, text, ctx.entry, cfg, template)

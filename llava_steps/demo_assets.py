@@ -26,9 +26,6 @@ def run(ctx: Context, cfg: DemoAssets) -> Mapping[str, Any]:
 
     from llava_steps.demo import questions, scans
 
-    for remains in ctx.entry.iterdir():  # of a killed attempt
-        if remains != ctx.work:
-            filesystem.remove(remains)
     data = scans.load_scans()
     train, heldout = scans.split(data.digits, cfg.heldout_scans, cfg.seed)
     pixels = np.stack([scans.enlarge(scan, cfg.image_size) for scan in data.pixels])

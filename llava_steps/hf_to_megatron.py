@@ -28,8 +28,6 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     geometry = Geometry.load(source)
     final = ctx.entry / iteration_name(0)
     temporary = ctx.entry / f"{filesystem.TEMPORARY}{final.name}"
-    for remains in (temporary, final):  # of a killed attempt
-        filesystem.remove(remains)
     with (
         TensorDirectory(source) as tensors,
         ctx.progress("converting", total=count_entries(geometry)) as bar,

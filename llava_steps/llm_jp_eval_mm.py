@@ -44,8 +44,7 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
     )
     ctx.log.info("its output is written to %s", log)
     raw = ctx.entry / "raw"
-    filesystem.remove(raw)
-    raw.mkdir(parents=True)
+    raw.mkdir()
     job = {
         "model": str(ctx.inputs["model"].path.absolute()),
         "tasks": {task: metrics.split(",") for task, metrics in cfg.tasks.items()},

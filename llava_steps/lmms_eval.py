@@ -45,7 +45,6 @@ def run(ctx: Context, cfg: LmmsEval) -> Mapping[str, Any]:
         raise ConfigError(f"{SECTION}.tasks: name at least one task of lmms-eval")
     installed = harness.find(PACKAGE, SECTION, cfg.python)
     raw = ctx.entry / "raw"
-    filesystem.remove(raw)
     log = ctx.work / "lmms_eval.log"
     ctx.log.info(
         "lmms-eval %s in %s: %s", installed.version, installed.python, ", ".join(cfg.tasks)

@@ -106,6 +106,7 @@ STEP = Step(
     config=Stage,
     run=run,
     doc=__doc__,
+    resumes=True,
     volatile=("metrics.jsonl", "answers.jsonl", "samples/*"),
     follows=follows,
     members={"data_path": lambda path: read_blend(path, "train").files},

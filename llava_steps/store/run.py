@@ -4,8 +4,8 @@
 
 reads the command line, finds the store entry that the step's value belongs to and returns at once
 when it is sealed. Otherwise it takes the lease, calls `run(ctx, config)`, which writes its payload
-into `ctx.entry` (and finds there what a killed attempt left), seals the entry and publishes it at
-`--save-dir`. Exit codes are those of core/errors.py.
+into the empty `ctx.entry`, seals the entry and publishes it at `--save-dir`. Only a step that
+resumes is given what an earlier attempt left. Exit codes are those of core/errors.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Context:
     """What a step's `run` gets besides its settings."""
 
     entry: Path
-    """Store entry: the payload goes here; may hold the remains of an earlier attempt."""
+    """Store entry: the payload goes here; empty but for `work`, unless the step resumes."""
     inputs: Mapping[str, Input]
     """Resolved inputs by field name; fields that were left empty are absent."""
     log: logging.Logger
@@ -77,6 +77,8 @@ class Step(Generic[C]):
     run: Callable[[Context, C], Mapping[str, Any]]
     """Writes the payload and returns metrics for the manifest."""
     doc: str | None = None
+    resumes: bool = False
+    """Whether `run` continues from the payload that an earlier attempt left."""
     volatile: tuple[str, ...] = ()
     """Glob patterns of payload files that differ between equal runs (timings)."""
     resolve: Mapping[str, Callable[[str, bool], Path]] = field(default_factory=dict)
@@ -222,6 +224,8 @@ def _evaluate(
         attempt = 1 + len(list((work / "logs").glob("attempt-*.log")))
         log = logger(module.rpartition(".")[2], work / "logs" / f"attempt-{attempt:04d}.log")
         log.info("%s %s attempt %d in %s", name, print_, attempt, entry)
+        if not step.resumes:
+            clear(entry)
         store.show_work(entry, out)
         start = time.monotonic()
         until_sealed = stack.enter_context(contextlib.ExitStack())
@@ -350,6 +354,13 @@ def _follow(
         step.run(context, config)
 
 
+def clear(entry: Path) -> None:
+    """Remove the payload of an unfinished entry; the bookkeeping of its attempts stays."""
+    for made in entry.iterdir():
+        if made.name != store.WORK:
+            filesystem.remove(made)
+
+
 def _take_aside(entry: Path, out: Path, force: bool) -> None:
     """Set a finished value aside when asked to compute it again; an unfinished one resumes."""
     if force and (entry / store.MANIFEST).exists():
@@ -424,9 +435,7 @@ def _still_the_same(
             store.check(item.entry, item.manifest, digests.file)
         elif _digest(step, config, key, item.path, digests) != item.digest:
             # What was read from both versions must not be found by the next attempt either.
-            for made in entry.iterdir():
-                if made.name != store.WORK:
-                    filesystem.remove(made)
+            clear(entry)
             raise InputError(
                 f"{item.path} changed while the step read it; nothing was kept, run again"
             )

@@ -168,10 +168,12 @@ def train_loader(
 
 
 def fake_context(entry: Path, **inputs: Path) -> Any:
-    """A `Context` without store and lease."""
-    from llava_steps.store.run import Context
+    """A `Context` without store and lease, of a step that does not resume."""
+    from llava_steps.store.run import Context, clear
     from llava_steps.store.store import Input
 
     log = logging.getLogger("test")
+    if entry.exists():
+        clear(entry)
     found = {name: Input(path, "digest") for name, path in inputs.items()}
     return Context(entry, found, log, entry / ".work")

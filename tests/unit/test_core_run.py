@@ -198,6 +198,27 @@ def test_signals_end_a_step_in_order(place: Path, number: signal.Signals) -> Non
     assert "Traceback" not in text and not list((place / "store").rglob("lease.json"))
 
 
+@pytest.mark.parametrize("resumes", [False, True])
+def test_an_attempt_begins_with_an_empty_entry_unless_its_step_resumes(
+    place: Path, resumes: bool
+) -> None:
+    step = place / "copystep.py"
+    step.write_text(step.read_text().replace("doc=__doc__", f"doc=__doc__, resumes={resumes}"))
+    (place / "hold").touch()
+    line = [sys.executable, "-m", "copystep", "--save-dir", "out", "--data", "data.txt"]
+    killed = subprocess.Popen(line)
+    wait_for(lambda: list((place / "store").glob("copy/*/partial")), killed)
+    (partial,) = (place / "store").glob("copy/*/partial")
+    killed.kill()
+    killed.wait()
+    (partial.parent / "folder").mkdir()
+    (partial.parent / "folder/half").write_text("h")
+    (place / "hold").unlink()
+    assert call().returncode == 0
+    assert (partial.parent / "folder").exists() == resumes
+    assert manifest(place)["attempts"] == 2, "the logs of the first attempt stay"
+
+
 def test_surroundings_are_told_in_one_line(place: Path) -> None:
     full = call("--times", "14")
     assert full.returncode == 3 and "No space left on device; free some" in full.stderr

@@ -353,9 +353,9 @@ def test_leftovers_of_a_killed_attempt_do_no_harm(tmp_path: Path) -> None:
         "shards.json",
     ):
         (out / name).write_bytes(b"old")
-    (out / "work").mkdir()
+    (out / ".work").mkdir()
     shard(source, out)
-    (out / "work").rmdir()
+    (out / ".work").rmdir()
     assert tree(out) == tree(tmp_path / "clean")
 
 

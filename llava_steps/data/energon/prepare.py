@@ -90,7 +90,6 @@ def prepare(
     known = known_shards(tar_dir)
     names = find_tars(tar_dir)
     parts = split(names, ratio)
-    _clean(entry, names)
     meta = entry / META
     meta.mkdir()
     writer = _SqliteIndex(meta)
@@ -206,14 +205,3 @@ class _SqliteIndex:
         self._writer.close()
         filesystem.fsync_path(self._temporary)
         os.replace(self._temporary, self._path)
-
-
-def _clean(entry: Path, names: list[str]) -> None:
-    """Remove what a killed attempt left."""
-    filesystem.remove(entry / META)
-    for name in names:
-        for path in (entry / name, entry / f"{name}.idx"):
-            path.unlink(missing_ok=True)
-            if path.parent.is_dir():
-                filesystem.remove_temporaries(path.parent)
-    (entry / SHARDS).unlink(missing_ok=True)

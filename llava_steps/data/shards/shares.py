@@ -50,9 +50,6 @@ def write_share(
         InputError: there are fewer chunks of records than shares.
     """
     number, _, count = share.partition("/")
-    for path in settings.entry.glob("part-*"):
-        path.unlink()  # of an attempt that was killed
-    filesystem.remove_temporaries(settings.entry)
     chunks = settings.source.chunks(settings.samples_per_shard)
     own = islice(chunks, int(number) - 1, None, int(count))
     rows = []

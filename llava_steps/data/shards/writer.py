@@ -69,7 +69,6 @@ def write_shards(
         InputError: no usable sample, or a larger share of refused ones than `quarantine_limit`.
     """
     entry = settings.entry
-    _clean(entry)
     plan = Plan(settings.samples_per_shard)
     lines = []
     if made is None:
@@ -225,10 +224,3 @@ def _assemble(entry: Path, shard: Shard) -> str:
         out.flush()
         os.fsync(out.fileno())
     return digest.hexdigest()
-
-
-def _clean(entry: Path) -> None:
-    """Remove what a killed attempt left; nothing of it is used again."""
-    filesystem.remove_temporaries(entry)
-    for path in (*entry.glob("[0-9]*.tar"), entry / SHARDS, entry / QUARANTINE):
-        path.unlink(missing_ok=True)
