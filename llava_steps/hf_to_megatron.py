@@ -1,6 +1,6 @@
 """Convert a Hugging Face LLaVA directory to a Megatron checkpoint.
 
-llava-steps hf_to_megatron --hf-dir results/demo/hf_model --save-dir results/demo/...
+llava-steps hf_to_megatron --hf-dir results/demo/hf_model --megatron-dir results/demo/...
 
 Converts tensor by tensor; needs no GPU. The checkpoint loads at any tensor, pipeline and data
 parallel size; its files are split for --tp and --pp.
@@ -42,6 +42,12 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     return {"certificate": certificate, "forward": forward, "tp": cfg.tp, "pp": cfg.pp}
 
 
-STEP = Step(name="megatron_checkpoint", config=MegatronCheckpoint, run=run, doc=__doc__)
+STEP = Step(
+    name="megatron_checkpoint",
+    config=MegatronCheckpoint,
+    run=run,
+    doc=__doc__,
+    result_flags=("--save-dir", "--megatron-dir"),
+)
 if __name__ == "__main__":
     main(STEP)

@@ -1,7 +1,7 @@
 """Convert a Megatron checkpoint to a Hugging Face LLaVA directory.
 
 llava-steps megatron_to_hf --megatron-dir results/demo/stage2_checkpoint \\
-    --tokenizer-dir results/demo/hf_model --save-dir results/demo/hf_export
+    --tokenizer-dir results/demo/hf_model --hf-dir results/demo/hf_export
 
 The newest committed iteration is converted. Config, tokenizer, processor, chat template and
 generation config are copied from --tokenizer-dir, whose weight files also give names, shards and
@@ -57,6 +57,8 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     }
 
 
-STEP = Step(name="hf_export", config=HfExport, run=run, doc=__doc__)
+STEP = Step(
+    name="hf_export", config=HfExport, run=run, doc=__doc__, result_flags=("--save-dir", "--hf-dir")
+)
 if __name__ == "__main__":
     main(STEP)

@@ -79,6 +79,8 @@ class Step(Generic[C]):
     doc: str | None = None
     resumes: bool = False
     """Whether `run` continues from the payload that an earlier attempt left."""
+    result_flags: tuple[str, ...] = ("--save-dir",)
+    """Names of the flag for the directory that shows the result."""
     volatile: tuple[str, ...] = ()
     """Glob patterns of payload files that differ between equal runs (timings)."""
     resolve: Mapping[str, Callable[[str, bool], Path]] = field(default_factory=dict)
@@ -117,9 +119,9 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
     if module == "__main__":
         module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
     ignore_known_warnings()
-    given = vars(parser(step, module).parse_args(list(arguments)))
     log = logger(module.rpartition(".")[2])
     try:
+        given = vars(parser(step, module).parse_args(list(arguments)))
         if given["sif_path"]:
             container.enter(given["sif_path"], module, arguments, _named_paths(step, given))
         with _stoppable():
@@ -158,6 +160,27 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _ResultDirectory(argparse.Action):
+    """Takes one directory, under whichever of its names; ConfigError for two."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given: dict[str | None, Path] = {}
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        self._given[option_string] = values
+        if len(set(self._given.values())) > 1:
+            both = " and ".join(f"{flag} {path}" for flag, path in self._given.items())
+            raise ConfigError(f"{both} both name the result; give one of them")
+        setattr(namespace, self.dest, values)
+
+
 def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
     """The command line of a step."""
     made = argparse.ArgumentParser(
@@ -169,7 +192,12 @@ def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
     cli.add_flags(made, step.config)
     where = made.add_argument_group("where")
     where.add_argument(
-        "--save-dir", type=Path, required=True, help="directory that shows the result"
+        *step.result_flags,
+        dest="save_dir",
+        action=_ResultDirectory,
+        type=Path,
+        required=True,
+        help="directory that shows the result",
     )
     where.add_argument("--store", type=Path, default=Path("store"), help="store (default: store)")
     where.add_argument("--image", default="", help="digest of the container image this runs in")

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_steps import hf_to_megatron, megatron_to_hf
+from llava_steps.__main__ import main as llava_steps
 from llava_steps.conversion import torch_dist_write
 from llava_steps.conversion.convert import dcp_to_hf, hf_to_dcp
 from llava_steps.conversion.tensors import INDEX, LikeWriter, TensorDirectory
-from llava_steps.core.errors import InputError, IntegrityError, StepError
+from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.settings.conversion import HfExport, MegatronCheckpoint
 from llava_steps.store import commit, store
@@ -60,6 +61,47 @@ def unsealed(directory: str) -> Path:
     """A copy of the checkpoint outside the store, as another machine would get it."""
     (checkpoint,) = Path(directory).glob("iter_*")
     return Path(shutil.copytree(checkpoint, f"copy/{checkpoint.name}")).parent
+
+
+FORMER_TO_MEGATRON = "--tp 2 --pp 1 --hf-dir hf --megatron-dir out/megatron"
+FORMER_TO_HF = "--tp 2 --pp 1 --megatron-dir out/megatron --hf-dir out/hf --tokenizer-dir hf"
+"""What the scripts convert_hf_to_megatron.py and convert_megatron_to_hf.py were given."""
+
+
+def test_commands_of_the_former_scripts() -> None:
+    save_hf(TINY["untied-default"], Path("hf"))
+    assert llava_steps(["hf-to-megatron", *FORMER_TO_MEGATRON.split()]) == 0
+    assert llava_steps(["megatron-to-hf", *FORMER_TO_HF.split()]) == 0
+    assert digests("out/hf") == digests("hf")
+    for directory, step in (("out/megatron", "megatron_checkpoint"), ("out/hf", "hf_export")):
+        manifest = json.loads(Path(directory, store.MANIFEST).read_bytes())
+        assert manifest["step"] == step
+        assert (manifest["config"]["tp"], manifest["config"]["pp"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "flags", "alias"),
+    [
+        (hf_to_megatron.STEP, ["--hf-dir=hf"], "--megatron-dir"),
+        (megatron_to_hf.STEP, ["--megatron-dir=megatron", "--tokenizer-dir=hf"], "--hf-dir"),
+    ],
+)
+def test_a_result_goes_to_one_directory(
+    step: Any, flags: list[str], alias: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_hf(TINY["untied-default"], Path("hf"))
+    assert to_megatron() == 0
+    capsys.readouterr()
+    assert execute(step, [*flags, "--save-dir=one", f"{alias}=two"]) == ConfigError.exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"--save-dir one and {alias} two both name the result; give one of them")
+    assert not Path("one").exists() and not Path("two").exists()
+    assert execute(step, [*flags, "--save-dir=one", f"{alias}=one/"]) == 0
+    assert Path("one", store.MANIFEST).exists()
+    with pytest.raises(SystemExit) as ended:
+        execute(step, flags)
+    assert ended.value.code == ConfigError.exit_code
+    assert f"required: --save-dir/{alias}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["one-file", "sharded"])
