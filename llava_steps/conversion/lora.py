@@ -24,13 +24,13 @@ from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.geometry.geometry import Geometry
 
 FILE, PREFIX = "lora.json", "lora."
-PLACES = {
+PARENTS = {
     "linear_qkv": "self_attention",
     "linear_proj": "self_attention",
     "linear_fc1": "mlp",
     "linear_fc2": "mlp",
 }
-"""Target -> where a decoder layer has it."""
+"""Target -> the module of a decoder layer that contains it."""
 _LAYERS = "language_model.decoder.layers."
 
 
@@ -125,7 +125,7 @@ class Merged(torch_dist_write.Reader):
         """One tensor, or one layer of it; W + scale B A, added up in fp32, where it is adapted."""
         value = super().read(name, layer)
         for target in self._lora.targets:
-            if name == f"{_LAYERS}{PLACES[target]}.{target}.weight":
+            if name == f"{_LAYERS}{PARENTS[target]}.{target}.weight":
                 a, b = (super(Merged, self).read(f"{PREFIX}{target}.{k}", layer) for k in "ab")
                 delta = self._lora.scale * (b.float() @ a.float())
                 return (value.float() + delta).to(value.dtype)

@@ -1,7 +1,7 @@
-"""LoRA on the language model's linears, in every layout; lora.py says what it computes.
+"""LoRA on the language model's linears, in every layout; conversion/lora.py has the formula.
 
-W is frozen. The parts of A and B follow those of W: a column-parallel linear cuts B by rows, a
-row-parallel one A by columns, so only [T, rank] is ever exchanged.
+W is frozen. A and B are split like W: a column-parallel linear splits B by rows, a row-parallel one
+A by columns, so ranks exchange only [T, rank].
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint as replicated
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint as cut
 from torch import Tensor
 
-from llava_steps.conversion.lora import PLACES, PREFIX, Lora
+from llava_steps.conversion.lora import PARENTS, PREFIX, Lora
 from llava_steps.geometry.geometry import Geometry
 
 
 class Adapter(torch.nn.Module):
-    """The low-rank part of one linear, as much of it as belongs to this tensor-parallel rank.
+    """The low-rank part of one linear, this tensor-parallel rank's share of it.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)), the same in every layout; B is 0.
     """
@@ -41,8 +41,8 @@ class Adapter(torch.nn.Module):
         self.scale = lora.scale
         tp = parallel_state.get_tensor_model_parallel_world_size()
         out, width = weight.shape
-        place = list(PLACES).index(target)
-        generator = torch.Generator().manual_seed((lora.seed * 100003 + layer) * 8 + place)
+        index = list(PARENTS).index(target)
+        generator = torch.Generator().manual_seed((lora.seed * 100003 + layer) * 8 + index)
         whole = width if self.column else width * tp
         first = torch.empty(lora.rank, whole).uniform_(-1, 1, generator=generator)
         first /= math.sqrt(whole)
@@ -56,9 +56,9 @@ class Adapter(torch.nn.Module):
         shared.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """What comes to the linear's output: x [T (/tp), 1, in (/tp)] -> [T (/tp), 1, out (/tp)].
+        """Its part of the linear's output: x [T (/tp), 1, in (/tp)] -> [T (/tp), 1, out (/tp)].
 
-        x and the result are cut as those of the linear are.
+        x and the result are split like those of the linear.
         """
         z = F.linear(x, self.a)
         if self.column and self.sequence_parallel:
@@ -77,8 +77,8 @@ class Adapter(torch.nn.Module):
 class Adapters(torch.nn.Module):
     """The adapters of the decoder layers of one pipeline chunk, hooked to their linears.
 
-    They are no children of the linears, so names and checkpoint of the frozen weights stay as they
-    are.
+    They are not children of the linears, so names and checkpoint of the frozen weights do not
+    change.
     """
 
     def __init__(self, lora: Lora, layers: Sequence[Any], geometry: Geometry) -> None:
@@ -89,7 +89,7 @@ class Adapters(torch.nn.Module):
         for number, layer in zip(self._numbers, layers, strict=True):
             own = torch.nn.ModuleDict()
             for target in lora.targets:
-                linear = getattr(getattr(layer, PLACES[target]), target)
+                linear = getattr(getattr(layer, PARENTS[target]), target)
                 own[target] = adapter = Adapter(linear, lora, target, number)
                 linear.register_forward_hook(_added(adapter))
             self.layers.append(own)
@@ -97,7 +97,7 @@ class Adapters(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The adapters as parts of stacked tensors, in megatron-core's terms."""
+        """The adapters as parts of stacked tensors, in megatron-core's format."""
         state: dict[str, Any] = {}
         for index, (number, own) in enumerate(zip(self._numbers, self.layers, strict=True)):
             assert isinstance(own, torch.nn.ModuleDict)

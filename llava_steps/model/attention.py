@@ -1,13 +1,13 @@
 """Causal attention over one packed row of samples, without Transformer Engine.
 
-`Packed` is built once per microbatch and handed to every layer in megatron-core's
-`packed_seq_params` place, which activation recomputation carries along by closure. It holds the
-boundaries of the samples, the rotary table of the row and, for the dense kernel, the indices that
-move between the packed row and a right-padded [n, L] batch.
+`Packed` is built once per microbatch and passed to every layer as megatron-core's
+`packed_seq_params`, which activation recomputation keeps in a closure. It holds the boundaries of
+the samples, the rotary table of the row and, for the dense kernel, the indices that move between
+the packed row and a right-padded [n, L] batch.
 
-Two ways, one result: flash attention (flash.py) on CUDA in bf16, and torch's SDPA over the
+Two kernels, one result: flash attention (flash.py) on CUDA in bf16, and torch's SDPA over the
 right-padded batch everywhere else (CPU, and fp32 on CUDA). Right padding needs no mask: with causal
-attention no real token looks at it, and its outputs are never gathered back.
+attention no real token attends to it, and its outputs are dropped.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from llava_steps.model import flash
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """One packed row: n samples in T tokens (padding at the end is a sample of its own).
+    """One packed row: n samples in T tokens (padding at the end is a separate sample).
 
     cu_seqlens int32 [n+1]; cos, sin [T, 1, 1, head_dim]; to_dense int64 [n*L] and to_packed
     int64 [T], or None where the row is its own dense batch (one sample) or needs none.
-    kernel: that of flash.py, or None for the dense batch.
-    longest int64 [] on the host: max_seqlen, in the form in which it is no constant to a compiler.
-    chosen int64 [n]: positions that are asked of the model's last layer; None for all of them.
+    kernel: the one of flash.py, or None for the dense batch.
+    longest int64 [] on the host: max_seqlen, as a tensor: not a constant to a compiler.
+    chosen int64 [n]: positions that the model's last layer returns; None for all of them.
     """
 
     # Read by megatron-core's attention: "sbhd" keeps [T, 1, heads, head_dim] as it is.
@@ -49,7 +49,7 @@ class Packed:
     chosen: Tensor | None = None
 
     def chosen_by(self, layer: Any) -> Tensor | None:
-        """The positions that go on behind the attention of a megatron-core layer; None for all."""
+        """The positions that a megatron-core layer keeps after its attention; None for all."""
         return self.chosen if layer.layer_number == layer.config.num_layers else None
 
     @property
@@ -67,10 +67,10 @@ def pack(
     chosen: Tensor | None = None,
 ) -> Packed:
     """The `Packed` of a row of T tokens; cos and sin are [T, head_dim] in the compute dtype.
-    Layers with kernels of their own (`compiled`) need no dense indices. `kernel` is used where
-    flash attention can be. `chosen` is on the device of cos.
+    Layers with their own kernels (`compiled`) need no dense indices. `kernel` is used where flash
+    attention can run. `chosen` is on the device of cos.
 
-    Boundaries are checked where reading them costs nothing (on CPU): InputError if they do not
+    Boundaries are checked where reading them is free (on CPU): InputError if they do not
     cover the row or if a sample is longer than max_seqlen.
     """
     tokens = cos.shape[0]
@@ -86,7 +86,7 @@ def pack(
         sample = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
         to_packed = sample * max_seqlen + token - starts[sample]
         columns = torch.arange(max_seqlen, device=cos.device)
-        # Padding places point at a real row: its values are finite and nobody reads the outputs.
+        # Padding positions point at a real row: its values are finite and the outputs are not read.
         to_dense = (starts[:, None] + columns).clamp_(max=tokens - 1).flatten()
     return Packed(
         cu_seqlens,
@@ -102,11 +102,11 @@ def pack(
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, for which the host does not wait."""
+    """`tensor` on `device`; the host does not wait for the copy."""
     if tensor.device == device:
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
-        # A copy from pageable memory would wait for all work that the GPU still has.
+        # A copy from pageable memory would wait for all pending work of the GPU.
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -115,8 +115,8 @@ def _check(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
     lengths = cu_seqlens.diff()
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (lengths <= 0).any():
         raise InputError(
-            f"cu_seqlens {cu_seqlens.tolist()} does not cut {tokens} tokens into samples; "
-            "padding at the end of the row must be a sample of its own"
+            f"cu_seqlens {cu_seqlens.tolist()} does not split {tokens} tokens into samples; "
+            "padding at the end of the row must be a separate sample"
         )
     if lengths.max() > max_seqlen:
         raise InputError(f"a sample of {int(lengths.max())} tokens exceeds max_seqlen {max_seqlen}")

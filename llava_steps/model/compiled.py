@@ -1,11 +1,11 @@
 """Decoder layers, vision layers and the head as one compiled function each.
 
 A layer's whole forward and backward pass becomes a few matrix products, flash attention, and one
-kernel for whatever lies between two of these. Every layer is the same function of other weights, so
-it is compiled once; the number of tokens, images and supervised positions is a symbol in it, so
-no length makes it compile again.
+kernel between two of these. Every layer is the same function of other weights, so it is compiled
+once. Numbers of tokens, images and supervised positions are symbols in it, so no length makes it
+compile again.
 
-Only without tensor parallelism: the collectives of megatron-core's linears would cut the function
+Only without tensor parallelism: the collectives of megatron-core's linears would break the function
 into pieces.
 """
 
@@ -33,28 +33,27 @@ Function = Callable[..., Any]
 def compile_function(function: Function) -> Function:
     """`function` compiled as a whole; what would break it up, or specialise it, is an error.
 
-    Without CUDA the same graphs are run operation by operation: that shows their correctness and
-    needs no compiler.
+    Without CUDA the same graphs run operation by operation, which tests them without a compiler.
     """
     backend = "inductor" if torch.cuda.is_available() else "aot_eager"
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
 def main_grad(weight: Tensor) -> Tensor:
-    """Where the gradient of `weight` is added up, or an empty tensor when it needs none."""
+    """The buffer that accumulates the gradient of `weight`; empty when it needs none."""
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return weight.new_empty(0, dtype=torch.float32)
-    found: Tensor | None = getattr(weight, "main_grad", None)
-    if found is None:
+    buffer: Tensor | None = getattr(weight, "main_grad", None)
+    if buffer is None:
         raise RuntimeError(
             "compiled layers add gradients to main_grad: wrap the model in megatron-core's "
             "DistributedDataParallel before training it"
         )
-    return found.data
+    return buffer.data
 
 
-class Announce(torch.autograd.Function):
-    """Its input, in whose backward pass it is told of gradients that are complete by then."""
+class NotifyComplete(torch.autograd.Function):
+    """The identity; its backward pass calls back for gradients that are complete by then."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, complete: Sequence[Callable[[], None]]) -> Tensor:
@@ -63,27 +62,26 @@ class Announce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        for tell in ctx.complete:
-            tell()
+        for callback in ctx.complete:
+            callback()
         return grad, None
 
 
-def announced(x: Tensor, *weights: Tensor) -> Tensor:
-    """x, of which a function of x and `weights` is about to be computed.
+def notifying(x: Tensor, *weights: Tensor) -> Tensor:
+    """x, as input of a function of x and `weights` that computes their gradients itself.
 
-    Once the backward pass is through that function, whoever waits for the gradients of `weights` is
-    told (`complete`, see `training.optimizer.wrap`): autograd, which does not know of the weights,
-    would not.
+    After the backward pass of that function the `complete` callbacks of `weights` are called (see
+    `training.optimizer.wrap`). Autograd does not know of these weights and would not call them.
     """
     complete = [w.complete for w in weights if w.requires_grad and hasattr(w, "complete")]
     if not (complete and torch.is_grad_enabled()):
         return x
-    out: Tensor = Announce.apply(x, complete)  # type: ignore[no-untyped-call]
+    out: Tensor = NotifyComplete.apply(x, complete)  # type: ignore[no-untyped-call]
     return out
 
 
 def symbolic(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same tensors, whose first size is any number to the compiler."""
+    """The same tensors, with a first size that is a symbol to the compiler."""
     for tensor in tensors:
         torch._dynamo.mark_dynamic(tensor, 0)
     return tensors
@@ -143,24 +141,24 @@ def layer_function(geometry: Geometry, kernel: str, fp8: bool = False) -> Functi
 
 
 class CompiledLayer(TransformerLayer):  # type: ignore[misc]
-    """megatron-core's layer, its parameters and its checkpoint, with a forward of our own."""
+    """megatron-core's layer, with its parameters and its checkpoint, and our own forward."""
 
     function: Function
     plain: Function
-    """Set by `install`; the same for all layers of a model, and that not compiled."""
+    """Set by `install`: the function of all layers of a model, and the same, not compiled."""
 
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Packed, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """hidden_states [T, 1, hidden] -> the same; of the last layer the chosen positions.
 
-        That would be one function more to compile, for few positions of one layer: it runs as is.
+        The latter runs uncompiled: it would be one more function, for few positions of one layer.
         """
         attend, mlp, packed = self.self_attention, self.mlp, packed_seq_params
         linears = (attend.linear_qkv, attend.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
         if any(x._forward_hooks or x._forward_pre_hooks for x in linears):
             raise RuntimeError(
-                "compiled layers pass over hooks of their linears; set compile: none"
+                "compiled layers do not call hooks of their linears; set compile: none"
             )
         if any(x.weight.requires_grad for x in linears) and torch.is_grad_enabled():
             # Autograd knows of the weights only through what flows into the layer.
@@ -169,7 +167,7 @@ class CompiledLayer(TransformerLayer):  # type: ignore[misc]
         function = self.function if chosen is None else self.plain
         out = function(
             *symbolic(
-                announced(hidden_states.squeeze(1), *(x.weight for x in linears)),
+                notifying(hidden_states.squeeze(1), *(x.weight for x in linears)),
                 packed.cos.flatten(1),
                 packed.sin.flatten(1),
                 packed.cu_seqlens,
@@ -198,10 +196,10 @@ def embed(
     weight: Tensor, features: Tensor, tokens: Tensor, texts: Tensor, images: Tensor
 ) -> Tensor:
     """Embeddings [T, hidden] of a row with image features in place; see `kernels.Words`."""
-    # Stands for the weight, of which autograd must know nothing but that it is trained.
+    # In place of the weight: autograd must only know whether it is trained.
     trained = weight.new_empty(0).requires_grad_(weight.requires_grad)
     out: Tensor = Words.apply(  # type: ignore[no-untyped-call]
-        announced(trained, weight), *with_main_grad(weight), features, tokens, texts, images
+        notifying(trained, weight), *with_main_grad(weight), features, tokens, texts, images
     )
     return out
 
@@ -209,18 +207,18 @@ def embed(
 def head_losses(hidden: Tensor, weight: Tensor, main: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy fp32 [n] of hidden [n, hidden] at labels [n], weight [vocab, hidden].
 
-    Of the logits one copy in the compute dtype is kept. No scatter, whose deterministic form would
-    need the logits twice more in fp32.
+    Keeps one copy of the logits in the compute dtype. Uses no scatter, whose deterministic form
+    would need the logits twice more in fp32.
     """
     logits = linear(hidden, weight, main).float()
-    places = torch.arange(logits.shape[1], device=logits.device)
-    wanted = torch.where(places == labels[:, None], logits, 0.0).sum(1)
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    wanted = torch.where(ids == labels[:, None], logits, 0.0).sum(1)
     return torch.logsumexp(logits, 1) - wanted
 
 
 def losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """`head_losses`, compiled, for any n above 1."""
-    hidden, labels = symbolic(announced(hidden, weight), labels)
+    hidden, labels = symbolic(notifying(hidden, weight), labels)
     out: Tensor = _head()(hidden, *with_main_grad(weight), labels)
     return out
 

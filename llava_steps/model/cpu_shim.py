@@ -1,12 +1,12 @@
-"""Lets megatron-core run where there is no CUDA. The one module with such patches.
+"""Patches that let megatron-core run without CUDA; no other module has such patches.
 
 megatron-core assumes a CUDA device in a few places of the ordinary training path. `install()` makes
-these places work on CPU; on a machine with CUDA it does nothing at all. Each entry of `PATCHES` is
-one function with the reason in its docstring, and a test shows that it is needed.
+these places work on CPU; on a machine with CUDA it does nothing. Each entry of `PATCHES` is
+one function with the reason in its docstring, and a test for its need.
 
 torch's factory functions (torch.empty, torch.zeros ...) are deliberately not replaced: that would
 defeat `with torch.device("meta")`, and transformers would then build CLIP position ids from
-uninitialised memory without a word. A `TorchFunctionMode` sits below such contexts instead.
+uninitialised memory without an error. A `TorchFunctionMode` sits below such contexts instead.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def rng_state() -> None:
     torch.cuda.get_rng_state = get_state
     torch.cuda.set_rng_state = set_state
     torch.cuda.manual_seed = reseed
-    # The tracker bypasses torch.cuda with a pair of its own.
+    # The tracker bypasses torch.cuda with its own pair.
     tracker._get_cuda_rng_state = get_state
     tracker._set_cuda_rng_state = set_state
 
@@ -96,11 +96,11 @@ def synchronize() -> None:
 
 
 def import_megatron() -> None:
-    """Import megatron-core without torch's compiler, if there is no CUDA; to be called first.
+    """Import megatron-core without torch's compiler, if there is no CUDA; call it first.
 
     megatron-core wraps its fused functions in torch.compile as it is imported, and the wrapping
-    alone loads the compiler: a third of the time in which a process starts. They stay plain
-    functions here; with the options that this project sets none of them is called anyway.
+    loads the compiler: a third of the start-up time of a process. They stay plain functions here;
+    with the options of this project none is called anyway.
     """
     if torch.cuda.is_available():
         return

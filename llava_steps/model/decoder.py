@@ -1,7 +1,7 @@
 """The forward pass of one decoder layer over the operations of kernels.py.
 
-One story for layers whose products and norms are functions of weights (compiled.py) and for those
-whose linears are modules (te_spec.py).
+Shared by layers whose products and norms are functions of weights (compiled.py) and layers whose
+linears are modules (te_spec.py).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def decoder_layer(
     from [T, groups, shared + 2, head_dim] (see `kernels.attention`) to [T, groups * shared,
     head_dim]; `heads`: groups, query heads of each, head_dim, of this rank.
 
-    Behind attention no position needs another one: the last layer goes on with those that the loss
-    looks at.
+    After attention no position needs another one: the last layer continues with those that the loss
+    uses.
     """
     groups, shared, width = heads
     qkv, proj, fc1, fc2 = products

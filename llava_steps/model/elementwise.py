@@ -1,8 +1,8 @@
-"""What lies between the products of a layer: the gate of its MLP, rotary embedding, FP8.
+"""Operations between the products of a layer: the gate of its MLP, rotary embedding, FP8.
 
 On CUDA each is one Triton kernel that reads its inputs once and writes its outputs once; torch's
 compiler makes kernels of the backward passes that read them up to three times, because it computes
-the parts of a concatenation separately. Elsewhere, the same in plain torch. Sums are in fp32.
+the parts of a concatenation separately. Elsewhere, the same in plain torch. All add in fp32.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def rotary_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
 def fp8_round(
     x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool = False, across: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x [n, k] over scale fp32 [] in `dtype`, as [n, k] and as [k, n]; empty if not asked for."""
+    """x [n, k] over scale fp32 [] in `dtype`, as [n, k] and as [k, n]; empty if not wanted."""
     (rows, columns), most = x.shape, torch.finfo(dtype).max
     x = x.contiguous()
     first = x.new_empty((rows, columns) if straight else 0, dtype=dtype)

@@ -3,11 +3,11 @@
 torch ships the kernels of FlashAttention 2 (Dao, 2023), which were made for Ampere. Those of
 FlashAttention 4 (package flash-attn-4: `pip install 'llava-steps[flash]'`) are made for Hopper and
 Blackwell; they are compiled for the shapes at hand when they are first called. Its release is
-pinned to the one that was tested: the functions used here are its inner ones, which torch's
-autograd does not see, as nothing in a compiled layer may.
+pinned to the tested one: the functions used here are internal ones, which torch's autograd does not
+see, as a compiled layer requires.
 
-Both are causal within each sample, both have an order of sums that does not change from run to run
-if torch is asked for deterministic algorithms.
+Both are causal within each sample. Both add in the same order in every run if torch uses
+deterministic algorithms.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Kernel = Literal["torch", "fa4"]
 
 
 def missing_for_fa4(head_dim: int, asked: Asked = "fa4") -> str:
-    """What FlashAttention 4 lacks here to be taken when so `asked`; empty when it is taken."""
+    """What FlashAttention 4 lacks here if `asked` for; empty if it is used."""
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     return flash4.missing(head_dim, capability, asked)
 
 
 def choose(asked: Asked, head_dim: int) -> Kernel:
-    """The kernel to use. ConfigError if `fa4` is asked for and cannot be."""
+    """The kernel to use. ConfigError if `fa4` is set and cannot be used."""
     missing = missing_for_fa4(head_dim, asked)
     if asked == "fa4" and missing:
-        raise ConfigError(f"flash_attention fa4 needs {missing}; or set it to auto or torch")
+        raise ConfigError(f"flash_attention: fa4 needs {missing}; else set it to auto or torch")
     return "torch" if asked == "torch" or missing else "fa4"
 
 
@@ -93,7 +93,7 @@ def used(dtype: torch.dtype) -> bool:
 
 @cache
 def _fa4() -> Any:
-    # Of its compiler, about an argument that flash-attn-4 does not use here.
+    # A warning of its compiler about an argument that flash-attn-4 does not use here.
     warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
     interface: Any = importlib.import_module("flash_attn.cute.interface")
     return interface
@@ -115,5 +115,5 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, borders = ctx.saved_tensors
-        found = attend_backward(grad.contiguous(), q, k, v, out, lse, borders, *ctx.how)
-        return *found, None, None, None, None
+        grads = attend_backward(grad.contiguous(), q, k, v, out, lse, borders, *ctx.how)
+        return *grads, None, None, None, None

@@ -1,10 +1,10 @@
 """FP8 products of compiled layers, by torch's own scaled matrix products.
 
-One scale for a tensor, taken anew from its largest magnitude in every microbatch: values and
-weights E4M3, gradients E5M2 (Micikevicius et al. 2022, arXiv:2209.05433). The scale is open to the
-compiler, which finds it with whatever made the tensor. A product, with the rounding of what it
-multiplies, is an operation of its own, as those of kernels.py are, and adds the gradient of a
-weight to `main_grad` like them.
+One scale per tensor, computed from its largest magnitude in every microbatch: values and
+weights E4M3, gradients E5M2 (Micikevicius et al. 2022, arXiv:2209.05433). The compiler sees the
+scale and computes it with the operation that made the tensor. A product, with the rounding of its
+factors, is a separate operation like those of kernels.py, and adds the gradient of a weight to
+`main_grad` like them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 []: x over it just fits into `dtype`.
 
-    What is not finite makes the scale, and all of a product with it, not finite.
+    Values that are not finite make the scale, and so the whole product, not finite.
     """
-    # The largest of each row first: that can be had while the row is made.
+    # The largest of each row first: the compiler can compute it with the row.
     peak = x.abs().amax(-1).amax().float()
     return (peak / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -35,7 +35,7 @@ def product(
 ) -> Tensor:
     """a [n, k] b^T [k, m] of FP8 tensors in rows, b [m, k], times both scales -> [n, m] in `dtype`.
 
-    Hopper multiplies FP8 only along what lies side by side in memory, of both. `fast` sums within a
+    Hopper multiplies FP8 only along the contiguous dimension of both. `fast` accumulates within a
     tile in less than fp32, as is usual for the forward pass.
     """
     one = F.ScalingType.TensorWise

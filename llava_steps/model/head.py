@@ -1,4 +1,4 @@
-"""Which positions the head looks at, and what their logits say beside the loss.
+"""The positions that the head computes, and what their logits give besides the loss.
 
 Each tensor-parallel rank holds a part of the vocabulary.
 """
@@ -22,23 +22,23 @@ IGNORED = -100
 class Targets(NamedTuple):
     """The positions of a row that have a label."""
 
-    places: Tensor
-    """int64 [n] on the model's device, and so are their labels."""
+    positions: Tensor
+    """int64 [n] on the model's device, like their labels."""
     ids: Tensor
     number: int
-    """How many there are; the others fill up, and their losses count for nothing."""
-    alone: bool
-    """Behind the attention of the last layer nothing but these is computed."""
+    """How many there are; the rest is padding, whose losses are dropped."""
+    exclusive: bool
+    """After the attention of the last layer only these are computed."""
 
 
-def targets_of(labels: Tensor, device: torch.device, alone: bool) -> Targets:
-    """From labels int64 [1, T] on the host; filled up if they are `alone`."""
-    places = (labels[0] != IGNORED).nonzero().squeeze(1)
-    count = places.numel()
-    fill = filled(count) - count if alone else 0
-    ids = F.pad(labels[0, places], (0, fill))
-    places, ids = (upload(x, device) for x in (F.pad(places, (0, fill)), ids))
-    return Targets(places, ids, count, alone)
+def targets_of(labels: Tensor, device: torch.device, exclusive: bool) -> Targets:
+    """From labels int64 [1, T] on the host; padded if they are `exclusive`."""
+    positions = (labels[0] != IGNORED).nonzero().squeeze(1)
+    count = positions.numel()
+    fill = filled(count) - count if exclusive else 0
+    ids = F.pad(labels[0, positions], (0, fill))
+    positions, ids = (upload(x, device) for x in (F.pad(positions, (0, fill)), ids))
+    return Targets(positions, ids, count, exclusive)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""Weights drawn anew, for trainings from nothing.
+"""Random initial weights, for trainings from scratch.
 
-A tensor's values depend on the seed and on its own name alone, never on the layout: each rank draws
+A tensor's values depend only on the seed and on its name, never on the layout: each rank draws
 the whole tensor and keeps its part.
 """
 
@@ -20,9 +20,9 @@ from llava_steps.model.weights import Chunks, sharded_weights
 def draw_weights(chunks: Chunks, seed: int, deviation: float) -> None:
     """Fill the parameters: norms with 1, biases with 0, all else from N(0, deviation**2).
 
-    LoRA adapters have their first values already.
+    LoRA adapters already have their initial values.
 
-    An optimizer built before must be told (`reload_model_params`).
+    An optimizer built before must reload them (`reload_model_params`).
     """
     state = sharded_weights(chunks)
     apply_factories(state)

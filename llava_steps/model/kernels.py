@@ -1,10 +1,9 @@
 """The operations that a compiled layer calls: products with a weight, attention, a word look-up.
 
-torch.compile sees each as one opaque operation. What they have in common: the gradient of a weight
-is never made as a tensor of its own. It is added, within the product on CUDA, to megatron-core's
-fp32 gradient (`main_grad`), which the compiler is told is only read. That is safe as long as
-nobody else touches these gradients while a backward pass runs, and nobody does: they are zeroed
-before the first microbatch and reduced after the last.
+torch.compile sees each as one opaque operation. The gradient of a weight is not a separate tensor.
+It is added, within the product on CUDA, to megatron-core's fp32 gradient (`main_grad`), which is
+declared to the compiler as read-only. This is safe because no other code uses these gradients while
+a backward pass runs: they are zeroed before the first microbatch and reduced after the last.
 
 `main` is that gradient, or an empty tensor where the weight is frozen or nothing is differentiated.
 """
@@ -23,7 +22,7 @@ from llava_steps.model import elementwise, flash
 
 def add_product(main: Tensor, grad: Tensor, x: Tensor) -> None:
     """main fp32 [out, in] += grad^T x, for grad [n, out] and x [n, in]."""
-    main = main.data  # in-place changes are not the business of whoever saved it for backward
+    main = main.data  # hides the in-place change from autograd, which saved it for backward
     if main.is_cuda and grad.dtype != torch.float32:
         torch.ops.aten.addmm.dtype_out(main, grad.t(), x, torch.float32, out=main)
     else:
@@ -57,7 +56,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, main: Tensor) -> Tensor:
 def _keep_linear(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     x, weight, main = inputs
     ctx.trained = main.numel() > 0
-    # What a frozen weight was multiplied with is of no use to the backward pass.
+    # The backward pass of a frozen weight does not need its input.
     ctx.save_for_backward(x if ctx.trained else main, weight, main)
 
 
@@ -168,8 +167,8 @@ def _keep_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _swiglu_backward(ctx: Any, grad: Tensor) -> Tensor:
-    found: Tensor = torch.ops.llava_steps.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
-    return found
+    result: Tensor = torch.ops.llava_steps.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+    return result
 
 
 swiglu.register_autograd(_swiglu_backward, setup_context=_keep_swiglu)
@@ -191,7 +190,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _dense_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By hand: autograd does not reach into an operation."""
+    """Written out, because autograd does not work inside an operation."""
     length, groups, shared = len(q), k.shape[1], q.shape[1] // k.shape[1]
     grad, q = (x.view(length, groups, shared, -1) for x in (grad, q))
     future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
@@ -209,8 +208,8 @@ def _dense_backward(
 class Words(torch.autograd.Function):
     """Embeddings of a row with the features of its images in place.
 
-    The gradient of the embedding goes to `main` at the words of the row alone: the rest of the
-    vocabulary, and the image tokens, whose embedding nobody sees, cost nothing.
+    The gradient of the embedding goes to `main` only at the words of the row: the rest of the
+    vocabulary, and the image tokens, whose embedding is not used, cost nothing.
     """
 
     @staticmethod
@@ -218,9 +217,9 @@ class Words(torch.autograd.Function):
         ctx: Any, trained: Tensor, weight: Tensor, main: Tensor, features: Tensor, tokens: Tensor,
         texts: Tensor, images: Tensor,
     ) -> Tensor:  # fmt: skip
-        """weight [vocab, hidden], features [m, hidden], tokens int64 [T]; places int64 in the row
+        """weight [vocab, hidden], features [m, hidden], tokens int64 [T]; int64 positions
         of the words `texts` [T - m] and of the image tokens `images` [m] -> [T, hidden]. `trained`
-        [0] wants a gradient if the weight is trained, and gets none of its own.
+        [0] wants a gradient if the weight is trained, and gets an empty one.
         """
         ctx.save_for_backward(tokens, texts, images)
         ctx.main, ctx.dtype = main, features.dtype

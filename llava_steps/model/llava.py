@@ -70,7 +70,7 @@ class Llava(MegatronModule):  # type: ignore[misc]
         self.geometry, self.options = geometry, options
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = options.pre_process, options.post_process
-        # The schedules add up the two copies' gradients, of which a frozen head has none.
+        # The schedules add the gradients of both copies, and a frozen head has none.
         frozen = options.freeze_lm or options.lora is not None
         self.share_embeddings_and_output_weights = geometry.tied and not frozen
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -133,10 +133,10 @@ class Llava(MegatronModule):  # type: ignore[misc]
         labels: Tensor | None = None,
         wanted: Literal["loss", "score", "next"] = "loss",
     ) -> Tensor:
-        """One packed row. What is on the host is looked at there, so that nobody waits for a GPU.
+        """One packed row. Host tensors are read on the host, so that it does not wait for the GPU.
 
         tokens int64 [1, T]; position_ids int64 [1, T], from 0 in every sample; cu_seqlens int32
-        [n+1], padding at the end being a sample of its own; max_seqlen >= the longest sample;
+        [n+1], padding at the end being a separate sample; max_seqlen >= the longest sample;
         pixel_values [images, 3, H, W] (first stage) or None; labels int64 [1, T], labels[t] being
         the target at position t and -100 no target (last stage), or None.
 
@@ -150,15 +150,15 @@ class Llava(MegatronModule):  # type: ignore[misc]
         if self.options.sequence_parallel and tokens.shape[1] % self.options.tp:
             raise InputError(
                 f"a row of {tokens.shape[1]} tokens does not divide by tp {self.options.tp}; "
-                "pad rows to a multiple of it for sequence_parallel"
+                "with sequence_parallel, rows must be padded to a multiple of it"
             )
-        place, options = next(self.parameters()).device, self.options
-        cos, sin = self.rotary(upload(position_ids[0], place), options.dtype)
+        device, options = next(self.parameters()).device, self.options
+        cos, sin = self.rotary(upload(position_ids[0], device), options.dtype)
         own = options.compiled or options.spec == "te"
         targets = None
         if self.post_process and labels is not None:
-            targets = targets_of(labels, place, options.compiled and wanted == "loss")
-        chosen = targets.places if targets and targets.alone else None
+            targets = targets_of(labels, device, options.compiled and wanted == "loss")
+        chosen = targets.positions if targets and targets.exclusive else None
         packed = pack(cu_seqlens, max_seqlen, cos, sin, own, options.flash, chosen)
         hidden: Tensor = self.language_model.decoder(
             hidden_states=self._embed(tokens, pixel_values) if self.pre_process else None,
@@ -167,22 +167,22 @@ class Llava(MegatronModule):  # type: ignore[misc]
         )
         if not self.post_process:
             return hidden
-        return self._logits(hidden) if targets is None else self._judged(hidden, targets, wanted)
+        return self._logits(hidden) if targets is None else self._losses(hidden, targets, wanted)
 
     def _embed(self, tokens: Tensor, pixel_values: Tensor | None) -> Tensor:
         """tokens [1, T] -> [T, 1, hidden] with the image features in place, or this rank's part."""
         words = self.language_model.embedding.word_embeddings
         device = words.weight.device
         is_image = tokens[0] == self.geometry.image_token_id
-        places = is_image.nonzero().squeeze(1)
+        positions = is_image.nonzero().squeeze(1)
         images = 0 if pixel_values is None else pixel_values.shape[0]
-        if places.numel() != images * self.geometry.tokens_per_image:
+        if positions.numel() != images * self.geometry.tokens_per_image:
             raise InputError(
-                f"{places.numel()} image tokens in a row with {images} images of "
-                f"{self.geometry.tokens_per_image} tokens each; was a sample cut within an image?"
+                f"{positions.numel()} image tokens in a row with {images} images of "
+                f"{self.geometry.tokens_per_image} tokens each; samples must not be cut in an image"
             )
-        # Tower and projector come before the words, with and without an image: where weights are
-        # fetched while the forward pass goes on, all ranks must ask for them in one order.
+        # Tower and projector come before the words, with and without an image: if weights are
+        # fetched during the forward pass, all ranks must request them in the same order.
         features = nothing = None
         if pixel_values is not None and images:
             features = self.mm_projector(self._features(upload(pixel_values, device))).flatten(0, 1)
@@ -190,30 +190,30 @@ class Llava(MegatronModule):  # type: ignore[misc]
             nothing = self._no_image()
         if self.options.compiled:
             texts = (~is_image).nonzero().squeeze(1)
-            tokens, texts, places = (upload(x, device) for x in (tokens[0], texts, places))
+            tokens, texts, positions = (upload(x, device) for x in (tokens[0], texts, positions))
             none = words.weight.new_empty(0, words.weight.shape[1])
             features = none if features is None else features
-            embeddings: Tensor = compiled.embed(words.weight, features, tokens, texts, places)
+            embeddings: Tensor = compiled.embed(words.weight, features, tokens, texts, positions)
         else:
             embeddings = words(upload(tokens, device)).squeeze(0)
             if features is not None:
-                places = upload(places, device)
-                embeddings = embeddings.index_copy(0, places, features.to(embeddings.dtype))
+                positions = upload(positions, device)
+                embeddings = embeddings.index_copy(0, positions, features.to(embeddings.dtype))
         if nothing is not None:
             embeddings = embeddings + nothing
         embeddings = embeddings.unsqueeze(1)
         if self.options.sequence_parallel:
-            # The clone lets the whole row go; the scatter returns a view of it.
+            # The clone frees the whole row, of which the scatter returns a view.
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings).clone()
         if self.options.lora and not embeddings.requires_grad:
-            # Layers that are recomputed get gradients only if their input wants one.
+            # Recomputed layers get gradients only if their input requires one.
             embeddings.requires_grad_()
         return embeddings
 
     def _features(self, pixels: Tensor) -> Tensor:
         run = self._vision_layer
         if self.options.compiled and len(pixels) == 1:
-            # To a compiler one is a constant, not a number of images.
+            # The compiler treats 1 as a constant, not as a number of images.
             return self._features(pixels.expand(2, -1, -1, -1))[:1]
         if self.options.freeze_vision:
             return shared_image_features(
@@ -225,8 +225,8 @@ class Llava(MegatronModule):  # type: ignore[misc]
     def _no_image(self) -> Tensor | float:
         """A zero that depends on every trainable image parameter.
 
-        A row of text only must still give each of them a gradient: the gradient reduction of other
-        ranks waits for it.
+        A row of text must still give each of them a gradient, because the gradient reduction of
+        other ranks waits for it.
         """
         g = self.geometry
         weight = self.mm_projector.linear_1.weight
@@ -243,7 +243,7 @@ class Llava(MegatronModule):  # type: ignore[misc]
     def _whole_row(self, hidden: Tensor) -> Tensor:
         """[T (/tp), 1, hidden] -> [T, hidden] on every tensor-parallel rank."""
         if self.options.sequence_parallel:
-            # The head of each rank covers a part of the vocabulary: backward sums its gradients.
+            # The head of each rank covers a part of the vocabulary: backward adds its gradients.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True
             )
@@ -265,11 +265,11 @@ class Llava(MegatronModule):  # type: ignore[misc]
         whole: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
         return whole
 
-    def _judged(self, hidden: Tensor, targets: Targets, wanted: str) -> Tensor:
-        if targets.alone:
+    def _losses(self, hidden: Tensor, targets: Targets, wanted: str) -> Tensor:
+        if targets.exclusive:
             losses = compiled.losses(hidden.squeeze(1), self._head_weight(), targets.ids)
             return losses[: targets.number]
-        logits = self._head(self._whole_row(hidden).index_select(0, targets.places))
+        logits = self._head(self._whole_row(hidden).index_select(0, targets.positions))
         if wanted == "next":
             return best(logits)
         # Before the loss, which overwrites the logits.

@@ -23,16 +23,16 @@ class ModelOptions:
     """Layout and compute options of one model chunk.
 
     `split`: decoder layers of each of the pp x vp chunks, in the order of the model; empty: even.
-    `chunk`: which of its vp chunks this is to its pipeline rank.
+    `chunk`: the number of this chunk among the vp chunks of its pipeline rank.
     `pre_process` / `post_process`: this chunk is the first / last of the model.
     `lora`: adapters on the language model, which is frozen then.
-    `recompute`: activations that are computed again in the backward pass.
-    `compiled`: layers, tower and head are compiled functions (compiled.py), of `spec` te tower and
-    head alone; needs tp 1.
-    `spec`: whose linears the decoder layers have, ours or Transformer Engine's (te_spec.py).
-    `fp8`: the recipe of their products, or None for bf16; of `spec` local tensorwise alone, and
-    only compiled (fp8.py).
-    `flash`: the kernel of flash attention, where that is used (flash.py).
+    `recompute`: activations that are recomputed in the backward pass.
+    `compiled`: layers, tower and head are compiled functions (compiled.py), with `spec` te only
+    tower and head; needs tp 1.
+    `spec`: the linears of the decoder layers: local, or Transformer Engine's (te_spec.py).
+    `fp8`: the recipe of their products, or None for bf16; with `spec` local only tensorwise, and
+    compiled (fp8.py).
+    `flash`: the flash attention kernel (flash.py).
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -64,12 +64,14 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
     chunks = options.pp * options.vp
     check_layout(geometry, options.tp, options.pp, options.vp, options.split or "even")
     if options.sequence_parallel and options.tp == 1:
-        raise ConfigError("sequence_parallel needs tensor_model_parallel > 1")
+        raise ConfigError("sequence_parallel needs tensor_model_parallel > 1; leave it out")
     if options.compiled and options.tp > 1:
-        raise ConfigError("compiled layers need tensor_model_parallel 1; set compile to none")
+        raise ConfigError(
+            "compiled layers need tensor_model_parallel 1; set it to 1, or compile to none"
+        )
     if options.compiled and options.recompute == "core_attn":
         raise ConfigError(
-            "recompute core_attn has nothing to do in compiled layers, whose attention keeps no "
+            "recompute core_attn has no effect in compiled layers, whose attention keeps no "
             "scores; set recompute to none or full, or compile to none"
         )
     products = transformer_engine(geometry, options)
@@ -81,7 +83,7 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
         cut[-1].append("loss")
         pipeline = {"pipeline_model_parallel_layout": cut}
     if options.vp > 1:
-        # With two ranks each is the other's next and previous one: batched transfers would mix up.
+        # With two ranks each is next and previous of the other: batched transfers would mix up.
         pipeline |= {
             "virtual_pipeline_model_parallel_size": options.vp,
             "overlap_p2p_comm": True,
@@ -121,7 +123,7 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
         # Weights always come from a checkpoint; megatron-core would draw them all first.
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
-        # A sum over tokens, divided once by the tokens of the global batch.
+        # A sum over tokens, divided once by the number of tokens in the global batch.
         calculate_per_token_loss=True,
         batch_p2p_sync=False,
         # Each of these needs Apex, Transformer Engine or a compiler at run time.
@@ -139,7 +141,7 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
 
 
 def transformer_engine(geometry: Geometry, options: ModelOptions) -> dict[str, Any]:
-    """What megatron-core's configuration says about Transformer Engine's linears.
+    """The part of megatron-core's configuration for Transformer Engine's linears.
 
     ConfigError when they, or FP8 products, do not fit the other options or the geometry.
     """
@@ -149,18 +151,18 @@ def transformer_engine(geometry: Geometry, options: ModelOptions) -> dict[str, A
         own = options.compiled and options.precision == "bf16" and options.fp8 == "tensorwise"
         if options.fp8 and not own:
             raise ConfigError(
-                "fp8 without the layer spec te needs compiled layers, bf16, and tensorwise"
+                "fp8 without layer_spec te needs compiled layers, bf16, and fp8_recipe tensorwise"
             )
         return {}
     if options.precision != "bf16" or options.recompute == "core_attn" or options.lora:
-        raise ConfigError("the layer spec te needs bf16, recompute none or full, and no LoRA")
-    # Else the FP8 weights of the first microbatch serve all, and its gradients replace what is in
-    # main_grad: both hold only while each step begins with a call that says so.
-    found: dict[str, Any] = {"disable_parameter_transpose_cache": True}
+        raise ConfigError("layer_spec te needs bf16, recompute none or full, and no LoRA")
+    # Otherwise all microbatches use the FP8 weights of the first one, and its gradients replace
+    # main_grad. Both are right only if each step begins with a call that announces it.
+    settings: dict[str, Any] = {"disable_parameter_transpose_cache": True}
     if options.fp8:
-        found |= {
+        settings |= {
             # Gradients by tensor need the range of E5M2; blocks of them do not.
             "fp8": "hybrid" if options.fp8 == "tensorwise" else "e4m3",
             "fp8_recipe": options.fp8,
         }
-    return found
+    return settings

@@ -53,7 +53,7 @@ def add_bias_and_residual(training: bool, fused: bool) -> Any:
 
     def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
         if prob:
-            raise ValueError("the local spec has no dropout; set hidden_dropout to 0")
+            raise ValueError("layer_spec local has no dropout; set hidden_dropout to 0")
         x, bias = x_with_bias
         return residual + (x if bias is None else x + bias)
 
@@ -135,7 +135,7 @@ def mark_tensor_parallel(module: torch.nn.Module) -> None:
     the gradient norm counts such a weight on the first tensor-parallel rank only, silently.
     """
     for part in module.modules():
-        mode = getattr(part, "parallel_mode", None)  # of Transformer Engine's linears
+        mode = getattr(part, "parallel_mode", None)  # Transformer Engine's linears have it
         if mode == "column" or isinstance(part, (ColumnParallelLinear, VocabParallelEmbedding)):
             dim = 0
         elif mode == "row" or isinstance(part, RowParallelLinear):

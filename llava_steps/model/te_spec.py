@@ -30,7 +30,7 @@ def linears() -> Linears:
     if not extension.HAVE_TE:
         raise ConfigError(
             "layer_spec te and fp8 need Transformer Engine, which cannot be imported here; install "
-            "it (pip install --no-build-isolation 'transformer-engine[pytorch]'), or leave them out"
+            "it (pip install --no-build-isolation 'transformer-engine[pytorch]'), or unset them"
         )
     return _fused(extension.TEColumnParallelLinear), _fused(extension.TERowParallelLinear)
 
@@ -38,8 +38,8 @@ def linears() -> Linears:
 def _fused(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """`linear`, whose product adds the gradient of its weight to `main_grad` in fp32.
 
-    megatron-core's switch for this (gradient_accumulation_fusion) would be for the head too, which
-    needs an extension of Apex then.
+    megatron-core's switch for this (gradient_accumulation_fusion) includes the head, which would
+    then need an extension of Apex.
     """
 
     class Linear(linear):  # type: ignore[valid-type,misc]
@@ -52,9 +52,9 @@ def _fused(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 
 class TeLayer(TransformerLayer):  # type: ignore[misc]
-    """megatron-core's layer, its parameters and its checkpoint, with a forward of our own.
+    """megatron-core's layer, with its parameters and its checkpoint, and our own forward.
 
-    The linears are called as modules: they send and gather what tensor parallelism needs.
+    The linears are called as modules, which communicate for tensor parallelism.
     """
 
     def forward(
@@ -64,7 +64,7 @@ class TeLayer(TransformerLayer):  # type: ignore[misc]
         attend, mlp, packed = self.self_attention, self.mlp, packed_seq_params
         width, groups = self.config.kv_channels, attend.num_query_groups_per_partition
         cos, sin = packed.cos.flatten(1), packed.sin.flatten(1)
-        place = cos, sin, packed.cu_seqlens, packed.longest
+        rotary = cos, sin, packed.cu_seqlens, packed.longest
         out = decoder_layer(
             hidden_states.squeeze(1),
             (self.input_layernorm, self.pre_mlp_layernorm),
@@ -75,7 +75,7 @@ class TeLayer(TransformerLayer):  # type: ignore[misc]
                 partial(_product, mlp.linear_fc2),
             ),
             None if attend.q_layernorm is None else (attend.q_layernorm, attend.k_layernorm),
-            lambda mixed: attention(mixed, *place, width**-0.5, packed.kernel or "torch")[0],
+            lambda mixed: attention(mixed, *rotary, width**-0.5, packed.kernel or "torch")[0],
             (groups, attend.num_attention_heads_per_partition // groups, width),
             packed.chosen_by(self),
         )

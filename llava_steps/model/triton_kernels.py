@@ -1,4 +1,4 @@
-"""The Triton kernels of elementwise.py. Imported on CUDA alone: elsewhere there is no Triton."""
+"""The Triton kernels of elementwise.py. Imported only on CUDA: elsewhere Triton is missing."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -96,7 +96,7 @@ def fp8_round(
     x, scale, straight, across, rows, columns, most: tl.constexpr, STRAIGHT: tl.constexpr,
     ACROSS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile over the scale, within what FP8 holds, as it is and turned over."""
+    """One tile divided by the scale, within the range of FP8, and its transpose."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]

@@ -1,8 +1,8 @@
 """The vision tower: the Hugging Face module itself, read at one hidden state.
 
-There is nothing to map and nothing to keep in step with transformers: the tower's parameters keep
-their names, and the parts that are never run (layers behind the one that is read, the last norm, a
-pooling head) keep theirs too, so that the round trip to safetensors is complete.
+No mapping has to follow transformers: the tower's parameters keep their names. So do the parts that
+never run (layers after the one that is read, the last norm, a pooling head), so that the round trip
+to safetensors is complete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def build_tower(geometry: Geometry, dtype: torch.dtype) -> Any:
     with no_init_weights():
         tower = AutoModel.from_config(tower_config(geometry))
     tower = tower.to(device=torch.cuda.current_device(), dtype=dtype)
-    # Parts behind the hidden state that is read can never receive a gradient.
+    # Parts after the hidden state that is read can never receive a gradient.
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(_is_read(name, geometry.feature_depth))
     return tower
@@ -51,7 +51,7 @@ def image_features(
 ) -> Tensor:
     """pixels [n, 3, H, W] -> features [n, tokens_per_image, vision_hidden], HF semantics.
 
-    hidden_states[k] is what goes into layer k (after CLIP's pre_layrnorm), so only the first k
+    hidden_states[k] is the input of layer k (after CLIP's pre_layrnorm), so only the first k
     layers run; "default" drops the first position, whatever it is. `run` runs a layer.
     """
     first = next(tower.parameters())
@@ -73,8 +73,7 @@ def shared_image_features(
 ) -> Tensor:
     """image_features of a frozen tower: each rank of `group` encodes its share, all get all.
 
-    Every rank passes the same pixels. The share is rounded up by repeating the last image, so that
-    the gather has equal parts.
+    Every rank passes the same pixels. The last image is repeated for equal parts of the gather.
     """
     ranks, images = group.size(), pixels.shape[0]
     if ranks == 1:

@@ -31,7 +31,7 @@ from llava_steps.geometry.geometry import Geometry
 from llava_steps.model.llava import Llava
 
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
-"""What torch raises for damaged files, outside of its own CheckpointException."""
+"""What torch raises for damaged files besides its CheckpointException."""
 Chunks = torch.nn.Module | Sequence[torch.nn.Module]
 
 
@@ -42,7 +42,7 @@ def megatron_shapes(geometry: Geometry, lora: Lora | None = None) -> dict[str, S
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """What sharded_state_dict needs to know; one place, so that all savers store alike."""
+    """Metadata for sharded_state_dict, the same for all savers."""
     return {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
@@ -58,8 +58,8 @@ def _models(chunks: Chunks) -> list[Llava]:
 def sharded_weights(chunks: Chunks) -> dict[str, Any]:
     """megatron-core's sharded state dicts of this rank's chunks, by their numbers.
 
-    The names that a chunk gives its layers count from its own first one; the names and places in
-    the checkpoint do not.
+    The names of layers in a chunk count from its first layer; names and offsets in the checkpoint
+    do not.
     """
     metadata = sharding_metadata()
     return {
@@ -86,8 +86,8 @@ def save_weights(chunks: Chunks, weights: str | Path) -> None:
 def save_sharded(state: dict[Any, Any], directory: str | Path) -> None:
     """Save the sharded tensors of all ranks' `state` into `directory`, which must not hold any.
 
-    megatron-core's format, written in this process: its own writer forks, which costs more than
-    the writing here, leaves a process behind and puts a random id into the metadata.
+    megatron-core's format, written in this process: its own writer forks, which takes longer
+    than writing here, leaves a process running and puts a random id into the metadata.
     IntegrityError unless the ranks' parts cover each tensor exactly once.
     """
     apply_factories(state)
@@ -109,14 +109,14 @@ def load_weights(chunks: Chunks, weights: str | Path) -> None:
     """Load the weights in place, cast to the parameters' dtype.
 
     IntegrityError unless the checkpoint holds exactly the tensors of this model in its shapes. Only
-    LoRA adapters may be missing, all of them: then they keep their first values. InputError when it
-    has others.
-    An optimizer built before must be told (`reload_model_params`).
+    LoRA adapters may be missing, all of them: then they keep their initial values. InputError when
+    it has others.
+    An optimizer built before must reload them (`reload_model_params`).
     """
     models = _models(chunks)
     lora = models[0].options.lora
     adapted = check_same(lora, Path(weights))
-    # megatron-core lets embeddings of another size pass, so the shapes are compared here.
+    # megatron-core accepts embeddings of another size, so the shapes are compared here.
     shapes = megatron_shapes(models[0].geometry, lora if adapted else None)
     check_shapes(shapes, torch_dist_write.Reader(weights).shapes(), str(weights), "this model")
     wanted = sharded_weights(models)

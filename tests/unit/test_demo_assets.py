@@ -139,7 +139,7 @@ def test_the_split_is_fixed_and_has_every_digit_in_both_parts() -> None:
     assert scans.split(labels, 297, 1234) == (train, heldout)
     assert scans.split(labels, 297, 1)[1] != heldout
     for wrong in (9, 1788):
-        with pytest.raises(ConfigError, match=f"heldout_scans is {wrong}: choose 10 to 1787"):
+        with pytest.raises(ConfigError, match=f"heldout_scans is {wrong}; choose 10 to 1787"):
             scans.split(labels, wrong, 1234)
 
 

@@ -55,7 +55,7 @@ def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         installed(version)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         assert flash.choose("auto", head_dim) == "torch"
-        with pytest.raises(ConfigError, match=f"flash_attention fa4 needs .*{wanted}"):
+        with pytest.raises(ConfigError, match=f"flash_attention: fa4 needs .*{wanted}"):
             flash.choose("fa4", head_dim)
 
 

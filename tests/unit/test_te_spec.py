@@ -168,7 +168,7 @@ def test_the_configuration_of_megatron() -> None:
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="layer spec te"):
+    with pytest.raises(ConfigError, match="layer_spec te"):
         transformer_config(GEOMETRY, ModelOptions(**{"precision": "bf16", **options}))
 
 
