@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check reruns matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots bench-cli newcomer release-check test-cluster format describe environment clean
+.PHONY: help demo test check reruns matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots bench-cli newcomer release-check test-cluster docs format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,7 +37,7 @@ test: ## the whole test suite
 	@.ci/environment test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
 
-check: ## style, types, import layers, workflow format
+check: ## style, types, import layers, workflow format, documentation site
 	@.ci/environment test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,6 +45,11 @@ check: ## style, types, import layers, workflow format
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 	$(BIN)/snakefmt --check workflow
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs: ## the documentation as a site in site/; broken links and unlisted pages fail
+	@.ci/environment test
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 matrix: ## vision towers x language models x layouts against transformers
 	@.ci/environment test

@@ -1,5 +1,5 @@
 """The configuration described from its classes: JSON schema, the tables of config/README.md and
-that of docs/options.md.
+docs/reference/settings.md, and that of docs/reference/options.md.
 
 `python -m llava_steps.pipeline.describe` renews the files; a test fails when they have drifted.
 """
@@ -24,7 +24,8 @@ from llava_steps.settings.steps import STEPS
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"
 README = ROOT / "config/README.md"
-OPTIONS_PAGE = ROOT / "docs/options.md"
+SETTINGS_PAGE = ROOT / "docs/reference/settings.md"
+OPTIONS_PAGE = ROOT / "docs/reference/options.md"
 FILLED = {field for step in STEPS.values() for field in step.feeds}
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
@@ -67,7 +68,8 @@ def _table(fields: dict[str, FieldInfo], top_level: bool = False) -> str:
             continue
         role = "" if top_level or cli.role(info) != "quiet" else " *(quiet)*"
         kind, default = _type(info.annotation), _default(name, info)
-        rows.append(f"| `{name}` | {kind} | {default} | {info.description}{role} |")
+        meaning = (info.description or "").replace("<", "&lt;")
+        rows.append(f"| `{name}` | {kind} | {default} | {meaning}{role} |")
     return "\n".join(rows) + "\n"
 
 
@@ -124,10 +126,15 @@ def renewed(text: str, made: str) -> str:
     return f"{before}{BEGIN}\n\n{made}\n{END}{after}"
 
 
+def pages() -> list[tuple[Path, str]]:
+    """Each page that has a generated part, with that part."""
+    return [(README, tables()), (SETTINGS_PAGE, tables()), (OPTIONS_PAGE, options_table())]
+
+
 def main() -> None:
     """Renew the files."""
     filesystem.write_bytes(SCHEMA, schema().encode())
-    for page, made in ((README, tables()), (OPTIONS_PAGE, options_table())):
+    for page, made in pages():
         filesystem.write_bytes(page, renewed(page.read_text(encoding="utf-8"), made).encode())
 
 

@@ -1,7 +1,7 @@
 """The training options of the scripts that this project replaces, and what each is here.
 
-docs/options.md is made from this table and from the settings classes; tests/unit/test_options.py
-asserts the effect of each.
+docs/reference/options.md is made from this table and from the settings classes.
+tests/unit/test_options.py asserts the effect of each.
 """
 
 from __future__ import annotations

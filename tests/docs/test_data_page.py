@@ -1,4 +1,4 @@
-"""docs/data.md: every example is read as the page says."""
+"""docs/reference/data-formats.md: every example is read as the page says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from llava_steps.data.sources import Options, open_source
 from llava_steps.evaluate import read_questions
 
-PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/reference/data-formats.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```", PAGE, flags=re.M | re.S))
 EXPECTED = {
     "train.json": ("llava", [1, 2, 0]),

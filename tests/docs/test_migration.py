@@ -1,4 +1,4 @@
-"""docs/migration.md: its commands are accepted by the steps, and no former command is forgotten."""
+"""docs/how-to/migration.md: the steps accept its commands, and no former command is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llava_steps.settings import cli
 from llava_steps.store.run import parser
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/how-to/migration.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^python -m (llava_steps\.\w+) (.+)$", PAGE, flags=re.M)
 
 
@@ -34,7 +34,7 @@ def test_a_command_is_accepted(module: str, flags: str, monkeypatch: pytest.Monk
 
 
 def test_each_script_of_the_former_project_has_its_place() -> None:
-    options = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    options = (ROOT / "docs/reference/options.md").read_text(encoding="utf-8")
     for script in re.findall(r"`(scripts/[\w/]+\.py)`", options):
         assert script in PAGE, script
     assert "energon prepare" in PAGE and "singularity build" in PAGE

@@ -21,6 +21,7 @@ from tests.helpers.chain import run_step
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("config/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STEPS_PAGE = (ROOT / "docs/reference/steps.md").read_text(encoding="utf-8")
 
 
 def names(pages: list[Path]) -> list[str]:
@@ -45,19 +46,42 @@ def test_modules_and_make_targets_that_are_named_are_there(page: Path) -> None:
         assert named in targets, f"{page}: make {named}"
 
 
-def test_the_first_screen_shows_the_seven_boxes_and_the_command() -> None:
-    screen = "\n".join(README.splitlines()[:40])
+def test_the_first_screens_show_the_seven_boxes_and_the_command() -> None:
+    screen = "\n".join(STEPS_PAGE.splitlines()[:40])
     for number, box in enumerate(
         ("tar shards", "energon dataset", "HF model", "Megatron checkpoint", "stage 1 training",
          "stage 2 training", "HF export"), 1,
     ):  # fmt: skip
         assert re.search(rf"│ *{number} +{box} *│", screen), box
-    assert "\nmake demo\n" in screen and "─▶ evaluation" in screen
+    assert "─▶ evaluation" in screen
+    assert "\nmake demo\n" in "\n".join(README.splitlines()[:40])
+
+
+def test_the_readme_is_short_and_in_short_sentences() -> None:
+    assert len(README.splitlines()) <= 130
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    prose = "\n".join(line for line in prose.splitlines() if not re.match(r"[#|!]", line))
+    text = re.sub(r"\]\([^)]*\)", "]", prose)
+    lengths = [
+        len(part.split()) for part in re.split(r"[.?!:;](?:\*\*)?\s|\n", text) if part.split()
+    ]
+    assert sum(lengths) / len(lengths) <= 18
+
+
+def test_a_sentence_ends_its_source_line() -> None:
+    """In running text of docs/; a list item, a table row and a generated part may hold several."""
+    for page in ROOT.glob("docs/**/*.md"):
+        text = page.read_text(encoding="utf-8").partition("<!-- keys: begin -->")[0]
+        text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+        for line in text.splitlines():
+            if not re.match(r"[#|!<\s]|- |\d+\. ", line):
+                assert not re.search(r"[a-z)`][.?!] [A-Z]", line), f"{page}: {line}"
+                assert not line or line[-1] in ".:", f"{page}: {line}"
 
 
 def test_the_table_of_boxes_is_the_pipeline() -> None:
     lines = re.findall(
-        r"^\| *\d? *\| (`\w+`(?:, `\w+`)*) \| `python -m ([\w.]+)", README, flags=re.M
+        r"^\| *\d? *\| (`\w+`(?:, `\w+`)*) \| `python -m ([\w.]+)", STEPS_PAGE, flags=re.M
     )
     rows = [(rule, module) for rules, module in lines for rule in re.findall(r"\w+", rules)]
     shown = {rule: f"llava_steps.{step.module}" for rule, step in STEPS.items() if rule not in
@@ -87,7 +111,7 @@ def test_the_image_that_the_readme_asks_about_is_one_that_training_never_sees() 
 
 
 def test_exit_codes_are_those_of_the_errors() -> None:
-    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/reference/exit-codes.md").read_text(encoding="utf-8")
     told = {int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.M)}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     assert told == {0} | {k.exit_code for k in kinds if k is not errors.StepError}
@@ -95,7 +119,7 @@ def test_exit_codes_are_those_of_the_errors() -> None:
 
 def test_options_of_building_and_converting_lead_to_keys_that_exist() -> None:
     """The table of training options is made from the classes (tests/unit/test_options.py)."""
-    page = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/reference/options.md").read_text(encoding="utf-8")
     sections = {k: f.annotation for k, f in Config.model_fields.items()}
     for section, key in re.findall(r"`(\w+)\.(\w+)`", page):
         if section in sections:
@@ -120,7 +144,7 @@ def test_nothing_of_a_machine_is_written_down() -> None:
 
 
 def test_recipes_that_the_page_lists_are_those_that_there_are() -> None:
-    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/how-to/recipes.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([\w.-]+\.yaml)` \|", page, flags=re.M))
     there = {p.name for p in (ROOT / "config/recipes").glob("*.yaml")}
     assert listed == {name for name in there if "x8" not in name}

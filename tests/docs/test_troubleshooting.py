@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: every message that it quotes is one that the code says."""
+"""docs/how-to/troubleshooting.md: every message that it quotes is one that the code says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/how-to/troubleshooting.md").read_text(encoding="utf-8")
 QUOTED = re.findall(r"^\| `([^`]+)` \|", PAGE, flags=re.M)
 GAP = "…"
 

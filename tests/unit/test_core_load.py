@@ -186,11 +186,8 @@ def test_demo_paths_stay_inside(write, path: str) -> None:
 
 def test_schema_and_tables_are_those_of_the_classes() -> None:
     schema_is_new = describe.SCHEMA.read_text(encoding="utf-8") == describe.schema()
-    pages = (
-        (describe.README, describe.tables()),
-        (describe.OPTIONS_PAGE, describe.options_table()),
-    )
-    texts = [(page.read_text(encoding="utf-8"), made) for page, made in pages]
+    texts = [(page.read_text(encoding="utf-8"), made) for page, made in describe.pages()]
+    assert len(texts) == 3
     assert schema_is_new and all(text == describe.renewed(text, made) for text, made in texts), (
         "config.schema.json and the tables of the pages are made from the settings classes; renew"
         " them with `make describe` (python -m llava_steps.pipeline.describe)"

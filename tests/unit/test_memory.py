@@ -147,7 +147,7 @@ ENGINE = replace(FP8, engine=True)
 def test_the_peaks_that_were_measured_on_a_gpu(
     shape: str, stage: int, layout: Layout, gib: float, tmp_path: Path
 ) -> None:
-    """Those of docs/performance.md; the longest row of that run, in a step of 7."""
+    """Those of docs/explanation/performance.md; the longest row of that run, in a step of 7."""
     geometry = Geometry.load(gpu_work.hf_dir(tmp_path, shape))
     row = Row(tokens=16256, samples=24, longest=786, images=24, supervised=1876)
     found = memory(geometry, Trained(False, True, stage == 2), layout, row, 7).total / 2**30

@@ -1,5 +1,5 @@
-"""Each training option of the former scripts: one row in docs/options.md, accepted by its name on
-the command line, and a test here that asserts what it does (`test_OPTION`).
+"""Each training option of the former scripts: one row in docs/reference/options.md, accepted by its
+name on the command line, and a test here that asserts what it does (`test_OPTION`).
 
 Three small trainings serve most of them; what needs hardware or several machines is asserted on
 what the workers are started with.
@@ -57,7 +57,9 @@ def worker_environment(*line: str, rank: int = 0) -> dict[str, str]:
 
 def test_each_option_has_one_row_and_one_test() -> None:
     assert list(OPTIONS) == SEED_DOCUMENT
-    page = (ROOT / "docs/options.md").read_text(encoding="utf-8").partition("## Training")[2]
+    page = (
+        (ROOT / "docs/reference/options.md").read_text(encoding="utf-8").partition("## Training")[2]
+    )
     assert re.findall(r"^\| `--([\w-]+)`", page, flags=re.M) == SEED_DOCUMENT
     here = globals()
     assert not [o for o in OPTIONS if f"test_{o.replace('-', '_')}" not in here]

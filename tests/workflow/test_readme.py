@@ -11,6 +11,7 @@ from llava_steps.settings.steps import STEPS
 from tests.workflow.project import ROOT, Project
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUN = (ROOT / "docs/how-to/run.md").read_text(encoding="utf-8")
 
 
 def commands(text: str) -> list[str]:
@@ -24,7 +25,7 @@ def commands(text: str) -> list[str]:
 def test_dry_runs_of_the_readme_plan(fresh: Project) -> None:
     """Every snakemake line; those that would run something with `-n`."""
     fresh.overlay("stage2:\n  lr: 5.0e-4\n", "mine.yaml")
-    lines = [line for line in commands(README) if line.startswith("snakemake")]
+    lines = [line for line in commands(README + RUN) if line.startswith("snakemake")]
     assert len(lines) >= 8
     for line in dict.fromkeys(lines):
         arguments = shlex.split(line)[1:]
@@ -33,7 +34,7 @@ def test_dry_runs_of_the_readme_plan(fresh: Project) -> None:
 
 
 def test_the_overlay_of_the_readme_changes_what_it_says(finished: Project) -> None:
-    (overlay,) = re.findall(r"^```yaml\n(# mine.yaml\n.*?)^```", README, flags=re.M | re.S)
+    (overlay,) = re.findall(r"^```yaml\n(# mine.yaml\n.*?)^```", RUN, flags=re.M | re.S)
     fresh = finished.overlay(overlay, "mine.yaml")
     assert finished.planned("--configfile", fresh) == [
         "evaluation",
