@@ -26,3 +26,11 @@ def test_every_command_with_its_first_sentence(flags: tuple[str, ...]) -> None:
     assert list(named)[: len(steps)] == steps
     for name, sentence in named.items():
         assert there[name].read_text().startswith(f'"""{sentence}\n'), name
+
+
+def test_the_list_loads_nothing_heavy() -> None:
+    line = [sys.executable, "-X", "importtime", "-m", "llava_steps", "--help"]
+    text = subprocess.run(line, capture_output=True, text=True, check=True).stderr
+    loaded = {row.rpartition("|")[2].strip() for row in text.splitlines()}
+    assert "llava_steps.pipeline.command_line" in loaded
+    assert not loaded & {"torch", "megatron", "transformers", "snakemake", "llava_steps.train"}
