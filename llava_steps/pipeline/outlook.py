@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.pipeline.rules import Rule
-from llava_steps.settings.config import Config
+from llava_steps.settings import cli
+from llava_steps.settings.config import Config, StepConfig
 from llava_steps.store import run, store
 from llava_steps.store.commit import committed
 from llava_steps.store.digest import Digests
@@ -31,6 +32,8 @@ class State:
     manifest: Mapping[str, Any] | None = None
     shown: bool = False
     """Whether the run's results show exactly this value: its job would have nothing to do."""
+    lost: bool = False
+    """Whether the results show a value that the store does not hold: moved, or not mounted."""
 
 
 def states(rules: Mapping[str, Rule], root: Path, image: str = "") -> Iterator[State]:
@@ -42,40 +45,53 @@ def states(rules: Mapping[str, Rule], root: Path, image: str = "") -> Iterator[S
         IntegrityError: a manifest cannot be read.
     """
     entries: dict[str, Path] = {}
+    shown: set[str] = set()
     digests = Digests(root)
     for rule in rules.values():
-        waits = [name for name in rule.upstream if name not in entries]
-        shown = store.read_manifest(rule.out)
-        step = importlib.import_module(rule.module).STEP
-        place = root / step.named(rule.settings)
-        if not any(place.glob(f"*/{store.MANIFEST}")):
-            yield State(rule.name, "run", _begun(place))
-            continue
-        if waits:
-            yield State(rule.name, "after", "reads the result of " + ", ".join(waits))
-            continue
-        settings = rule.settings.model_copy(update=_pinned(rule, entries, rules))
-        try:
-            recorded = shown["inputs"] if shown else {}
-            found = run.identify(step, rule.module, settings, digests, image, recorded)
-            entry = root / found.name / found.fingerprint
-            manifest = store.read_manifest(entry)
-            if manifest is not None:
-                store.check(entry, manifest, sha256=None)
-        except (InputError, ConfigError, IntegrityError) as error:
-            yield State(rule.name, "run", str(error))
-            continue
+        settings, pinned = _pinned(rule, entries, rules)
+        # What a blend names is read through the results, so these must show it.
+        known = {name for name in rule.upstream if name in entries}
+        waits = [n for n in rule.upstream if n not in known or (n not in pinned | shown)]
+        state, entry = _state(rule, settings, waits, root, digests, image)
+        if entry is not None:
+            entries[rule.name] = entry
+        if state.shown:
+            shown.add(rule.name)
+        yield state
+    if root.is_dir():
+        digests.save()
+
+
+def _state(
+    rule: Rule, settings: StepConfig, waits: list[str], root: Path, digests: Digests, image: str
+) -> tuple[State, Path | None]:
+    """The state of a rule, and the store entry that holds its value."""
+    shown = store.read_manifest(rule.out)
+    lost = shown is not None and not store.is_held(rule.out, shown)
+    step = importlib.import_module(rule.module).STEP
+    place = root / step.named(settings)
+    if not any(place.glob(f"*/{store.MANIFEST}")):
+        return State(rule.name, "run", _begun(place), lost=lost), None
+    if waits:
+        why = "reads the result of " + ", ".join(waits)
+        return State(rule.name, "after", why, lost=lost), None
+    try:
+        recorded = shown["inputs"] if shown else {}
+        found = run.identify(step, rule.module, settings, digests, image, recorded)
+        entry = root / found.name / found.fingerprint
+        manifest = store.read_manifest(entry)
         if manifest is None:
             goes_on = [path.name for _, path in committed(entry)] if entry.is_dir() else []
             why = f"goes on after {goes_on[-1]}" if goes_on else _difference(shown, found)
-            yield State(rule.name, "run", why)
-            continue
-        entries[rule.name] = entry
-        note = f"took {manifest['wall_s']:.0f} s in {manifest['attempts']} attempt"
-        note += "s" * (manifest["attempts"] > 1)
-        yield State(rule.name, "done", note, manifest, _shows(rule, entry, shown))
-    if root.is_dir():
-        digests.save()
+            return State(rule.name, "run", why, lost=lost), None
+        store.check(entry, manifest, sha256=None)
+        shows = _shows(rule, entry, shown)
+    except (InputError, ConfigError, IntegrityError, OSError, RuntimeError) as error:
+        # The step itself reports it, if it has to run at all.
+        return State(rule.name, "run", str(error), lost=lost), None
+    note = f"took {manifest['wall_s']:.0f} s in {manifest['attempts']} attempt"
+    note += "s" * (manifest["attempts"] > 1)
+    return State(rule.name, "done", note, manifest, shows), entry
 
 
 def _shows(rule: Rule, entry: Path, shown: Mapping[str, Any] | None) -> bool:
@@ -139,17 +155,22 @@ def _begun(place: Path) -> str:
     return "was begun, never finished" if place.is_dir() else "never computed"
 
 
-def _pinned(rule: Rule, entries: Mapping[str, Path], rules: Mapping[str, Rule]) -> dict[str, str]:
-    """Source fields that show a result of this run, by the store entry that they will show."""
+def _pinned(
+    rule: Rule, entries: Mapping[str, Path], rules: Mapping[str, Rule]
+) -> tuple[StepConfig, set[str]]:
+    """Settings with each result of this run named by the store entry that the run will show; the
+    rules whose results are named so."""
     pinned: dict[str, str] = {}
-    for key in type(rule.settings).model_fields:
-        text = getattr(rule.settings, key)
+    named: set[str] = set()
+    for key, info in type(rule.settings).model_fields.items():
+        if cli.role(info) != "source" or not (text := getattr(rule.settings, key)):
+            continue
         for name in rule.upstream:
-            if isinstance(text, str) and text == str(rules[name].out):
-                pinned[key] = str(entries[name])
-            elif isinstance(text, str) and text.startswith(f"{rules[name].out}/"):
-                pinned[key] = str(entries[name] / text.removeprefix(f"{rules[name].out}/"))
-    return pinned
+            inside = rules[name].holds(text)
+            if inside is not None and name in entries:
+                pinned[key] = str(entries[name] / inside)
+                named.add(name)
+    return rule.settings.model_copy(update=pinned), named
 
 
 def _difference(shown: Mapping[str, Any] | None, found: run.Identity) -> str:

@@ -71,6 +71,11 @@ class Rule:
         """What its job copies beside the results of the run."""
         return self.out.with_name("report.html") if self.name == "report" else None
 
+    def holds(self, text: str) -> Path | None:
+        """The path within its result that a text names; None for one that lies elsewhere."""
+        path, out = (Path(os.path.abspath(each)) for each in (text, self.out))
+        return path.relative_to(out) if path.is_relative_to(out) else None
+
     @property
     def outputs(self) -> tuple[str, ...]:
         """Files that its job makes, as Snakemake knows them."""
@@ -124,7 +129,7 @@ def chain(config: Config, image: str = "") -> dict[str, Rule]:
             # It shows the results and every rule before them, and asks for no other.
             shown = before(rules, results(rules))
             feeds = {key: rule for key, rule in feeds.items() if rule in shown}
-        rules[step.rule] = _rule(step, config, run, image, feeds)
+        rules[step.rule] = _rule(step, config, run, image, feeds, rules)
     return rules
 
 
@@ -202,7 +207,12 @@ def before(rules: Mapping[str, Rule], names: Iterable[str]) -> set[str]:
 
 
 def _rule(
-    step: StepDeclaration, config: Config, run: Path, image: str, feeds: Mapping[str, str]
+    step: StepDeclaration,
+    config: Config,
+    run: Path,
+    image: str,
+    feeds: Mapping[str, str],
+    earlier: Mapping[str, Rule],
 ) -> Rule:
     name, section = step.rule, section_of(step.rule)
     settings: StepConfig = getattr(config, section)
@@ -221,10 +231,13 @@ def _rule(
             upstream.append("demo_assets")
             filled[key] = str(run / "demo_assets" / text.removeprefix(DEMO))
         elif text:
-            files += _on_disk(text, key in DATA_FILES)
+            members = []
             if key == "data_path" and os.path.isfile(text):
-                for path in read_blend(Path(text), "train").files:
-                    files += _on_disk(str(path), True)
+                members = [str(path) for path in read_blend(Path(text), "train").files]
+            for path, is_data in ((text, key in DATA_FILES), *((m, True) for m in members)):
+                of_run = [rule.name for rule in earlier.values() if rule.holds(path) is not None]
+                upstream += of_run
+                files += [] if of_run else _on_disk(path, is_data)
         elif key in feeds:
             upstream.append(feeds[key])
             filled[key] = str(run / feeds[key])

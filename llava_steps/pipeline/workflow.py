@@ -200,10 +200,21 @@ class Run:
             names.add(SHARE)
         dag.forcerules.update(self.workflow.get_rule(name) for name in names)
         self._build()
-        planned = {rule_of(job) for job in dag.needrun_jobs()} & {*self.rules}
+        planned = {job.rule.name for job in dag.needrun_jobs()} & {*self.rules}
+        concerned = self._concerned()
+        lost = [name for name in self.demand if self.outlook[name].lost]
+        for name in lost:
+            if name in concerned and name not in self.forced:
+                out = self.rules[name].out
+                raise ConfigError(
+                    f"{out} shows a value that {self.config.store} does not hold: is the store "
+                    f"mounted? To compute it again, remove {out} or give --forcerun {name}"
+                )
         # Snakemake itself forces an output whose job it did not see end.
-        unfinished = {rule_of(job) for job in dag.jobs if not dag.forcefiles.isdisjoint(job.output)}
-        wrong = (planned ^ (self._concerned() & {*self.demand})) - unfinished
+        unfinished = {
+            job.rule.name for job in dag.jobs if not dag.forcefiles.isdisjoint(job.output)
+        }
+        wrong = (planned ^ (concerned & {*self.demand})) - unfinished
         if wrong:
             raise ConfigError(
                 "Snakemake plans other jobs than the settings and inputs demand:"
@@ -221,21 +232,20 @@ class Run:
 
     def _concerned(self) -> set[str]:
         """Rules of the graph, and all that their results need."""
-        here = {rule_of(job) for job in self.workflow.dag.jobs}
+        here = {job.rule.name for job in self.workflow.dag.jobs}
         return rules.before(self.rules, here & {*self.rules})
 
     def _forced_by_user(self) -> set[str]:
         """Rules that --forcerun, --force and --forceall name, by their name or a file."""
         dag = self.workflow.dag
         names = {rule.name for rule in dag.forcerules}
+        files = {os.path.normpath(file) for file in dag.forcefiles}
+        made = [*((n, r.outputs) for n, r in self.rules.items())]
+        made += [("tar_shards", (share.manifest,)) for share in self.shares.values()]
+        names |= {name for name, outputs in made if files & {*map(os.path.normpath, outputs)}}
         if SHARE in names and self.shares:
             names.add("tar_shards")
-        files = {os.path.normpath(file) for file in dag.forcefiles}
-        return {
-            name
-            for name, rule in self.rules.items()
-            if name in names or files & {*map(os.path.normpath, rule.outputs)}
-        }
+        return names & {*self.rules}
 
     def request_forced(self) -> None:
         """Ask the steps that the user forces to compute again, although the store has their value.
@@ -243,6 +253,8 @@ class Run:
         Only those: of an output whose job Snakemake did not see end, as when a controller was
         killed, the store knows whether it is whole.
         """
+        if self.workflow.touch:
+            return  # nothing is computed
         asked = self.forced & self._concerned()
         for rule in self._all().values():
             request = rule.out / FORCE_REQUEST
@@ -272,7 +284,7 @@ class Run:
 
     def stages_to_train(self) -> list[int]:
         """Numbers of the training stages whose jobs the graph holds."""
-        running = {rule_of(job) for job in self.workflow.dag.needrun_jobs()}
+        running = {job.rule.name for job in self.workflow.dag.needrun_jobs()}
         return [
             rule.declared.stage
             for name, rule in self.rules.items()
@@ -306,6 +318,13 @@ class Run:
                 + "\n".join(lines)
             )
 
+    def reasons(self) -> Iterator[str]:
+        """A line for each step whose job runs: why it must."""
+        planned = {job.rule.name for job in self.workflow.dag.needrun_jobs()}
+        for name, why in self.demand.items():
+            if name in planned:
+                yield f"  {name}: {why}"
+
     def jobs(self) -> Iterator[str]:
         """Lines of a table: what each rule asks the cluster for, if the profile has one."""
         if self.workflow.get_rule("all").resources.get("runtime") is None:
@@ -327,12 +346,6 @@ class Run:
         for line in table:
             padded = (str(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
             yield "  ".join(padded).rstrip()
-
-
-def rule_of(job: Any) -> str:
-    """The rule that a job belongs to; a share of sharding counts as the whole."""
-    name = str(job.rule.name)
-    return "tar_shards" if name == SHARE else name
 
 
 def _as_given(resource: Any) -> Any:

@@ -335,8 +335,9 @@ def identify(
     """The name of a computation; every input that is a result is compared with its manifest.
 
     With `recorded`, the inputs that the shown value was made from, this only plans: a file of the
-    user that is gone since counts as unchanged, nothing is fetched, and the bytes of results are
-    taken to be what their manifests say. The step itself reads them before it uses them.
+    user that is gone since counts as unchanged, and so does what a hub id named; nothing is fetched
+    and the bytes of results are taken to be what their manifests say. The step itself reads them
+    before it uses them.
 
     Raises:
         InputError, ConfigError: an input is missing or was not given.
@@ -415,12 +416,12 @@ def _inputs(
             if may_be_empty(info):
                 continue
             raise ConfigError(f"{cli.flag_name(key, info)} is needed: {info.description}")
+        before = (recorded or {}).get(key)
+        if before is not None and before["path"] == text and not Path(text).exists():
+            found[key] = Input(Path(text), before["digest"], shown=text)
+            continue
         path = step.resolve[key](text, recorded is None) if key in step.resolve else Path(text)
         if not path.exists():
-            before = (recorded or {}).get(key)
-            if before is not None and before["path"] == text:
-                found[key] = Input(path, before["digest"], shown=text)
-                continue
             raise InputError(f"{cli.flag_name(key, info)}: {path} does not exist")
         artefact = store.artefact_of(path)
         if artefact is not None:

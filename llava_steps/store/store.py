@@ -87,7 +87,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, IsADirectoryError, NotADirectoryError) as error:
         raise IntegrityError(f"{path} is damaged: {error}") from None
     if (
         not isinstance(manifest, dict)
@@ -183,12 +183,16 @@ def publish(entry: Path, out: Path) -> None:
 
 
 def shows(out: Path, entry: Path) -> bool:
-    """Whether `publish(entry, out)` would leave `out` as it is."""
+    """Whether `out` shows the entry; files of others beside it do not count."""
     if (out / MANIFEST).read_bytes() != (entry / MANIFEST).read_bytes():
         return False
-    return {item.name: item.resolve() for item in out.iterdir() if item.name != MANIFEST} == {
-        item.name: item.resolve() for item in _payload(entry)
-    }
+    return all((out / item.name).resolve() == item.resolve() for item in _payload(entry))
+
+
+def is_held(out: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the links at `out` lead to the payload that its manifest lists."""
+    names = {Path(file["path"]).parts[0] for file in manifest["files"]}
+    return all((out / name).exists() for name in names)
 
 
 def _payload(entry: Path) -> list[Path]:
@@ -212,11 +216,13 @@ def unpublish(out: Path) -> None:
     if not out.is_dir():
         return
     filesystem.remove_temporaries(out)
-    for item in sorted(out.iterdir(), key=lambda p: p.name != MANIFEST):
+    items = sorted(out.iterdir(), key=lambda p: p.name != MANIFEST)
+    for item in items:
         if not (item.is_symlink() or item.name == MANIFEST):
             raise InputError(
                 f"{item} was not written by this step; move it away or choose another --save-dir"
             )
+    for item in items:
         item.unlink()
 
 

@@ -154,6 +154,121 @@ def test_files_that_were_only_touched_rerun_nothing(finished: Project) -> None:
     assert finished.planned(*overlay) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "change", "rerun"),
+    [
+        (
+            "hf_export: {megatron_dir: results/demo/stage1_checkpoint}",
+            "stage1: {lr: 5.0e-3}",
+            ["evaluation", "hf_export", "report", "stage1_checkpoint", "stage1_export"],
+        ),
+        (
+            "stage2: {megatron_load_dir: ./results/../results/demo/stage1_checkpoint}",
+            "stage1: {lr: 5.0e-3}",
+            ["evaluation", "hf_export", "report", "stage1_checkpoint", "stage1_export",
+             "stage2_checkpoint"],
+        ),
+        (
+            "stage2: {data_path: blend.yaml}",
+            "energon_dataset: {seed: 7}",
+            ["energon_dataset", "evaluation", "hf_export", "report", "stage1_audit",
+             "stage1_checkpoint", "stage1_export", "stage2_audit", "stage2_checkpoint"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_source_that_names_a_result_of_the_run_is_read_like_any_other(
+    finished: Project, given: str, change: str, rerun: list[str]
+) -> None:
+    for module in ("audit", "train"):  # as the real steps do: what a blend names counts
+        path = finished.root / f"llava_steps/{module}.py"
+        members = "members={'data_path': lambda path: read_blend(path, 'train').files}"
+        imported = "from llava_steps.settings.blend import read_blend\nfrom llava_steps import stub"
+        path.write_text(
+            path.read_text()
+            .replace("doc=__doc__", f"doc=__doc__, {members}")
+            .replace("from llava_steps import stub", imported)
+        )
+    (finished.root / "blend.yaml").write_text(
+        "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n"
+        "    blend:\n      - {path: results/demo/energon_dataset, weight: 1}\n"
+    )
+    overlay = finished.overlay(given + "\n", "given.yaml")
+    finished.run("--configfile", overlay)
+    both = ("--configfile", overlay, finished.overlay(change + "\n"))
+    assert finished.planned(*both) == rerun
+    assert finished.run(*both) == rerun
+    assert finished.planned(*both) == []
+
+
+def test_a_model_of_a_hub_is_not_asked_for_again(fresh: Project) -> None:
+    """Its snapshot may lie on the nodes that run the steps, and not where Snakemake runs."""
+    local = (
+        "def local(text, fetch):\n"
+        "    if not fetch:\n        raise InputError(f'{text} could not be fetched')\n"
+        "    return Path('config')\n\n"
+    )
+    module = fresh.root / "llava_steps/build_hf.py"
+    module.write_text(
+        module.read_text()
+        .replace("def run(", local + "def run(", 1)
+        .replace("doc=__doc__", "doc=__doc__, resolve={'vision_tower': local}")
+        .replace(
+            "from llava_steps import stub",
+            "from pathlib import Path\nfrom llava_steps.core.errors import InputError\n"
+            "from llava_steps import stub",
+        )
+    )
+    overlay = fresh.overlay("hf_model: {vision_tower: org/tower}\n")
+    fresh.run("hf_model", "--configfile", overlay)
+    assert fresh.planned("hf_model", "--configfile", overlay) == []
+    fresh.overlay("hf_model: {vision_tower: org/other}\n")
+    assert fresh.run("hf_model", "--configfile", overlay) == ["hf_model"]
+
+
+def test_files_of_others_beside_a_result_do_not_count(finished: Project) -> None:
+    result = finished.root / "results/demo/hf_export"
+    (result / "notes.txt").write_text("mine")
+    assert finished.planned() == []
+    overlay = finished.overlay("hf_export: {seed: 5}\n")
+    text = finished.snakemake("hf_export", "--cores", "1", "--configfile", overlay, code=1)
+    assert "notes.txt was not written by this step" in text
+    assert (result / "out.json").exists(), "the old result is still shown"
+
+
+@pytest.mark.parametrize("lost", ["store", "store/hf_model", "store/stage1_checkpoint"])
+def test_a_store_that_is_not_there_trains_nothing(finished: Project, lost: str) -> None:
+    moved = finished.root / "elsewhere"
+    (finished.root / lost).rename(moved)
+    text = finished.snakemake("--cores", "1", code=1)
+    assert "is the store mounted?" in text and steps(finished) == []
+    shutil.rmtree(finished.root / lost, ignore_errors=True)
+    moved.rename(finished.root / lost)
+    assert finished.planned() == []
+
+
+def test_a_broken_input_stops_only_what_reads_it(finished: Project) -> None:
+    (finished.root / "mine").mkdir()
+    (finished.root / "mine/x").write_text("1")
+    overlay = ("--configfile", finished.overlay("stage2: {data_path: mine}\n"))
+    finished.run(*overlay)
+    (finished.root / "mine/y").symlink_to("nowhere")
+    assert finished.run("tar_shards", *overlay) == []
+    assert "stage2_checkpoint" in finished.planned(*overlay)
+
+
+def test_touch_computes_nothing_and_leaves_no_request(finished: Project) -> None:
+    finished.snakemake("--cores", "1", "--touch", "--forceall")
+    assert finished.planned() == [] and steps(finished) == []
+
+
+def test_a_run_says_what_runs_and_why(finished: Project) -> None:
+    overlay = finished.overlay("stage2: {lr: 5.0e-4}\n")
+    text = finished.snakemake("--cores", "2", "--configfile", overlay)
+    reasons = text[text.index("What runs, and why:") :]
+    assert "\n  stage2_checkpoint: changed: lr 0.001 -> 0.0005\n" in reasons
+    assert "\n  hf_export: reads the result of stage2_checkpoint\n" in reasons
+
+
 @pytest.mark.parametrize("rule", ["tar_shards", "hf_export", "report"])
 def test_a_result_that_is_gone_is_shown_again_alone(finished: Project, rule: str) -> None:
     shutil.rmtree(finished.root / "results/demo" / rule)

@@ -23,6 +23,7 @@ def before_jobs():
     atexit.register(lease.__exit__, None, None, None)
     slurm.wait_for_jobs(this_run.places())
     this_run.request_forced()
+    print("What runs, and why:", *this_run.reasons(), sep="\n", file=sys.stderr)
 
 
 @atexit.register
