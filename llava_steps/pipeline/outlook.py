@@ -12,7 +12,8 @@ from typing import Any, Literal
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.pipeline.rules import Rule
 from llava_steps.settings import cli
-from llava_steps.settings.config import Config, StepConfig
+from llava_steps.settings.config import Config
+from llava_steps.settings.fields import StepConfig
 from llava_steps.store import run, store
 from llava_steps.store.commit import committed
 from llava_steps.store.digest import Digests

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
 
-RULES = (
-    "demo_assets", "tar_shards", "energon_dataset", "hf_model", "megatron_checkpoint",
-    "stage1_audit", "stage1_checkpoint", "stage1_export", "stage2_audit", "stage2_checkpoint",
-    "hf_export", "evaluation", "lmms_eval", "llm_jp_eval_mm", "report",
-)  # fmt: skip
-"""Rules of the workflow, which are also what the keys of `cluster` may name."""
+from llava_steps.settings.steps import STEPS
 
 PerRule = dict[str, PositiveInt]
 
@@ -51,6 +46,6 @@ class Cluster(BaseModel):
     @classmethod
     def _rules(cls, asked: PerRule, info: ValidationInfo) -> PerRule:
         for name in asked:
-            if name not in RULES:
-                raise ValueError(f"{name} is no rule; they are {', '.join(RULES)}")
+            if name not in STEPS:
+                raise ValueError(f"{name} is not a rule; rules are {', '.join(STEPS)}")
         return {**cls.model_fields[str(info.field_name)].default, **asked}

@@ -190,9 +190,13 @@ def shows(out: Path, entry: Path) -> bool:
 
 
 def is_held(out: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether the links at `out` lead to the payload that its manifest lists."""
-    names = {Path(file["path"]).parts[0] for file in manifest["files"]}
-    return all((out / name).exists() for name in names)
+    """Whether the entry that `out` shows, damaged or not, is still in its store."""
+    return (_entry_behind(out, manifest) / MANIFEST).is_file()
+
+
+def _entry_behind(out: Path, manifest: Mapping[str, Any]) -> Path:
+    """The entry that the links of a result lead to."""
+    return (out / Path(manifest["files"][0]["path"]).parts[0]).resolve().parent
 
 
 def _payload(entry: Path) -> list[Path]:
@@ -236,8 +240,7 @@ def entry_of(directory: Path, manifest: Mapping[str, Any]) -> Path:
     Raises InputError when its links lead to something else than its manifest describes, which is
     so while another run publishes there.
     """
-    first = directory / Path(manifest["files"][0]["path"]).parts[0]
-    entry = first.resolve().parent
+    entry = _entry_behind(directory, manifest)
     if not (entry / MANIFEST).is_file():
         raise IntegrityError(
             f"{directory} shows a value that is not in its store any more; run again what makes "

@@ -12,7 +12,6 @@ import yaml
 
 from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline import describe
-from llava_steps.settings.cluster import RULES
 from llava_steps.settings.config import Config
 from llava_steps.settings.load import load
 from llava_steps.settings.steps import STEPS
@@ -213,8 +212,14 @@ def test_every_key_is_explained() -> None:
             assert f"| `{key}` |" in table
 
 
-def test_jobs_can_be_told_of_every_rule() -> None:
-    assert sorted(RULES) == sorted(STEPS)
+def test_jobs_can_be_told_of_every_rule(tmp_path: Path) -> None:
+    asked = dict.fromkeys(STEPS, 7)
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"cluster": {"runtime": asked}}))
+    assert load([SHIPPED, overlay]).cluster.runtime == asked
+    overlay.write_text("cluster: {runtime: {stage3_checkpoint: 7}}")
+    with pytest.raises(ConfigError, match="stage3_checkpoint is not a rule; rules are demo_assets"):
+        load([SHIPPED, overlay])
 
 
 def test_every_rule_takes_what_jobs_are_told_to_ask_for() -> None:
