@@ -46,6 +46,16 @@ class Digests:
             return self.files(path, filesystem.files_below(path))
         raise InputError(f"input {path} does not exist")
 
+    def of_name(self, name: str) -> str | None:
+        """Digest of what a hub id named when a step last read it; None if it is not known."""
+        return self._known.get(f"hub {name}")
+
+    def keep_name(self, name: str, digest: str) -> None:
+        """Keep what a hub id names, for planning where the hub is out of reach."""
+        if self._known.get(f"hub {name}") != digest:
+            self._known[f"hub {name}"] = digest
+            self._new = True
+
     def save(self) -> None:
         """Write the cache when it learnt something, keeping what others wrote meanwhile."""
         if self._new:

@@ -416,10 +416,14 @@ def _inputs(
             if may_be_empty(info):
                 continue
             raise ConfigError(f"{cli.flag_name(key, info)} is needed: {info.description}")
-        before = (recorded or {}).get(key)
-        if before is not None and before["path"] == text and not Path(text).exists():
-            found[key] = Input(Path(text), before["digest"], shown=text)
-            continue
+        named = key in step.resolve and not Path(text).exists()
+        if recorded is not None and not Path(text).exists():
+            known = digests.of_name(text) if named else None
+            if recorded.get(key, {}).get("path") == text:
+                known = known or recorded[key]["digest"]
+            if known is not None:
+                found[key] = Input(Path(text), known, shown=text)
+                continue
         path = step.resolve[key](text, recorded is None) if key in step.resolve else Path(text)
         if not path.exists():
             raise InputError(f"{cli.flag_name(key, info)}: {path} does not exist")
@@ -432,7 +436,10 @@ def _inputs(
             digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
             found[key] = Input(entry / inside, digest, manifest, entry, text)
         else:
-            found[key] = Input(path, _digest(step, config, key, path, digests), shown=text)
+            digest = _digest(step, config, key, path, digests)
+            if named:
+                digests.keep_name(text, digest)
+            found[key] = Input(path, digest, shown=text)
     digests.save()
     return found
 
