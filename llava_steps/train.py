@@ -54,10 +54,10 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         dataset=ctx.inputs["data_path"].path.absolute(),
         fingerprint=ctx.fingerprint,
     )
-    place = rendezvous.place_of(cfg)
-    if place.leads:
+    node = rendezvous.place_of(cfg)
+    if node.leads:
         Failure.forget(ctx.work)
-    party = rendezvous.meet(cfg, place, ctx.work, ctx.again)
+    party = rendezvous.meet(cfg, node, ctx.work, ctx.again)
     if party is None:
         return {}
     launch(job, ctx.until_sealed.enter_context(party))

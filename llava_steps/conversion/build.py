@@ -1,9 +1,9 @@
-"""A vision tower and a language model to one Hugging Face LLaVA directory with a new projector.
+"""Joins a vision tower and a language model in one Hugging Face LLaVA directory.
 
 The tower and the language model keep every weight. New are the projector (torch's Linear
-initialisation, as in LLaVA's own projector, from the step's seed) and the embedding and head rows
-of tokens that were not there: the mean of the rows of the tokenizer's tokens. No other weight is
-ever random: a weight that the files lack is an error.
+initialisation, as in LLaVA, from the step's seed) and the embedding and head rows of new tokens:
+the mean of the rows of the tokenizer's tokens. No other weight is random: a weight that the files
+lack is an error.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TOWERS = {
     "siglip": ("SiglipVisionModel", 0),
     "siglip_vision_model": ("SiglipVisionModel", 0),
 }
-"""Of a full clip or siglip model the vision part is taken. SigLIP2 checkpoints of fixed resolution
+"""A full clip or siglip model gives only its vision part. SigLIP2 checkpoints of fixed resolution
 call themselves siglip; those of variable resolution (NaFlex, siglip2) do not fit LLaVA."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What the manifest says about a built model."""
+    """A built model as the manifest describes it."""
 
     vocab: int
     image_token_id: int
@@ -103,7 +103,7 @@ def build(
         model.generation_config = text.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out)
-    # It puts down the dtype of the first parameter, which is the tower's.
+    # It would write the dtype of the first parameter, which is the tower's.
     model.config.dtype = dtype
     model.config.save_pretrained(out)
     save_processor(tower_dir, tokenizer, config, class_tokens, out)
@@ -144,25 +144,27 @@ def load_text(path: Path) -> Any:
     )
     stop_if_missing(report, path)
     if report["unexpected_keys"]:
-        raise IntegrityError(f"{path}: weights without a place: {report['unexpected_keys']}")
+        raise IntegrityError(
+            f"{path}: these weights are not part of the model: {report['unexpected_keys']}"
+        )
     return model
 
 
 def model_type(path: Path, known: Any, key: str) -> str:
-    """model_type of a directory's config.json; ConfigError with what is supported otherwise."""
+    """model_type of a directory's config.json; ConfigError if it is not supported."""
     try:
-        found = json.loads((path / "config.json").read_bytes()).get("model_type")
+        family = json.loads((path / "config.json").read_bytes()).get("model_type")
     except (OSError, ValueError) as error:
         raise InputError(f"{key}: {path} is not a Hugging Face model directory: {error}") from None
-    if found not in known:
+    if family not in known:
         raise ConfigError(
-            f"{key}: {path} is of the family {found!r}; supported: {', '.join(sorted(known))}"
+            f"{key}: {path} is of the family {family!r}; supported: {', '.join(sorted(known))}"
         )
-    return str(found)
+    return str(family)
 
 
 def stop_if_missing(report: dict[str, Any], path: Path) -> None:
-    """transformers fills missing weights with random numbers; that is never wanted here."""
+    """IntegrityError if weights are missing: transformers would fill them with random numbers."""
     wrong = {k: report.get(k) for k in ("missing_keys", "mismatched_keys") if report.get(k)}
     if wrong:
         raise IntegrityError(f"{path}: weights are missing from the files: {wrong}")
@@ -225,7 +227,7 @@ def grown(matrix: Tensor, rows: int, fresh: list[int], known: int) -> Tensor:
 
 
 def projector_weights(config: Any, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The new projector, from `seed` alone: drawn in float32, then rounded to `dtype`."""
+    """The new projector, from `seed` only: drawn in float32, then rounded to `dtype`."""
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     with torch.random.fork_rng(devices=[]):
@@ -236,7 +238,7 @@ def projector_weights(config: Any, seed: int, dtype: torch.dtype) -> dict[str, T
 
 
 def assign(model: Any, weights: dict[str, Tensor]) -> None:
-    """Give a model without storage its weights; IntegrityError unless they are exactly its own."""
+    """Assign the weights of a model without storage; IntegrityError unless they match exactly."""
     result = model.load_state_dict(weights, strict=False, assign=True)
     missing = set(result.missing_keys)
     if model.config.tie_word_embeddings:
@@ -244,8 +246,8 @@ def assign(model: Any, weights: dict[str, Tensor]) -> None:
         model.tie_weights()
     if missing or result.unexpected_keys:
         raise IntegrityError(
-            f"weights of tower and language model do not make a LLaVA model: missing "
-            f"{sorted(missing)}, left over {sorted(result.unexpected_keys)}"
+            f"weights of vision_tower and text_model do not form a LLaVA model: missing "
+            f"{sorted(missing)}, unexpected {sorted(result.unexpected_keys)}"
         )
 
 
@@ -274,7 +276,7 @@ def save_processor(
 
 
 def check(out: Path) -> Geometry:
-    """Read the written directory back: structure, and image tokens as many as features."""
+    """Read the written directory back: its structure, and one image token per feature."""
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -288,11 +290,11 @@ def check(out: Path) -> Geometry:
     if tuple(pixels.shape) != (3, side, side):
         raise ConfigError(
             f"hf_model.vision_tower: its image processor makes images of {tuple(pixels.shape)}, "
-            f"the tower wants (3, {side}, {side}); mend preprocessor_config.json"
+            f"the tower takes (3, {side}, {side}); correct preprocessor_config.json"
         )
     if list(ids) != [geometry.image_token_id] * geometry.tokens_per_image:
         raise IntegrityError(
-            f"{out}: the processor writes {len(ids)} tokens for an image, the model has "
+            f"{out}: the processor writes {len(ids)} tokens per image, the model has "
             f"{geometry.tokens_per_image} features"
         )
     return geometry

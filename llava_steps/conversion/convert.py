@@ -1,8 +1,8 @@
 """Weights between Hugging Face safetensors and a Megatron checkpoint, one tensor at a time.
 
-Both directions follow the one table of mapping.py, and each certifies itself: every HF tensor is
-consumed or written exactly once, every Megatron tensor exactly once, shapes as config.json implies.
-Neither needs a GPU, a process group or a model instance.
+Both directions follow the table of mapping.py, and each certifies itself: every HF tensor is read
+or written exactly once, every Megatron tensor exactly once, with the shapes that config.json
+implies. Neither needs a GPU, a process group or a model instance.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Tick = Callable[[int], None]
 WEIGHT_SUFFIXES = frozenset(
     (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".ckpt", ".onnx")
 )
-"""Files of a template that hold weights in whatever form: never copied along."""
+"""Files of a template that hold weights in any format; they are not copied."""
 
 
 def _no_tick(_: int) -> None: ...
@@ -61,8 +61,8 @@ def hf_to_dcp(
     """Write the weights of `hf` as a torch_dist checkpoint; returns the certificate.
 
     Every tensor keeps its dtype. The files are those that a training with tensor parallel size
-    `tp` and pipeline parallel size `pp` writes. IntegrityError names the tensor and file that do
-    not fit; ConfigError when the model cannot be cut so.
+    `tp` and pipeline parallel size `pp` writes. IntegrityError names a tensor and file that do not
+    fit; ConfigError if the model cannot be split for tp and pp.
     """
     items, spelled = _plan(geometry, hf)
     dtypes = _stored_dtypes(items, spelled, hf)
@@ -74,7 +74,7 @@ def hf_to_dcp(
         for part in cuts.parts(entry):
             planned[_chunk(entry, part, geometry.layers, dtypes[entry.megatron])] = entry, part
     chunks = list(planned)
-    current: list[tuple[Entry, Tensor]] = []  # the chunks of a tensor come one after the other
+    current: list[tuple[Entry, Tensor]] = []  # the chunks of a tensor are consecutive
 
     def resolve(chunk: torch_dist_write.Chunk) -> Tensor:
         entry, part = planned[chunk]
@@ -93,7 +93,7 @@ def hf_to_dcp(
         fused = TRANSFORMS[entry.transform].fuse(parts, geometry)
         if tuple(fused.shape) != entry.shape:
             raise IntegrityError(
-                f"{hf.directory}: {entry.megatron!r} of {entry.hf} came out as "
+                f"{hf.directory}: {entry.megatron!r} from {entry.hf} has shape "
                 f"{list(fused.shape)}, expected {list(entry.shape)}"
             )
         tick(1)
@@ -103,7 +103,7 @@ def hf_to_dcp(
     once(consumed, spelled, f"{hf.directory}", "read")
     if written != Counter(chunks):
         raise IntegrityError(f"{weights}: not every Megatron tensor was written exactly once")
-    # What was planned is one thing, what lies there another: read the metadata back.
+    # Compare the plan with the written metadata.
     check_shapes(
         stored_shapes(items),
         torch_dist_write.Reader(weights).shapes(),
@@ -137,7 +137,7 @@ def _stored_dtypes(
             first = dtypes.setdefault(entry.megatron, slot.dtype)
             if slot.dtype != first:
                 raise IntegrityError(
-                    f"{slot.file}: {spelled[name]!r} is {slot.dtype}, other parts of "
+                    f"{slot.file}: {spelled[name]!r} is {slot.dtype}, but other parts of "
                     f"{entry.megatron!r} are {first}; save the model in one dtype"
                 )
     return dtypes
@@ -150,7 +150,7 @@ def dcp_to_hf(
     directory: Path,
     tick: Tick = _no_tick,
 ) -> dict[str, int]:
-    """Write the checkpoint as safetensors laid out like `template`; returns the certificate.
+    """Write the checkpoint as safetensors in the layout of `template`; returns the certificate.
 
     Files, shards, headers, names and dtypes are the template's; only values come from `weights`,
     LoRA adapters merged.

@@ -1,7 +1,7 @@
 """Which rank's file holds which part of a converted checkpoint.
 
-A checkpoint loads in every layout, however it is cut. One that is converted for tp x pp lies as the
-ranks of a training with tensor parallel size tp and pipeline parallel size pp save it: each reads
+A checkpoint loads in every layout, however it is split. One converted for tp x pp has the files
+that a training with tensor parallel size tp and pipeline parallel size pp writes: each rank reads
 little more than its own file.
 """
 
@@ -25,7 +25,7 @@ class Part:
 
 
 class Cuts:
-    """The parts of a model's entries. Raises ConfigError when the model cannot be cut so."""
+    """The parts of a model's entries. ConfigError if the model cannot be split for tp and pp."""
 
     def __init__(self, geometry: Geometry, tp: int, pp: int) -> None:
         check_layout(geometry, tp, pp)
@@ -37,7 +37,7 @@ class Cuts:
         ]
 
     def parts(self, entry: Entry) -> Iterator[Part]:
-        """The parts of one tensor, which together are all of it."""
+        """The parts of one tensor, which together cover it."""
         if entry.layer is not None:
             stage = self._stage[entry.layer]
         else:
@@ -47,7 +47,7 @@ class Cuts:
             yield Part(first, (0,) * len(entry.shape), entry.shape)
             return
         axis = 0 if entry.row.cut == "rows" else 1
-        # Gate and up projection lie below each other: a rank has a part of either.
+        # Gate and up projection are stacked: a rank has a part of each.
         blocks = self.tp * (len(entry.hf) if entry.transform == "gate_up" else 1)
         length = entry.shape[axis] // blocks
         shape = (*entry.shape[:axis], length, *entry.shape[axis + 1 :])

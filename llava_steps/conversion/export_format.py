@@ -4,10 +4,10 @@ transformers 5 reads what 4 wrote, but not the other way round. What differs:
 
 * weights: the tower's names begin with `vision_tower.vision_model.`
 * config.json: `torch_dtype`, and `rope_theta` with `rope_scaling` instead of `rope_parameters`
-* the image processor has a file of its own, preprocessor_config.json
-* the chat template also stands in chat_template.json, the only place where 4.45 looks
+* the image processor has its own file, preprocessor_config.json
+* the chat template is also in chat_template.json, the only file that 4.45 reads
 * tokenizer_config.json: another class name, `additional_special_tokens`, `model_input_names`
-* 4.45 counts a class token for every tower, so the processor's numbers are chosen to come out right
+* 4.45 counts a class token for every tower, so the processor's numbers are set to compensate
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def older_name(name: str) -> str:
 
 
 def older_layout(template: TensorDirectory) -> TensorDirectory:
-    """`template` with the names of transformers 4: a layout to write, not to read from."""
+    """`template` with the names of transformers 4: a layout for writing only."""
     return renamed(template, older_name)
 
 
@@ -47,23 +47,25 @@ def rewrite_companions(directory: Path, geometry: Geometry) -> None:
     path = directory / "config.json"
     filesystem.write_json(path, older_config(_read(path)))
     if Geometry.load(directory).tokens_per_image != geometry.tokens_per_image:
-        raise IntegrityError(f"{path}: the model changed with its format")
+        raise IntegrityError(
+            f"{path}: the new format describes another model; keep --export-format transformers-5"
+        )
     _older_processor(directory, geometry)
     _older_tokenizer(directory)
 
 
 def older_config(config: dict[str, Any]) -> dict[str, Any]:
     """config.json, or a section of it, with the keys of transformers 4."""
-    found = {k: older_config(v) if k.endswith("_config") else v for k, v in config.items()}
-    if "dtype" in found:
-        found["torch_dtype"] = found.pop("dtype")
-    if rope := found.pop("rope_parameters", None):
+    older = {k: older_config(v) if k.endswith("_config") else v for k, v in config.items()}
+    if "dtype" in older:
+        older["torch_dtype"] = older.pop("dtype")
+    if rope := older.pop("rope_parameters", None):
         rope = dict(rope)
-        found["rope_theta"] = rope.pop("rope_theta")
-        found["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-    if "transformers_version" in found:
-        found["transformers_version"] = VERSION
-    return found
+        older["rope_theta"] = rope.pop("rope_theta")
+        older["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    if "transformers_version" in older:
+        older["transformers_version"] = VERSION
+    return older
 
 
 def _older_processor(directory: Path, geometry: Geometry) -> None:
@@ -92,7 +94,7 @@ def _older_tokenizer(directory: Path) -> None:
     tokenizer = _read(path)
     for key in ("backend", "is_local", "local_files_only"):
         tokenizer.pop(key, None)
-    # Their fast tokenizers also give token_type_ids unless told not to; LLaVA takes none.
+    # Their fast tokenizers also return token_type_ids by default; LLaVA does not take them.
     tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     special = tokenizer.pop("extra_special_tokens", [])
@@ -102,5 +104,5 @@ def _older_tokenizer(directory: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded

@@ -1,6 +1,6 @@
-"""One spelling for the weight names that transformers versions spell differently.
+"""One spelling for weight names that differ between transformers versions.
 
-Canonical are the names that transformers 5 saves: `language_model.model.*`,
+The canonical names are those that transformers 5 saves: `language_model.model.*`,
 `language_model.lm_head.weight`, `multi_modal_projector.*` and `vision_tower.*` without the
 `vision_model.` of older versions.
 """
@@ -37,6 +37,6 @@ def by_canonical_name(names: Iterable[str], where: str) -> dict[str, str]:
         other = spelled.setdefault(canonical(name), name)
         if other != name:
             raise IntegrityError(
-                f"{where}: {other!r} and {name!r} are two names of one weight; keep one of them"
+                f"{where}: {other!r} and {name!r} are two names of one weight; remove one of them"
             )
     return spelled

@@ -1,13 +1,13 @@
 """Low-rank adapters in a checkpoint (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
-Nothing here needs megatron-core; adapters.py trains them.
+Nothing here needs megatron-core; model/adapters.py trains them.
 
 A linear x W' becomes x W' + scale (x A') B' with A [rank, in], B [out, rank], scale = alpha / rank.
 The adapters belong to megatron-core's fused linears: one A serves q, k and v, one gate and up.
 
-They lie beside the weights as `lora.TARGET.a` and `.b`, layers stacked, with `lora.json`; a reader
-that does not know of them refuses such a checkpoint. `open_weights` reads it as if W were
-W + scale B A: that is how an export merges them.
+They are stored beside the weights as `lora.TARGET.a` and `.b`, layers stacked, with `lora.json`; a
+reader without LoRA support refuses such a checkpoint. `open_weights` reads it as if W were
+W + scale B A: an export merges them in this way.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LAYERS = "language_model.decoder.layers."
 
 @dataclass(frozen=True)
 class Lora:
-    """What is adapted; `seed` is that of the first values of A."""
+    """Rank, scale and targets of adapters; `seed` is for the initial values of A."""
 
     rank: int
     alpha: float
@@ -48,12 +48,12 @@ class Lora:
         return self.alpha / self.rank
 
     def write(self, weights: Path) -> None:
-        """Leave `lora.json` in the directory of a checkpoint's weights."""
+        """Write `lora.json` into the directory of a checkpoint's weights."""
         filesystem.write_json(weights / FILE, asdict(self))
 
     @classmethod
     def read(cls, weights: Path) -> Lora | None:
-        """What adapters a checkpoint's weights have, if any."""
+        """The adapters of a checkpoint's weights, if any."""
         path = weights / FILE
         if not path.exists():
             return None
@@ -78,21 +78,21 @@ def sizes(geometry: Geometry) -> dict[str, tuple[int, int]]:
 
 def stored_shapes(geometry: Geometry, lora: Lora) -> dict[str, tuple[int, ...]]:
     """Names of the adapters in a checkpoint and their whole shapes."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for target in lora.targets:
         width, out = sizes(geometry)[target]
-        found[f"{PREFIX}{target}.a"] = (geometry.layers, lora.rank, width)
-        found[f"{PREFIX}{target}.b"] = (geometry.layers, out, lora.rank)
-    return found
+        shapes[f"{PREFIX}{target}.a"] = (geometry.layers, lora.rank, width)
+        shapes[f"{PREFIX}{target}.b"] = (geometry.layers, out, lora.rank)
+    return shapes
 
 
 def check_same(wanted: Lora | None, weights: Path) -> bool:
-    """Whether a checkpoint's weights have the adapters of `wanted`; none are to be added to.
+    """Whether a checkpoint's weights have the adapters of `wanted`; False if they have none.
 
-    InputError when they have others, or any and `wanted` is None.
+    InputError if they have others, or any and `wanted` is None.
     """
-    found = Lora.read(weights)
-    if found is None:
+    stored = Lora.read(weights)
+    if stored is None:
         return False
     if wanted is None:
         raise InputError(
@@ -101,10 +101,10 @@ def check_same(wanted: Lora | None, weights: Path) -> bool:
             "with megatron_to_hf and hf_to_megatron"
         )
     for name in ("rank", "alpha", "targets"):
-        if getattr(found, name) != getattr(wanted, name):
+        if getattr(stored, name) != getattr(wanted, name):
             raise InputError(
                 f"lora_{name} {getattr(wanted, name)}: {weights} was trained with "
-                f"{getattr(found, name)}; set it so, or merge the adapters with megatron_to_hf and "
+                f"{getattr(stored, name)}; set that, or merge the adapters with megatron_to_hf and "
                 "hf_to_megatron"
             )
     return True
@@ -122,7 +122,7 @@ class Merged(torch_dist_write.Reader):
         return {k: v for k, v in super().shapes().items() if not k.startswith(PREFIX)}
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
-        """One tensor, or one layer of it; W + scale B A, added up in fp32, where it is adapted."""
+        """One tensor, or one layer of it; W + scale B A, added in fp32, if it has adapters."""
         value = super().read(name, layer)
         for target in self._lora.targets:
             if name == f"{_LAYERS}{PARENTS[target]}.{target}.weight":

@@ -1,8 +1,8 @@
-"""THE table between Hugging Face names and the Megatron checkpoint, used in both directions.
+"""The table between Hugging Face names and the Megatron checkpoint, used in both directions.
 
 A row names one Megatron tensor and the HF tensors it is made of. `{i}` in HF names is the layer
-number: Megatron stores such tensors stacked, [layers, ...]. The rows of the vision tower and of
-nothing else are found by wildcard, because the tower is the HF module itself.
+number: Megatron stores such tensors stacked, [layers, ...]. Only the rows of the vision
+tower use a wildcard, because the tower is the HF module itself.
 
 Shapes are part of the table, in the symbols of `_sizes`, so that a tensor of the wrong shape is
 refused by name before anything is written.
@@ -25,9 +25,9 @@ Shape = tuple[int, ...]
 class Row:
     """One Megatron tensor; absent unless the Geometry flag named by `when` (or "untied") holds.
 
-    `cut` says along which dimension tensor parallel ranks have parts of it, and `last` that it is
-    on the last pipeline rank rather than on the first one; both only decide which file of a
-    converted checkpoint holds what.
+    `cut` is the dimension that tensor parallel ranks split, and `last` says that it is on the last
+    pipeline rank, not on the first one. Both only decide which file of a converted checkpoint
+    holds it.
     """
 
     megatron: str
@@ -167,7 +167,7 @@ class Entry:
 
     @property
     def transform(self) -> str:
-        """That of the row."""
+        """The transform of the row."""
         return self.row.transform
 
 
@@ -188,14 +188,14 @@ def entries(
 ) -> list[Entry]:
     """Every tensor of the model, in the order of the table; `tower` from tower_shapes."""
     sizes = _sizes(geometry)
-    found: list[Entry] = []
+    entries: list[Entry] = []
     for row in rows:
         if row.when and not _holds(geometry, row.when):
             continue
         if row.megatron.endswith("*"):
             prefix, hf_prefix = row.megatron[:-1], row.hf[0][:-1]
             for name, shape in tower.items():
-                found.append(
+                entries.append(
                     Entry(
                         row,
                         prefix + name,
@@ -212,8 +212,8 @@ def entries(
         layers = range(geometry.layers) if LAYER in row.hf[0] else [None]
         for layer in layers:
             names = tuple(name.replace(LAYER, str(layer)) for name in row.hf)
-            found.append(Entry(row, row.megatron, layer, names, shapes, fused))
-    return found
+            entries.append(Entry(row, row.megatron, layer, names, shapes, fused))
+    return entries
 
 
 def _holds(geometry: Geometry, flag: str) -> bool:
@@ -257,7 +257,7 @@ def check_shapes(
     if unknown:
         raise IntegrityError(
             f"{where}: {unknown[0]!r} is unknown ({len(unknown)} in all) to {by} for this "
-            "config.json; every tensor must have a place"
+            "config.json; every tensor must be mapped"
         )
     for name, shape in expected.items():
         if tuple(present[name]) != shape:

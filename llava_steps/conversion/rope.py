@@ -1,7 +1,7 @@
-"""Rotary position embedding, computed as transformers computes it (same formulas, same rounding).
+"""Rotary position embedding with the formulas and the rounding of transformers.
 
 The frequencies come from transformers' own ROPE_INIT_FUNCTIONS, so every rope type of `Geometry` is
-exact. They are kept outside the module's buffers: `module.bfloat16()` must not round them.
+exact. They are not module buffers, because `module.bfloat16()` must not round them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def inverse_frequencies(geometry: Geometry) -> tuple[Tensor, float]:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    # A carrier for what the functions read: every family describes its rope with the same keys.
+    # An object with the attributes that the functions read; the keys are equal in all families.
     config = LlamaConfig(
         hidden_size=geometry.head_dim * geometry.heads,
         num_attention_heads=geometry.heads,

@@ -1,9 +1,10 @@
-"""The forward check of a conversion: layers computed from both sides must agree.
+"""The forward check of a conversion: layers computed in both formats must agree.
 
-The first and the last decoder layer, each with the final norm behind it, run in fp32 on the same
-random input: once as transformers' own module with the HF tensors, once written out here from the
-Megatron tensors as they are fused in the checkpoint. Only one layer is in memory at a time. The
-byte counts of the certificate cannot see two tensors exchanged or fused in another order; this can.
+The first and the last decoder layer, each followed by the final norm, run in fp32 on the same
+random input: once as the module of transformers with the HF tensors, once written out here with the
+fused Megatron tensors of the checkpoint. Only one layer is in memory at a time. The byte counts of
+the certificate do not notice two tensors that are exchanged or fused in another order; this check
+does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from llava_steps.geometry.geometry import Geometry
 
 TOKENS = 12
 TOLERANCE = 1e-4
-"""Of the largest value that transformers computes."""
+"""Largest difference, relative to the largest value that transformers computes."""
 _LAYERS = "language_model.decoder.layers."
 _NORM = "language_model.decoder.final_layernorm.weight"
 _HF = "language_model.model."
@@ -41,23 +42,23 @@ def compare_layers(
 ) -> dict[str, float]:
     """Layer -> largest difference relative to the largest value, for the manifest.
 
-    `text_config` is that of config.json. Values of the checkpoint are rounded to the dtype that
-    their HF tensors have. IntegrityError when a layer differs.
+    `text_config` is that of config.json. Values of the checkpoint are rounded to the dtype of
+    their HF tensors. IntegrityError if a layer differs.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, geometry.hidden, generator=generator)
     spelled = by_canonical_name(hf.slots, str(hf.directory))
-    # The tower has no part in this.
+    # The tower is not checked here.
     items = {(e.megatron, e.layer): e for e in entries(geometry, {})}
-    found = {}
+    differences = {}
     for layer in sorted({0, geometry.layers - 1}):
 
         def weight(name: str, layer: int = layer) -> Tensor | None:
-            place = (name, None) if name == _NORM else (_LAYERS + name, layer)
-            if place not in items:
+            key = (name, None) if name == _NORM else (_LAYERS + name, layer)
+            if key not in items:
                 return None
-            dtype = hf.slots[spelled[items[place].hf[0]]].dtype
-            return reader.read(*place).to(dtype).float()
+            dtype = hf.slots[spelled[items[key].hf[0]]].dtype
+            return reader.read(*key).to(dtype).float()
 
         theirs = _transformers(geometry, text_config, hf, spelled, layer, x)
         ours = _megatron(geometry, weight, x)
@@ -66,10 +67,10 @@ def compare_layers(
         if not delta <= TOLERANCE * scale:
             raise IntegrityError(
                 f"{reader.directory} and {hf.directory}: decoder layer {layer} differs by {delta} "
-                f"where values reach {scale}; the two do not hold the same model"
+                f"where values reach {scale}; they are not the same model, convert it again"
             )
-        found[f"layer_{layer}"] = delta / scale if scale else 0.0
-    return found
+        differences[f"layer_{layer}"] = delta / scale if scale else 0.0
+    return differences
 
 
 def _transformers(

@@ -1,7 +1,7 @@
 """safetensors directories: reading one tensor at a time, and writing files of a given layout.
 
-Reads go through `pread` into the tensor's own memory: a mapped file would count every page it has
-touched as resident, and a conversion must not grow with the model. Nothing is pickled here.
+Reads use `pread` into the tensor's own memory: every page read from a mapped file would count as
+resident, and the memory of a conversion must not grow with the model. Nothing is pickled here.
 """
 
 from __future__ import annotations
@@ -62,14 +62,18 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Slot]]:
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing") from error
     except (struct.error, UnicodeDecodeError, json.JSONDecodeError, OverflowError) as error:
-        raise IntegrityError(f"{path} is not a whole safetensors file: {error}") from error
+        raise IntegrityError(
+            f"{path} is not a complete safetensors file: {error}; copy it again"
+        ) from error
     base, end, slots = 8 + length, 0, {}
     for name, kind, shape, start, stop in _header_rows(path, entries):
         if kind not in DTYPES:
             raise InputError(f"{path}: {name!r} has dtype {kind}; supported: {', '.join(DTYPES)}")
         dtype = DTYPES[kind]
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-            raise IntegrityError(f"{path}: the bytes of {name!r} do not fit its shape and place")
+            raise IntegrityError(
+                f"{path}: the bytes of {name!r} do not match its shape and offsets"
+            )
         end = stop
         slots[name] = Slot(path, dtype, shape, base + start, stop - start)
     if base + end != path.stat().st_size:
@@ -115,7 +119,7 @@ class TensorDirectory:
         else:
             raise InputError(
                 f"{self.directory} holds neither {SINGLE} nor {INDEX}; "
-                "save the model with safe serialization"
+                "save the model as safetensors"
             )
 
     def _read_index(self) -> None:
@@ -126,16 +130,16 @@ class TensorDirectory:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{path} is damaged: {error!r}") from error
         for file in wanted.values():
-            # The export writes files of these names: they must not lead out of its directory.
+            # The export writes files of these names, which must stay in its directory.
             if Path(file).name != file or not file.endswith(".safetensors"):
-                raise IntegrityError(f"{path}: {file!r} is not the name of a shard beside it")
+                raise IntegrityError(f"{path}: {file!r} is not the name of a file beside it")
         for file in sorted(set(wanted.values())):
             self.headers[file], slots = read_header(self.directory / file)
             for name, slot in slots.items():
                 if wanted.get(name) != file:
                     raise IntegrityError(
                         f"{self.directory / file}: {name!r} is in this shard, "
-                        f"but {INDEX} places it in {wanted.get(name)}"
+                        f"but {INDEX} lists it in {wanted.get(name)}"
                     )
                 self.slots[name] = slot
         for name, file in wanted.items():
@@ -143,14 +147,16 @@ class TensorDirectory:
                 raise IntegrityError(f"{self.directory / file}: {name!r} of {INDEX} is missing")
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """One tensor, in its own memory."""
         slot = self.slots[name]
         data = torch.empty(slot.size, dtype=torch.uint8)
         view, done = _bytes(data), 0
         while done < slot.size:
             got = os.preadv(self._descriptor(slot.file), [view[done:]], slot.start + done)
             if got == 0:
-                raise IntegrityError(f"{slot.file} ended inside {name!r} while it was read")
+                raise IntegrityError(
+                    f"{slot.file} ended within {name!r}: it was truncated while being read"
+                )
             done += got
         return data.view(slot.dtype).view(slot.shape)
 
@@ -179,9 +185,9 @@ class TensorDirectory:
 
 
 def renamed(template: TensorDirectory, rename: Callable[[str], str]) -> TensorDirectory:
-    """The layout of `template` with other names of the tensors, to be written by `LikeWriter`.
+    """The layout of `template` with other names of the tensors, for `LikeWriter` to write.
 
-    Nothing can be read from it: the files that it describes are not there yet.
+    It cannot be read, because the files that it describes do not exist yet.
     """
     layout = object.__new__(TensorDirectory)
     layout.directory, layout.slots, layout.headers = template.directory, {}, {}
@@ -207,10 +213,10 @@ def renamed(template: TensorDirectory, rename: Callable[[str], str]) -> TensorDi
 
 
 class LikeWriter:
-    """Writes the safetensors files of `template` anew: same names, shards, headers and dtypes.
+    """Writes safetensors files like those of `template`: same names, shards, headers and dtypes.
 
-    Tensors may come in any order, each exactly once. On leaving the context without an error,
-    IntegrityError if one is missing; files are on stable storage then.
+    Tensors may come in any order, each exactly once. Leaving the context without an error raises
+    IntegrityError if one is missing, and flushes the files to stable storage.
     """
 
     def __init__(self, template: TensorDirectory, directory: Path) -> None:
@@ -234,7 +240,7 @@ class LikeWriter:
         """Write one tensor, cast to the template's dtype."""
         slot = self._template.slots.get(name)
         if slot is None or name in self._written:
-            state = "has no place in the template" if slot is None else "was written already"
+            state = "is not in the template" if slot is None else "was written already"
             raise IntegrityError(f"{self._directory}: {name!r} {state}")
         if tuple(value.shape) != slot.shape:
             raise IntegrityError(

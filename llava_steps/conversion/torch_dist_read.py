@@ -1,7 +1,7 @@
-"""Reading a torch_dist checkpoint, one tensor at a time, without the power to run code.
+"""Reads a torch_dist checkpoint, one tensor at a time, without executing code from it.
 
-torch defines `.metadata` as a pickle. Only the few classes that describe tensors are known here, so
-that a checkpoint of unknown origin can at worst be refused.
+torch defines `.metadata` as a pickle. Only the few classes that describe tensors are allowed here:
+a checkpoint of unknown origin can at worst be refused.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ CLASSES = {
     },
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
 }
-"""All that the `.metadata` of torch and of megatron-core refer to, beside dtypes."""
+"""All that the `.metadata` of torch and of megatron-core refer to, besides dtypes."""
 
 
 def _enum_member(kind: Any, name: str) -> Any:
-    """getattr, for members of enums alone."""
+    """getattr, for members of enums only."""
     if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        raise pickle.UnpicklingError(f"{name!r} of {kind!r} has no business in a checkpoint")
+        raise pickle.UnpicklingError(f"{name!r} of {kind!r} is not allowed in a checkpoint")
     return kind[name]
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows CLASSES and nothing else."""
+    """Loads CLASSES and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -77,20 +77,20 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return _enum_member  # how Python 3.11.0 to 3.11.3 pickle members of enums
         if name not in CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no business in a checkpoint")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
         return super().find_class(module, name)
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The metadata in `path`; whatever pickle raises when it is damaged or refers to more."""
+    """The metadata in `path`; raises what pickle raises if it is damaged or refers to more."""
     metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
     if not isinstance(metadata, Metadata):
-        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}, not Metadata")
     return metadata
 
 
 class _OneTensor(LoadPlanner):
-    """Receives what the reader finds for one target."""
+    """Receives the values of one target from the reader."""
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
@@ -129,9 +129,9 @@ class Reader:
         self.directory = Path(directory)
         if not (self.directory / "metadata.json").is_file():
             raise InputError(
-                f"{self.directory} is no Megatron checkpoint: metadata.json is missing"
+                f"{self.directory} is not a Megatron checkpoint: metadata.json is missing"
             )
-        # Damaged bytes make json, pickle and torch raise whatever comes first.
+        # Damaged bytes make json, pickle and torch raise many kinds of errors.
         try:
             form = json.loads((self.directory / "metadata.json").read_bytes())
             backend = form["sharded_backend"]
@@ -181,6 +181,7 @@ class Reader:
             raise IntegrityError(f"{self.directory}: {name!r} cannot be read: {error!r}") from error
         if planner.values != target.numel():
             raise IntegrityError(
-                f"{self.directory}: {planner.values} of {target.numel()} values of {name!r} found"
+                f"{self.directory}: {planner.values} of {target.numel()} values of {name!r} exist; "
+                "restore the checkpoint"
             )
         return target if layer is None else target[0]

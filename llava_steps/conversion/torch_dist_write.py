@@ -1,8 +1,8 @@
 """torch_dist checkpoints (megatron-core's format) without a model, without process groups.
 
-`write` plans a checkpoint from names and shapes and asks for each tensor when the writer has come
-to it; `Reader` (dcp_read.py) gives back one tensor, or one layer of a stacked tensor, at a time,
-whatever layout the checkpoint was saved from. Memory stays at a few tensors.
+`write` plans a checkpoint from names and shapes and requests each tensor when the writer needs it.
+`Reader` (torch_dist_read.py) reads one tensor, or one layer of a stacked tensor, at a time, from
+any layout. Memory stays at a few tensors.
 """
 
 from __future__ import annotations
@@ -76,16 +76,18 @@ class _StreamPlanner(DefaultSavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = super().create_global_plan(all_plans)
-        # torch looks for overlaps always, for holes only when there are several ranks.
+        # torch always checks for overlaps, but for holes only if there are several ranks.
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
-            found = sum(chunk.sizes.numel() for chunk in stored.chunks)
-            if found != stored.size.numel():
-                raise ValueError(f"{found} of {stored.size.numel()} values of {name!r} are planned")
+            planned = sum(chunk.sizes.numel() for chunk in stored.chunks)
+            if planned != stored.size.numel():
+                raise ValueError(
+                    f"{planned} of {stored.size.numel()} values of {name!r} are planned"
+                )
         return plans, metadata
 
     def chunk(self, item: WriteItem) -> Chunk:
-        """What an item of the plan stands for."""
+        """The chunk of an item of the plan."""
         assert item.index.offset is not None
         return self._chunks[(item.index.fqn, tuple(item.index.offset))]
 
@@ -114,9 +116,9 @@ def _write_item(chunk: Chunk) -> WriteItem:
 
 
 class _PlainWriter(FileSystemWriter):
-    """Writes one file for each rank that has chunks, and lets a tensor go once it is written.
+    """Writes one file for each rank that has chunks, and frees a tensor once it is written.
 
-    The metadata depends on the content alone, not on the path or a random id.
+    The metadata depends only on the content, not on the path or a random id.
     """
 
     def storage_meta(self) -> StorageMeta:
@@ -135,7 +137,7 @@ class _PlainWriter(FileSystemWriter):
                 stream = streams[name]
                 start = stream.tell()
                 value = planner.resolve_data(item)
-                torch.save(_alone(value), stream)
+                torch.save(_own_storage(value), stream)
                 del value
                 size = stream.tell() - start
                 results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
@@ -147,8 +149,8 @@ class _PlainWriter(FileSystemWriter):
         return future
 
 
-def _alone(value: Tensor) -> Tensor:
-    """The tensor on CPU with no more storage than its own: torch.save writes whole storages."""
+def _own_storage(value: Tensor) -> Tensor:
+    """The tensor on CPU in a storage of its size, because torch.save writes whole storages."""
     value = value.detach().cpu()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
@@ -162,7 +164,7 @@ def write(
     """Write a torch_dist checkpoint of `chunks` into `directory`, which must not hold one.
 
     `resolve(chunk)` is called once per chunk, in their order, and returns a tensor of the chunk's
-    dtype and number of values. With `collective` every rank of the world brings chunks of its own,
+    dtype and number of values. With `collective` every rank of the world has its own chunks,
     which together must cover each tensor exactly once. Equal input gives equal bytes.
 
     Raises on every rank what the first failing rank raised (a step error of `resolve`, OSError when
@@ -179,7 +181,7 @@ def write(
         save({}, storage_writer=writer, planner=planner, no_dist=not collective)
     except CheckpointException as error:  # no subclass of Exception
         cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, ValueError):  # torch's word for holes and overlaps
+        if isinstance(cause, ValueError):  # torch raises it for holes and overlaps
             cause = IntegrityError(f"{directory}: {cause}")
         raise cause from error
     if first:

@@ -11,7 +11,7 @@ def tower_config(geometry: Geometry) -> object:
     """The configuration that `AutoModel.from_config` builds the tower from."""
     from transformers import CONFIG_MAPPING
 
-    # Dropout has no place in a pipeline of reproducible steps; towers ship with 0 anyway.
+    # Reproducible steps use no dropout; towers ship with 0 anyway.
     settings = {**geometry.vision_config, "attention_dropout": 0.0}
     settings.pop("model_type")
     return CONFIG_MAPPING[geometry.vision_family](**settings)

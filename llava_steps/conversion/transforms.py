@@ -1,8 +1,8 @@
 """Pure tensor functions between Hugging Face weights and megatron-core's fused ones.
 
 Each transform is exact in both directions: it only moves values, never computes with them. Each
-takes its number of parts and no other (ValueError): a row of the mapping table with the wrong
-transform must not pass.
+accepts only its number of parts (ValueError), to detect rows of the mapping table with the wrong
+transform.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llava_steps.geometry.geometry import Geometry
 
 @dataclass(frozen=True)
 class Transform:
-    """`fuse` makes the one Megatron tensor of several HF ones; `split` undoes it exactly."""
+    """`fuse` makes one Megatron tensor from several HF ones; `split` is its exact inverse."""
 
     fuse: Callable[[Sequence[Tensor], Geometry], Tensor]
     split: Callable[[Tensor, Geometry], tuple[Tensor, ...]]

@@ -1,10 +1,10 @@
-"""What a model and a training step cost: parameters and floating-point operations. No torch.
+"""The costs of a model and a training step: parameters and floating-point operations. No torch.
 
-Everything follows from the `Geometry`, what is trained, and counts of tokens and images; training's
-metrics, the plan and the benchmarks all ask here. Operations are those of matrix products, one
-multiplication and one addition each; norms, activations, softmax and look-ups are left out, as in
-Kaplan et al. 2020 (arXiv:2001.08361, table 1) and Chowdhery et al. 2022 (arXiv:2204.02311,
-appendix B). Nothing is credited for computing activations a second time.
+Everything follows from the `Geometry`, the trained parts, and counts of tokens and images. The
+metrics of training, the plan and the benchmarks all use this module. Operations are those of matrix
+products, one multiplication and one addition each; norms, activations, softmax and look-ups are
+left out, as in Kaplan et al. 2020 (arXiv:2001.08361, table 1) and Chowdhery et al. 2022
+(arXiv:2204.02311, appendix B). Recomputing activations does not count.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Trained:
 
     @classmethod
     def by(cls, stage: Stage) -> Trained:
-        """What a stage trains."""
+        """The trained parts of a stage."""
         return cls(
             not stage.freeze_vision,
             not stage.freeze_projector,
@@ -60,7 +60,7 @@ class Trained:
 @dataclass(frozen=True)
 class Parameters(Sum):
     """Numbers of parameters. `vision_read` is the part of the tower that training runs, embeddings
-    included; `vision_rest` what lies behind the hidden state that is read.
+    included; `vision_rest` the part after the hidden state that is read.
     """
 
     vision_read: int
@@ -107,7 +107,7 @@ def trained_parameters(geometry: Geometry, trained: Trained) -> Parameters:
 
 @dataclass(frozen=True)
 class Work:
-    """What goes through the model, padding left out: counts, which add up over batches and ranks.
+    """Counts of the model's input, without padding; they add up over batches and ranks.
 
     tokens: positions of samples, image tokens included. supervised: those with a label. images:
     pictures. squares: sum over the samples of length in tokens, squared.
@@ -137,8 +137,8 @@ class Work:
 class Flops(Sum):
     """Floating-point operations, forward and backward together, by part of the model.
 
-    `layers` are the products with the weights of the decoder layers; `attention` is what grows with
-    the square of the length.
+    `layers` are the products with the weights of the decoder layers; `attention` grows with the
+    square of the length.
     """
 
     vision: int
@@ -153,19 +153,19 @@ def flops(
 ) -> Flops:
     """The model's operations for `work`, forward and backward.
 
-    Per weight of a matrix and position: 2 forward, 2 more where gradients pass on to what lies
-    before, 2 more where the weight itself is trained; hence 6 in a trained language model, 4 in a
-    frozen one in front of which something is trained, 2 in a frozen tower. Attention looks at half
-    of the square of a sample (causal; as FlashAttention counts, arXiv:2307.08691, section 4.1), at
-    all of it in the tower; its backward pass is twice the forward one. Vision layers behind the
-    hidden state that is read are never run.
+    Per weight of a matrix and position: 2 forward, 2 more if gradients pass on to earlier parts, 2
+    more if the weight itself is trained; hence 6 in a trained language model, 4 in a frozen one
+    after a trained part, 2 in a frozen tower. Attention covers half of the square of a sample
+    (causal; as FlashAttention counts, arXiv:2307.08691, section 4.1), all of it in the tower; its
+    backward pass is twice the forward one. Vision layers after the hidden state that is read never
+    run.
 
     Args:
         geometry: the model.
         trained: its trained parts.
         work: counts of what is computed, over the global batch or one rank's share of it.
-        head: positions that the output layer is counted for: those with a label, which is what
-            training computes, or all tokens, which is what most published figures count.
+        head: positions to count for the output layer: those with a label, as training computes
+            them, or all tokens, as most published figures do.
     """
     g, lm = geometry, trained.language_model
     before = trained.vision or trained.projector
@@ -177,7 +177,7 @@ def flops(
     through = 2 + 2 * passes + 2 * lm
     return Flops(
         vision=vision * (2 + 4 * trained.vision)
-        # Nobody asks for the gradient of the pixels.
+        # The gradient of the pixels is not needed.
         + first * (2 + 2 * trained.vision)
         + tower_attention * (3 if trained.vision else 1),
         projector=positions

@@ -1,7 +1,7 @@
 """The supported text and vision architectures, one row each. No torch.
 
-A text family's row says where its biases stand in config.json, what it adds to a Llama block, which
-settings it must not use, and the defaults transformers fills in for keys that an older config.json
+A text family's row gives the config.json keys of its biases, what it adds to a Llama block,
+settings that it must not use, and the defaults of transformers for keys that an older config.json
 leaves out (a test compares them with the installed transformers).
 """
 
@@ -16,9 +16,9 @@ from llava_steps.core.errors import InputError
 
 @dataclass(frozen=True)
 class TextFamily:
-    """What sets one text architecture apart. Bias fields: a constant, or the config key to read.
+    """The properties of one text architecture. Bias fields: a constant, or the config key to read.
 
-    `window`: when `sliding_window` is in force: never, always, or by `use_sliding_window` and the
+    `window`: when `sliding_window` applies: never, always, or by `use_sliding_window` and the
     layer's type.
     """
 
@@ -115,7 +115,7 @@ _VISION_BASE: dict[str, Any] = {
 VISION_FAMILIES: dict[str, VisionFamily] = {
     "clip_vision_model": VisionFamily(1, {**_VISION_BASE, "patch_size": 32}),
     # SigLIP and the SigLIP2 checkpoints of fixed resolution; those of variable resolution (NaFlex,
-    # siglip2_vision_model) take other inputs than pixels and have no place in a LLaVA model.
+    # siglip2_vision_model) take other inputs than pixels and do not fit a LLaVA model.
     "siglip_vision_model": VisionFamily(
         0, {**_VISION_BASE, "patch_size": 16, "vision_use_head": True}
     ),
@@ -125,7 +125,7 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
 def refuse_window(family: str, row: TextFamily, text: Mapping[str, Any]) -> None:
     """InputError if `text` (defaults filled in) has a sliding window that a sequence can outgrow.
 
-    A window of max_position_embeddings or more hides nothing.
+    A window of max_position_embeddings or more has no effect.
     """
     if row.window == "never":
         return

@@ -1,10 +1,10 @@
-"""Everything structural about a LLaVA model, read from its config.json alone. No torch.
+"""The structure of a LLaVA model, read only from its config.json. No torch.
 
 `Geometry.from_hf` is the only reader of Hugging Face configurations: the parallel model, the
-mapping table, the encoder and the planner all ask the `Geometry`. What is not supported is refused
-by name, with the list of what is; nothing structural is guessed or silently ignored.
+mapping table, the encoder and the planner all use the `Geometry`. Unsupported values are errors
+that list the supported ones; nothing structural is guessed or silently ignored.
 
-The families themselves are rows of tables in families.py.
+The families are rows of tables in families.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A LLaVA model's structure. Sizes are counts of elements; tokens_per_image is per picture."""
+    """A LLaVA model's structure. Sizes are counts of elements; tokens_per_image is per image."""
 
     family: str
     layers: int
@@ -84,12 +84,12 @@ class Geometry:
 
     @classmethod
     def load(cls, directory: str | Path) -> Geometry:
-        """The geometry of `<directory>/config.json`; InputError when it cannot be used."""
+        """The geometry of `<directory>/config.json`; InputError if it cannot be used."""
         path = Path(directory) / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise InputError(f"{path} is missing: not a Hugging Face model directory") from error
+            raise InputError(f"{path} is missing; give a Hugging Face model directory") from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
         try:
@@ -191,7 +191,7 @@ def _vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, A
 
 
 def _rope(text: Mapping[str, Any]) -> Rope:
-    """transformers 5 keeps rope_parameters; before, rope_theta and rope_scaling stood apart."""
+    """transformers 5 has rope_parameters; older versions have rope_theta and rope_scaling."""
     given = text.get("rope_parameters")
     parameters = dict(text.get("rope_scaling") or {}) if given is None else dict(given)
     if given is None and "type" in parameters:
@@ -199,7 +199,7 @@ def _rope(text: Mapping[str, Any]) -> Rope:
     kind = parameters.setdefault("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise InputError(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    # A theta beside the parameters wins only when the parameters have none (the older layout).
+    # A theta beside the parameters applies only if the parameters have none (older layout).
     parameters.setdefault("rope_theta", text.get("rope_theta", 10000.0))
     partial = parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):

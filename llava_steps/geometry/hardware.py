@@ -1,4 +1,4 @@
-"""What a GPU can do at most: by the name that its driver gives it, and by name for a plan."""
+"""Peak figures of GPUs: by the name that the driver reports, and by name for a plan."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BF16_TFLOPS = {
     "L40S": 362.0,
 }
 """Dense bf16 matrix products in 10^12 operations a second, as NVIDIA's data sheets say. The first
-name that the GPU's own contains counts."""
+name that the GPU's name contains applies."""
 
 
 def peak_tflops(name: str, precision: str) -> float:
-    """Peak of a GPU, 0 where none is known: other GPUs, and fp32, for which we set no TF32."""
+    """Peak of a GPU, 0 if unknown: other GPUs, and fp32, which does not use TF32 here."""
     if precision != "bf16":
         return 0.0
     return next((peak for known, peak in BF16_TFLOPS.items() if known in name), 0.0)
@@ -26,7 +26,7 @@ def peak_tflops(name: str, precision: str) -> float:
 
 GIB = 2**30
 SET_ASIDE = 0.08
-"""Share of a GPU's memory that a plan leaves to the CUDA context, communication and fragments."""
+"""Share of a GPU's memory reserved for the CUDA context, communication and fragmentation."""
 
 
 @dataclass(frozen=True)

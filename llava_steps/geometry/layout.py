@@ -1,8 +1,8 @@
-"""Whether and how a model can be cut into tensor and pipeline parallel parts; asked before a start.
+"""Whether and how a model can be split into tensor and pipeline parallel parts.
 
-The pipeline is cut into pp x vp chunks of whole decoder layers, in the order of the model: chunk c
-is held by pipeline rank c % pp. The first chunk has the vision tower and the embeddings beside its
-layers, the last one the head.
+The pipeline is split into pp x vp chunks of whole decoder layers, in the order of the model: chunk
+c is held by pipeline rank c % pp. The first chunk has the vision tower and the embeddings beside
+its layers, the last one the head.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Split = Sequence[int] | Literal["even"]
 
 
 def check_layout(geometry: Geometry, tp: int, pp: int, vp: int = 1, split: Split = "even") -> None:
-    """ConfigError, with the fix, unless the language model can be cut into these parts."""
+    """ConfigError, with the fix, unless the language model can be split into these parts."""
     divisible = {
         "vocab_size": geometry.vocab,
         "num_attention_heads": geometry.heads,
@@ -52,11 +52,11 @@ def check_layout(geometry: Geometry, tp: int, pp: int, vp: int = 1, split: Split
 
 
 FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128}
-"""Recipe -> what the sizes of a matrix are multiples of, as Transformer Engine wants them."""
+"""Recipe -> the sizes of a matrix must be multiples of this for Transformer Engine."""
 
 
 def check_fp8(geometry: Geometry, tp: int, recipe: str) -> None:
-    """ConfigError, with the fix, unless FP8 products take the linears of a decoder layer."""
+    """ConfigError, with the fix, unless the linears of a decoder layer support FP8."""
     multiple = FP8_MULTIPLES[recipe]
     parts = {
         "hidden_size": geometry.hidden,
@@ -77,26 +77,26 @@ def check_fp8(geometry: Geometry, tp: int, recipe: str) -> None:
 
 
 LABELS = 128
-"""Compiled heads see a multiple of this."""
+"""Compiled heads compute a multiple of this."""
 
 
 def filled(labels: int) -> int:
-    """Positions that a compiled head sees of a row with so many labels; never none."""
+    """Positions that a compiled head computes for a row with so many labels; never 0."""
     return max(-(-labels // LABELS), 1) * LABELS
 
 
 def even_split(layers: int, chunks: int) -> tuple[int, ...]:
-    """Layers of each chunk; where they cannot be equal the later ones take one less, for the last
-    one has the head to carry.
+    """Layers of each chunk; if they cannot be equal the later ones take one less, because the last
+    one also has the head.
     """
     return tuple((layers + chunks - 1 - number) // chunks for number in range(chunks))
 
 
 def pipeline_split(geometry: Geometry, stage: Stage) -> tuple[int, ...]:
-    """Layers of each chunk as `stage` asks for them.
+    """Layers of each chunk as configured in `stage`.
 
-    `auto` keeps the greatest amount of arithmetic of a chunk as small as whole layers allow.
-    ConfigError, with the fix, when the model cannot be cut so.
+    `auto` minimises the largest number of operations of a chunk.
+    ConfigError, with the fix, if the model cannot be split like that.
     """
     pp, vp = stage.pipeline_model_parallel, stage.virtual_pipeline
     chosen: tuple[int, ...] | None = None
@@ -112,7 +112,7 @@ def pipeline_split(geometry: Geometry, stage: Stage) -> tuple[int, ...]:
     extra[0] += first
     extra[-1] += last
     split = [1] * (pp * vp)
-    # Layers cost the same everywhere, so giving each to where it hurts least is optimal.
+    # All layers cost the same, so adding each to the cheapest chunk is optimal.
     for _ in range(geometry.layers - pp * vp):
         loads = [extra[chunk] + (count + 1) * layer for chunk, count in enumerate(split)]
         split[loads.index(min(loads))] += 1
@@ -120,9 +120,9 @@ def pipeline_split(geometry: Geometry, stage: Stage) -> tuple[int, ...]:
 
 
 def costs(geometry: Geometry, stage: Stage) -> tuple[float, float, float]:
-    """Operations of one row: (a decoder layer, tower and projector, head), to be compared.
+    """Operations of one row: (a decoder layer, tower and projector, head), for comparison.
 
-    A row is taken to be half image tokens and half text of which half is supervised.
+    Assumes a row of half image tokens and half text, half of which is supervised.
     """
     tokens = (stage.pack_length if stage.packing else 0) or stage.seq_length
     images = -(-tokens // (2 * geometry.tokens_per_image))

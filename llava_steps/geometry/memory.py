@@ -1,9 +1,9 @@
 """Memory of one training process by part, predicted from shapes and layout. No torch.
 
-What is kept is what each kind of layer keeps for its backward pass: plain ones of the `local`
-spec, or those over the kernels of model/kernels.py (compiled, or with Transformer Engine's
+Activations are those that each kind of layer keeps for its backward pass: plain layers of the
+`local` spec, or those with the kernels of model/kernels.py (compiled, or with Transformer Engine's
 linears). Sizes are bytes. Temporary tensors of single kernels, the CUDA context and the buffers of
-communication libraries are not in it; `geometry/hardware.py` sets a share of a GPU aside for them.
+communication libraries are not included; `geometry/hardware.py` reserves a share of a GPU for them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training is laid out and computed. `cuda`: with the kernels of a GPU."""
+    """Layout and compute options of a training. `cuda`: with the kernels of a GPU."""
 
     tp: int = 1
     pp: int = 1
@@ -35,9 +35,9 @@ class Layout:
     precision: Literal["fp32", "bf16"] = "bf16"
     cuda: bool = True
     kernels: bool = False
-    """Layers over model/kernels.py."""
+    """Layers with the kernels of model/kernels.py."""
     compiled: bool = False
-    """Layers and head compiled; or the head alone, with Transformer Engine's linears."""
+    """Layers and head compiled; or only the head, with Transformer Engine's linears."""
     fp8: bool = False
     """Products of the layers in FP8."""
     engine: bool = False
@@ -45,7 +45,7 @@ class Layout:
 
     @classmethod
     def by(cls, geometry: Geometry, stage: Stage, cuda: bool = True) -> Layout:
-        """The layout of a stage; ConfigError when the model cannot be cut so."""
+        """The layout of a stage; ConfigError if the model cannot be split like that."""
         compiled = stage.compiles(cuda)
         return cls(
             stage.tensor_model_parallel,
@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Memory(Sum):
-    """Bytes of one process. `logits` is what the head and the loss keep."""
+    """Bytes of one process. `logits` are the activations of the head and the loss."""
 
     weights: int
     gradients: int
@@ -89,12 +89,12 @@ class Memory(Sum):
 def memory(
     geometry: Geometry, trained: Trained, layout: Layout, row: Row, microbatches: int = 1
 ) -> Memory:
-    """Of the process that needs most: the largest sum over the pipeline stages."""
+    """Of the process that needs most: the maximum over the pipeline stages."""
     each = (
         of_stage(geometry, trained, layout, row, microbatches, number)
         for number in range(layout.pp)
     )
-    return max(each, key=lambda found: found.total)
+    return max(each, key=lambda memory: memory.total)
 
 
 def of_stage(
@@ -118,7 +118,7 @@ def of_stage(
     norm, logits = _head(g, trained, layout, row) if last else (0, 0)
     if first:
         kept += -(-flying // layout.vp) * _front(g, trained, layout, row)
-    # A layer is computed again once what the head kept is gone: the two are never there together.
+    # A layer is recomputed after the head has freed its activations: never both at a time.
     kept += norm + max(0, once - norm - logits)
     # The distributed optimizer: fp32 masters (in fp32 the weights themselves) and two moments.
     states = 12 if layout.precision == "bf16" else 8
@@ -136,7 +136,7 @@ def _bytes(layout: Layout) -> int:
 
 
 def stage_layers(g: Geometry, layout: Layout, number: int) -> int:
-    """Decoder layers of pipeline stage `number`, in all of its chunks."""
+    """Decoder layers of pipeline stage `number`, in all its chunks."""
     split = layout.split or even_split(g.layers, layout.pp * layout.vp)
     return sum(split[number :: layout.pp])
 
@@ -182,12 +182,12 @@ def _layers(
     layers = stage_layers(g, layout, number)
     if layout.kernels:
         return _over_kernels(g, layout, row, lm, layers, number == layout.pp - 1)
-    # The output of a norm is kept by the product behind it.
+    # The output of a norm is kept by the product after it.
     norm = _norm(g, trained, layout, row) + lm * wide * g.hidden * b
     if layout.cuda or row.samples > 1:
         attention = dense * ((2 * q + 2 * kv) * b + heads * 4)
         if not layout.cuda:
-            attention += lm * row.tokens * q * b  # the output once more, back in its row
+            attention += lm * row.tokens * q * b  # the output again, back in its row
     else:
         # Values are a view of the fused projection, which therefore stays as a whole.
         attention = dense * ((3 * q + 3 * kv) * b + heads * 4)
@@ -209,14 +209,14 @@ def _layers(
 def _over_kernels(
     g: Geometry, layout: Layout, row: Row, lm: bool, layers: int, last: bool
 ) -> tuple[int, int]:
-    """As `_layers`; in the last layer of a compiled model only the row's labels go on."""
+    """Like `_layers`; the last layer of a compiled model keeps only positions with labels."""
     b, tp = _bytes(layout), layout.tp
-    # What a product keeps of its input.
+    # Bytes of its input that a product keeps.
     kept = lm * (1 if layout.fp8 else b)
     q, kv, ffn = q_width(g) // tp, kv_width(g) // tp, g.ffn // tp
     scattered = tp if layout.sequence_parallel else 1
     wide = row.tokens // scattered
-    # A norm's input and one number a position; its output is kept by the product behind it.
+    # A norm's input and one number a position; its output is kept by the product after it.
     norm = g.hidden * (b + kept) + 4
     # The fused projection, rotated queries and keys, the result and its normalisation.
     attention = row.tokens * ((3 * q + 3 * kv) * b + g.heads // tp * 4)
@@ -227,11 +227,11 @@ def _over_kernels(
     if layout.recompute == "full":
         given = wide * g.hidden * b
         return layers * given + tables, whole - given
-    found = layers * whole + tables
+    total = layers * whole + tables
     if last and layout.compiled:
-        found -= (row.tokens - filled(row.supervised)) * (norm + mlp)
-        found += filled(row.supervised) * q * kept
-    return found, 0
+        total -= (row.tokens - filled(row.supervised)) * (norm + mlp)
+        total += filled(row.supervised) * q * kept
+    return total, 0
 
 
 def _front(g: Geometry, trained: Trained, layout: Layout, row: Row) -> int:
@@ -239,7 +239,7 @@ def _front(g: Geometry, trained: Trained, layout: Layout, row: Row) -> int:
     b, positions = _bytes(layout), row.images * g.tokens_per_image
     kept = trained.language_model * row.tokens * 8
     if trained.vision or trained.projector:
-        # linear_1's input, the activation's, linear_2's, and the features with their places.
+        # linear_1's input, the activation's, linear_2's, and the features with their positions.
         kept += positions * (
             trained.projector * (g.vision_hidden + g.hidden) * b + 2 * g.hidden * b + 8
         )
@@ -259,10 +259,10 @@ def _head(g: Geometry, trained: Trained, layout: Layout, row: Row) -> tuple[int,
     rows = row.supervised
     selected = lm * g.hidden * b + 8 + 1 + 8
     if layout.compiled:
-        # The logits once, and on a GPU their gradient for a moment; the final norm sees no more.
+        # The logits once, and on a GPU their gradient briefly; the final norm sees no more.
         size, rows = b * (2 if layout.cuda else 1), filled(rows)
         return rows * (g.hidden * b + 4), rows * (g.vocab * size + selected)
-    # Softmax in fp32; on a GPU in bf16 the logits themselves are there beside it for a moment.
+    # Softmax in fp32; on a GPU in bf16 the logits exist beside it briefly.
     passing = 2 if layout.cuda and layout.precision == "bf16" else 0
     head = rows * (g.vocab // layout.tp * (4 + passing) + selected)
     return _norm(g, trained, layout, row), head

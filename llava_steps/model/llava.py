@@ -2,7 +2,7 @@
 
 One microbatch is one packed row, tokens [1, T] (see attention.Packed). Image tokens are already
 expanded in the row; the projected features replace their embeddings, in order. Every pipeline stage
-knows all shapes from the row alone.
+knows all shapes from the row.
 """
 
 from __future__ import annotations

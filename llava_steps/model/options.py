@@ -60,7 +60,7 @@ class ModelOptions:
 
 
 def transformer_config(geometry: Geometry, options: ModelOptions) -> TransformerConfig:
-    """megatron-core's configuration from the geometry alone. No dropout, no fusion, no init."""
+    """megatron-core's configuration from the geometry. No dropout, no fusion, no init."""
     chunks = options.pp * options.vp
     check_layout(geometry, options.tp, options.pp, options.vp, options.split or "even")
     if options.sequence_parallel and options.tp == 1:

@@ -312,7 +312,7 @@ def test_a_weight_without_a_place_is_an_error(tmp_path: Path, tower: Path, text:
     other = copy(text, tmp_path / "text")
     found = load_file(other / "model.safetensors") | {"model.layers.0.adapter": torch.ones(2)}
     save_file(found, other / "model.safetensors", {"format": "pt"})
-    refuse(IntegrityError, "without a place.*adapter", tower, other)
+    refuse(IntegrityError, "not part of the model.*adapter", tower, other)
 
 
 def test_tokenizer_template_and_image_processor_are_needed(
@@ -325,7 +325,7 @@ def test_tokenizer_template_and_image_processor_are_needed(
     (bare / "preprocessor_config.json").unlink()
     refuse(InputError, "preprocessor_config.json", bare, text)
     wrong = make_tower(tmp_path / "wrong", crop=SIDE + 8)
-    refuse(ConfigError, r"makes images of \(3, 32, 32\).*wants \(3, 24, 24\)", wrong, text)
+    refuse(ConfigError, r"makes images of \(3, 32, 32\).*takes \(3, 24, 24\)", wrong, text)
     refuse(InputError, "vision_feature_layer -9", tower, text, vision_feature_layer=-9)
 
 

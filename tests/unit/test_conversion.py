@@ -432,7 +432,7 @@ def test_the_export_takes_each_tensor_once_and_in_its_shape(place: Path) -> None
         for values, message in (
             ([(name, torch.ones(47))], r"has shape \[47\]"),
             ([(name, torch.ones(48))] * 2, "was written already"),
-            ([("more", torch.ones(48))], "has no place"),
+            ([("more", torch.ones(48))], "is not in the template"),
             ([(name, torch.ones(48))], "was never written"),
         ):
             with (

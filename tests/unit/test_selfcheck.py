@@ -62,7 +62,7 @@ def test_exchanged_norms_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = tuple(swapped.get(row, row) for row in ROWS)
     monkeypatch.setattr(convert, "entries", lambda g, tower: entries(g, tower, rows))
     hf, weights = converted("qwen3", tmp_path)
-    with pytest.raises(IntegrityError, match="do not hold the same model"):
+    with pytest.raises(IntegrityError, match="are not the same model"):
         check(hf, weights)
 
 

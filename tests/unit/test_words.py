@@ -1,0 +1,179 @@
+"""Texts and names use the words of the field; modules stay short enough to read."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+ROOMS_LEFT = (
+    "llava_steps/commands",
+    "llava_steps/data",
+    "llava_steps/launch",
+    "llava_steps/pipeline",
+    "llava_steps/settings",
+    "llava_steps/store",
+    "llava_steps/training",
+    "workflow",
+    "docs",
+    "README.md",
+    "config/README.md",
+)
+"""Files and directories whose words are still to be revised; this list only gets shorter."""
+
+PHRASES = {
+    r"told|tells": "is reported, reports, shows, lists",
+    r"(?:goes|go|went) on(?: with| from)?": "continues, resumes",
+    r"stands? above|goes before it": "overrides, takes precedence",
+    r"(?:is|are) there already": "is up to date, exists",
+    r"there is none": "is missing, not found",
+    r"behind (?:it|them|the (?:attention|colon|fork|images|last|lines|product))": "after",
+    r"(?<!let\s)(?<!-)alone": "only",
+    r"nobody|no one|none of them": "name the thing that does not do it",
+    r"(?<!there\s)(?:is|are) no (?:a|an|checkpoint|configuration|dataset|directory|file|folder"
+    r"|image|JSON|list|LLaVA|Megatron|model|number|part|result|section|step|tar|whole)": "is not a",
+    r"mend(?:s|ed|ing)?": "fix",
+    r"whoever": "the caller, the user",
+    r"as asked|by hand of": "as configured",
+    r"looks at|(?:is|are|was|were|be) looked at|looking at": "reads, validates, inspects",
+    r"of (?:its|their|our|your) own": "separate, its own",
+}
+"""Regular expression (a space is any white space) -> what to say instead."""
+
+NAMES = frozenset(
+    ("ahead", "found", "place", "places", "sums", "surroundings", "tell", "tells", "told")
+)
+"""Names of variables, arguments, functions and classes that do not say what they hold or do."""
+
+KEPT_NAMES = {("llava_steps/checks/finding.py", "found")}
+"""Keys of an output format."""
+
+LONGEST = 400
+LONGER = {"llava_steps/launch/rendezvous.py": 404, "llava_steps/store/run.py": 469}
+"""Modules that are being split, with their present number of lines, which must not grow."""
+
+
+def finder(phrase: str) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{phrase})\b".replace(" ", r"\s+"), flags=re.IGNORECASE)
+
+
+FINDERS = {finder(phrase): instead for phrase, instead in PHRASES.items()}
+
+
+def text_files() -> list[str]:
+    """Every file with words for people, relative to the repository."""
+    paths = [*ROOT.glob("llava_steps/**/*.py"), *ROOT.glob("llava_steps/**/*.j2")]
+    paths += [path for path in ROOT.glob("workflow/**/*") if path.suffix in (".py", ".smk", ".rst")]
+    paths += [ROOT / "workflow/Snakefile", *ROOT.glob("docs/**/*.md")]
+    paths += [ROOT / "README.md", ROOT / "config/README.md"]
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+
+def revised(files: list[str]) -> list[str]:
+    """The files that are not in ROOMS_LEFT."""
+    return [file for file in files if not any(Path(file).is_relative_to(r) for r in ROOMS_LEFT)]
+
+
+def python_texts(source: str) -> Iterator[tuple[int, str]]:
+    """(first line, text) of string literals, f-strings with gaps, and comments."""
+    tree = ast.parse(source)
+    inside = {id(part) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for part in n.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+            yield node.lineno, "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and id(node) not in inside:
+            yield node.lineno, node.value if isinstance(node.value, str) else ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def prose(source: str) -> str:
+    """Markdown, a template or a rule file without its code."""
+    blank = re.compile(r"```.*?```|`[^`\n]*`|\{%.*?%\}|\{\{.*?\}\}|<[^>\n]*>", flags=re.DOTALL)
+    return blank.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), source)
+
+
+def texts(file: str) -> Iterator[tuple[int, str]]:
+    source = (ROOT / file).read_text(encoding="utf-8")
+    yield from python_texts(source) if file.endswith(".py") else [(1, prose(source))]
+
+
+def bound_names(source: str) -> Iterator[tuple[int, str]]:
+    """(line, name) of every variable, argument, function and class that the source defines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+
+
+def listed_phrases(files: list[str]) -> list[str]:
+    return [
+        f"{file}:{line + text[: match.start()].count(chr(10))}: {match[0]!r}; say: {instead}"
+        for file in files
+        for line, text in texts(file)
+        for pattern, instead in FINDERS.items()
+        for match in pattern.finditer(text)
+    ]
+
+
+def listed_names(files: list[str]) -> list[str]:
+    return [
+        f"{file}:{line}: {name}"
+        for file in files
+        if file.endswith(".py")
+        for line, name in bound_names((ROOT / file).read_text(encoding="utf-8"))
+        if name.strip("_") in NAMES and (file, name) not in KEPT_NAMES
+    ]
+
+
+def test_texts_use_the_words_of_the_field() -> None:
+    assert listed_phrases(revised(text_files())) == []
+
+
+def test_names_say_what_they_hold() -> None:
+    assert listed_names(revised(text_files())) == []
+
+
+def test_modules_are_short_enough_to_read() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in ROOT.glob("llava_steps/**/*.py")
+    }
+    too_long = {file: n for file, n in lengths.items() if n > LONGER.get(file, LONGEST)}
+    assert too_long == {}, "split these modules"
+    assert all(lengths.get(file, 0) > LONGEST for file in LONGER), "LONGER lists a short module"
+
+
+def test_rooms_left_exist() -> None:
+    assert [room for room in ROOMS_LEFT if not (ROOT / room).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "listed"),
+    [
+        ("The user is told so.", True),
+        ("It is no\nfile.", True),
+        ("it goes on from there", True),
+        ("padding is a sample of its own", True),
+        ("by the name alone", True),
+        ("a file that a crash left behind", False),
+        ("there is no file yet", False),
+        ("a share is no larger than the whole", False),
+        ("recommended amendments", False),
+        ("stand-alone, let alone used", False),
+    ],
+)
+def test_phrases_are_matched_precisely(text: str, listed: bool) -> None:
+    assert any(pattern.search(text) for pattern in FINDERS) == listed
