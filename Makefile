@@ -45,7 +45,7 @@ check: ## style, types, import layers, workflow format, documentation site
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 	$(BIN)/snakefmt --check workflow
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 docs: ## the documentation as a site in site/; broken links and unlisted pages fail
 	@.ci/environment test
