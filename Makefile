@@ -140,7 +140,7 @@ format: ## put code into the style that `make check` wants
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt workflow
 
-describe: ## renew config.schema.json and the tables of config/README.md from the settings classes
+describe: ## renew config.schema.json and the tables of the pages from the settings classes
 	@.ci/environment
 	$(BIN)/python -m llava_steps.pipeline.describe
 
