@@ -22,7 +22,8 @@ from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.dataset import Audit
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 if TYPE_CHECKING:
     from llava_steps.data.loader.audit import Example

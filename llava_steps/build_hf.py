@@ -18,7 +18,8 @@ from typing import Any
 
 from llava_steps.core.errors import InputError
 from llava_steps.settings.conversion import HfModel
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 

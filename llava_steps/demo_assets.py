@@ -17,7 +17,8 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.settings.demo_assets import DemoAssets
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 
 def run(ctx: Context, cfg: DemoAssets) -> Mapping[str, Any]:

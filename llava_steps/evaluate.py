@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.settings.evaluation import Evaluation
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 if TYPE_CHECKING:
     from llava_steps.evaluation.ask import Model, Question

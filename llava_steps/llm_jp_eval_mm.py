@@ -22,7 +22,8 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.evaluation import eval_mm_driver, harness
 from llava_steps.evaluation.harness import Score
 from llava_steps.settings.evaluation import LlmJpEvalMm
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 SECTION = "llm_jp_eval_mm"
 PACKAGE = harness.PACKAGES[SECTION]

@@ -25,7 +25,8 @@ from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.evaluation import harness
 from llava_steps.evaluation.harness import Score
 from llava_steps.settings.evaluation import LmmsEval
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 SECTION = "lmms_eval"
 PACKAGE = harness.PACKAGES[SECTION]

@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 
 from llava_steps.settings.conversion import HfExport
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 
 def run(ctx: Context, cfg: HfExport) -> dict[str, object]:

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_steps.settings.dataset import EnergonDataset
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 
 def run(ctx: Context, cfg: EnergonDataset) -> Mapping[str, Any]:

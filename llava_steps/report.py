@@ -16,7 +16,8 @@ from typing import Any
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.settings.report import Report
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 PAGE = "report.html"
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.errors import InputError
 from llava_steps.settings.dataset import TarShards
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 if TYPE_CHECKING:
     from llava_steps.data.shards import writer

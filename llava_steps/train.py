@@ -20,7 +20,8 @@ from llava_steps.core.errors import ConfigError, DivergedError
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import commit
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 if TYPE_CHECKING:
     # Runs in the workers; imported here so that its code is part of this step's code version.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker
 
-STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What asks a training to stop."""
+from llava_steps.core import stop_signals
 
 
 def start(preload: Sequence[str]) -> None:
@@ -25,8 +23,5 @@ def start(preload: Sequence[str]) -> None:
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     resource_tracker.ensure_running()  # starting it would unblock them again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
-    try:
+    with stop_signals.held_back():
         forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

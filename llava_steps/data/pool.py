@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import TypeVar
 
+from llava_steps.core import stop_signals
 from llava_steps.core.errors import StepError
 from llava_steps.data import fork_server
 
@@ -60,7 +60,7 @@ def _begin() -> None:
 
     Its pipes alone would keep it waiting.
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, fork_server.STOP)
+    stop_signals.listen()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

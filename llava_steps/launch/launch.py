@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from llava_steps.core.errors import BY_CODE, StepError
+from llava_steps.core.stop_signals import handled_by, held_back
 from llava_steps.launch.job import Failure, Job
 from llava_steps.launch.rendezvous import (
     LISTENING,
@@ -30,7 +31,6 @@ from llava_steps.launch.rendezvous import (
     Place,
     interface_environment,
 )
-from llava_steps.launch.stop import SIGNALS, held_back
 from llava_steps.launch.watchdog import BEATS, Watch
 from llava_steps.settings.stage.stage import Stage
 
@@ -53,7 +53,8 @@ def launch(job: Job, party: Party | None = None) -> None:
     if place.count == 1:
         Failure.forget(job.work)
     path = job.write(place.index)
-    with _scratch(job.work, place.index) as scratch, _Forward() as forward:
+    forward = _Forward()
+    with _scratch(job.work, place.index) as scratch, handled_by(forward.pass_on):
         # A worker that does not listen yet finds a stop waiting for it, instead of dying of it.
         with held_back():
             workers = [
@@ -208,7 +209,7 @@ def _error(work: Path, codes: list[int], party: Party) -> StepError:
 
 
 class _Forward:
-    """While it lasts, signals that ask for a stop go to the workers instead of ending us."""
+    """Passes signals that ask for a stop on to the workers, instead of ending this process."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -221,16 +222,9 @@ class _Forward:
             worker.send_signal(signal.SIGTERM)
         return worker
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         self.asked = True
         for worker in self._workers:
             if worker.poll() is None:
                 worker.send_signal(signal.SIGTERM)
-
-    def __enter__(self) -> _Forward:
-        self._before = {s: signal.signal(s, self._pass_on) for s in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -5,25 +5,13 @@ Imports nothing heavy: a worker listens from its first moment on, before torch i
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-@contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """While it lasts these signals wait; for processes started meanwhile until they listen."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+from llava_steps.core.stop_signals import STOP_SIGNALS, listen
 
 
 def age(pid: int) -> float:
@@ -42,10 +30,9 @@ class StopRequest:
         self._start = time.monotonic()
         self._limit = math.inf
         self._aside = 0.0
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._request)
-        # What was held back since this process was started comes now.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        listen()
 
     def _request(self, number: int, frame: object) -> None:
         self.signalled = True

@@ -14,7 +14,7 @@ from llava_steps.pipeline.rules import Rule
 from llava_steps.settings import cli
 from llava_steps.settings.config import Config
 from llava_steps.settings.fields import StepConfig
-from llava_steps.store import run, store
+from llava_steps.store import identity, store
 from llava_steps.store.commit import committed
 from llava_steps.store.digest import Digests
 
@@ -78,7 +78,7 @@ def _state(
         return State(rule.name, "after", why, lost=lost), None
     try:
         recorded = shown["inputs"] if shown else {}
-        found = run.identify(step, rule.module, settings, digests, image, recorded)
+        found = identity.identify(step, rule.module, settings, digests, image, recorded)
         entry = root / found.name / found.fingerprint
         manifest = store.read_manifest(entry)
         if manifest is None:
@@ -174,7 +174,7 @@ def _pinned(
     return rule.settings.model_copy(update=pinned), named
 
 
-def _difference(shown: Mapping[str, Any] | None, found: run.Identity) -> str:
+def _difference(shown: Mapping[str, Any] | None, found: identity.Identity) -> str:
     """Why the value that the run shows is not the one that is asked for."""
     if shown is None:
         return "not computed with these settings and inputs yet"

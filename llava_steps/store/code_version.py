@@ -30,8 +30,10 @@ NOT_COMPUTING = frozenset(
         "geometry.memory",
         "store.code_version",
         "store.digest",
+        "store.identity",
         "store.lease",
         "store.run",
+        "store.step",
         "store.store",
     )
 )

@@ -17,13 +17,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from llava_steps.core import filesystem
+from llava_steps.core import filesystem, stop_signals
 from llava_steps.core.errors import (
     ConfigError,
     InputError,
@@ -31,81 +30,17 @@ from llava_steps.core.errors import (
     StoppedError,
     environment_error,
 )
-from llava_steps.core.log import Progress, ignore_known_warnings, logger
+from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.settings import cli
-from llava_steps.settings.fields import StepConfig, may_be_empty
 from llava_steps.store import container, store
-from llava_steps.store.code_version import code_version
 from llava_steps.store.digest import Digests
+from llava_steps.store.identity import changed_input, identify, values
 from llava_steps.store.lease import Lease
+from llava_steps.store.step import C, Context, Step
 from llava_steps.store.store import Input
 
-C = TypeVar("C", bound=StepConfig)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FORCE_REQUEST = ".force"
 """File in the published directory that asks the next run of the step to recompute its value."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a step's `run` gets besides its settings."""
-
-    entry: Path
-    """Store entry: the payload goes here; empty but for `work`, unless the step resumes."""
-    inputs: Mapping[str, Input]
-    """Resolved inputs by field name; fields that were left empty are absent."""
-    log: logging.Logger
-    work: Path
-    """Bookkeeping directory of the attempts; not part of the payload."""
-    fingerprint: str = ""
-    until_sealed: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """Entered here: left once the value is sealed, or with the error that prevented it."""
-    again: bool = False
-    """Whether a value that is sealed already is to be computed again."""
-
-    def progress(self, what: str, total: int, done: int = 0) -> Progress:
-        """A progress bar or, without a terminal, progress lines."""
-        return Progress(self.log, what, total, done)
-
-
-@dataclass(frozen=True)
-class Step(Generic[C]):
-    """A step of the pipeline: a pure function of its settings and inputs to a directory."""
-
-    name: str | Callable[[C], str]
-    config: type[C]
-    run: Callable[[Context, C], Mapping[str, Any]]
-    """Writes the payload and returns metrics for the manifest."""
-    doc: str | None = None
-    resumes: bool = False
-    """Whether `run` continues from the payload that an earlier attempt left."""
-    result_flags: tuple[str, ...] = ("--save-dir",)
-    """Names of the flag for the directory that shows the result."""
-    volatile: tuple[str, ...] = ()
-    """Glob patterns of payload files that differ between equal runs (timings)."""
-    resolve: Mapping[str, Callable[[str, bool], Path]] = field(default_factory=dict)
-    """For a source field: from the given text (a hub id, say) to a local path; False as the second
-    argument forbids to fetch it."""
-    parts: Mapping[str, Callable[[Path, C], tuple[Path, Iterable[Path]]]] = field(
-        default_factory=dict
-    )
-    """For a source field outside the store: (root, files) that its content consists of."""
-    members: Mapping[str, Callable[[Path], Sequence[Path]]] = field(default_factory=dict)
-    """For a source field that may be a file: what the file names, whose content counts as well."""
-    idle: Callable[[C], Collection[str]] = lambda config: ()
-    """Value fields that decide nothing with these settings: not part of the fingerprint."""
-    whole: Callable[[C], C | None] = lambda config: None
-    """For settings that make a share of a value, those of the whole one: once it is sealed, a share
-    that was not begun is not computed, and the whole is shown in its place."""
-    published: Callable[[C], None] = lambda config: None
-    """Called after the value was published, whether it was computed or found."""
-    follows: Callable[[C], bool] = lambda config: False
-    """Whether this process only takes part in a computation that another one leads: it calls `run`
-    without a lease and leaves sealing and publishing to the lead."""
-
-    def named(self, config: C) -> str:
-        """The name of the step with these settings: its directory in the store."""
-        return self.name if isinstance(self.name, str) else self.name(config)
 
 
 def main(step: Step[C], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -124,7 +59,7 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
         given = vars(parser(step, module).parse_args(list(arguments)))
         if given["sif_path"]:
             container.enter(given["sif_path"], module, arguments, _named_paths(step, given))
-        with _stoppable():
+        with stop_signals.handled_by(_stop):
             _evaluate(step, module, cli.settings(step.config, given), given, log)
     except Exception as error:
         known = error if isinstance(error, StepError) else environment_error(error)
@@ -145,19 +80,9 @@ def _named_paths(step: Step[C], given: Mapping[str, Any]) -> list[Path]:
     return [given["save_dir"], given["store"], *inputs]
 
 
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """While it lasts, SIGTERM, SIGINT and SIGUSR1 end the step in order, with exit code 75."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise StoppedError(f"stopped by {signal.Signals(number).name}; run me again to go on")
-
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End the step in order, with exit code 75."""
+    raise StoppedError(f"stopped by {signal.Signals(number).name}; run me again to go on")
 
 
 class _ResultDirectory(argparse.Action):
@@ -230,7 +155,7 @@ def _evaluate(
     whole = step.whole(config)
     if whole is not None and not (forced or entry.exists()):
         contents = {key: item.digest for key, item in inputs.items()}
-        found = store.fingerprint(name, _values(step, whole), contents, code, image)
+        found = store.fingerprint(name, values(step, whole), contents, code, image)
         if (root / name / found / store.MANIFEST).exists():
             store.publish(root / name / found, out)
             log.info("%s %s, the whole, is there already; no share of it is needed", name, found)
@@ -282,7 +207,12 @@ def _evaluate(
             "attempts": attempt,
             "wall_s": round(time.monotonic() - start, 3),
         }
-        _still_the_same(step, config, inputs, known, entry)
+        if changed := changed_input(step, config, inputs, known):
+            # What was read from both versions is of no use to the next attempt either.
+            clear(entry)
+            raise InputError(
+                f"{changed} changed while the step read it; nothing was kept, run again"
+            )
         store.seal(entry, description, step.volatile, known.file)
         known.save()
         store.publish(entry, out)
@@ -301,64 +231,6 @@ def _not_in_place_of_an_input(step: Step[C], config: C, out: Path) -> None:
                 f"--save-dir {out} would take the place of {cli.flag_name(key, info)} {text}, "
                 "which the same command needs to go on; choose another directory"
             )
-
-
-def _image(given: Mapping[str, Any], digests: Digests) -> str:
-    """Digest of the image this runs in, as the workflow names it too."""
-    stated: str = given["image"]
-    if not given["sif_path"]:
-        return stated
-    found = "sha256:" + digests.file(given["sif_path"])
-    if stated and stated != found:
-        raise ConfigError(f"--image {stated}: --sif-path {given['sif_path']} has {found}")
-    return found
-
-
-class Identity(NamedTuple):
-    """What a computation is known by."""
-
-    name: str
-    settings: dict[str, Any]
-    inputs: dict[str, Input]
-    code: str
-    fingerprint: str
-
-
-def identify(
-    step: Step[C],
-    module: str,
-    config: C,
-    digests: Digests,
-    image: str = "",
-    recorded: Mapping[str, Mapping[str, str]] | None = None,
-) -> Identity:
-    """The name of a computation; every input that is a result is compared with its manifest.
-
-    With `recorded`, the inputs that the shown value was made from, this only plans: a file of the
-    user that is gone since counts as unchanged, and so does what a hub id named; nothing is fetched
-    and the bytes of results are taken to be what their manifests say. The step itself reads them
-    before it uses them.
-
-    Raises:
-        InputError, ConfigError: an input is missing or was not given.
-        IntegrityError: an input disagrees with its manifest.
-    """
-    inputs = _inputs(step, config, digests, recorded)
-    name = step.named(config)
-    slice_ = _values(step, config)
-    code = code_version(module)
-    contents = {key: item.digest for key, item in inputs.items()}
-    return Identity(
-        name, slice_, inputs, code, store.fingerprint(name, slice_, contents, code, image)
-    )
-
-
-def _values(step: Step[C], config: C) -> dict[str, Any]:
-    """The settings that are part of the fingerprint by value."""
-    fields, idle = step.config.model_fields, step.idle(config)
-    return {
-        k: getattr(config, k) for k in fields if cli.role(fields[k]) == "value" and k not in idle
-    }
 
 
 def _follow(
@@ -400,78 +272,12 @@ def _take_aside(entry: Path, out: Path, force: bool) -> None:
     (out / FORCE_REQUEST).unlink(missing_ok=True)
 
 
-def _inputs(
-    step: Step[C],
-    config: C,
-    digests: Digests,
-    recorded: Mapping[str, Mapping[str, str]] | None = None,
-) -> dict[str, Input]:
-    """Every input that is given, compared with its manifest and pinned to its sealed entry."""
-    found: dict[str, Input] = {}
-    for key, info in step.config.model_fields.items():
-        if cli.role(info) != "source":
-            continue
-        text: str = getattr(config, key)
-        if not text:
-            if may_be_empty(info):
-                continue
-            raise ConfigError(f"{cli.flag_name(key, info)} is needed: {info.description}")
-        named = key in step.resolve and not Path(text).exists()
-        if recorded is not None and not Path(text).exists():
-            known = digests.of_name(text) if named else None
-            if recorded.get(key, {}).get("path") == text:
-                known = known or recorded[key]["digest"]
-            if known is not None:
-                found[key] = Input(Path(text), known, shown=text)
-                continue
-        path = step.resolve[key](text, recorded is None) if key in step.resolve else Path(text)
-        if not path.exists():
-            raise InputError(f"{cli.flag_name(key, info)}: {path} does not exist")
-        artefact = store.artefact_of(path)
-        if artefact is not None:
-            directory, manifest = artefact
-            entry = store.entry_of(directory, manifest)
-            store.check(entry, manifest, digests.file if recorded is None else None)
-            inside = path.relative_to(directory).as_posix()
-            digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
-            found[key] = Input(entry / inside, digest, manifest, entry, text)
-        else:
-            digest = _digest(step, config, key, path, digests)
-            if named:
-                digests.keep_name(text, digest)
-            found[key] = Input(path, digest, shown=text)
-    digests.save()
+def _image(given: Mapping[str, Any], digests: Digests) -> str:
+    """Digest of the image this runs in, as the workflow names it too."""
+    stated: str = given["image"]
+    if not given["sif_path"]:
+        return stated
+    found = "sha256:" + digests.file(given["sif_path"])
+    if stated and stated != found:
+        raise ConfigError(f"--image {stated}: --sif-path {given['sif_path']} has {found}")
     return found
-
-
-def _digest(step: Step[C], config: C, key: str, path: Path, digests: Digests) -> str:
-    if key in step.parts:
-        return digests.files(*step.parts[key](path, config))
-    if key in step.members and path.is_file():
-        named = [_member_digest(member, digests) for member in step.members[key](path)]
-        return filesystem.sha256_json([digests.file(path), named])
-    return digests.path(path)
-
-
-def _member_digest(path: Path, digests: Digests) -> str:
-    artefact = store.artefact_of(path)
-    if artefact is None or artefact[0] != path:
-        return digests.path(path)
-    directory, manifest = artefact
-    store.check(store.entry_of(directory, manifest), manifest, digests.file)
-    return str(manifest["content"])
-
-
-def _still_the_same(
-    step: Step[C], config: C, inputs: Mapping[str, Input], digests: Digests, entry: Path
-) -> None:
-    """Compare the inputs once more, before a value made from them is sealed under their name."""
-    for key, item in inputs.items():
-        if item.entry is not None and item.manifest is not None:
-            store.check(item.entry, item.manifest, digests.file)
-        elif _digest(step, config, key, item.path, digests) != item.digest:
-            # What was read from both versions must not be found by the next attempt either.
-            clear(entry)
-            raise InputError(
-                f"{item.path} changed while the step read it; nothing was kept, run again"
-            )

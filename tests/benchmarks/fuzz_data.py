@@ -37,7 +37,7 @@ from PIL import Image
 from llava_steps import prepare_energon, shard_tars
 from llava_steps.core.errors import StepError
 from llava_steps.settings.dataset import EnergonDataset, TarShards
-from llava_steps.store.run import Context
+from llava_steps.store.step import Context
 from llava_steps.store.store import Input
 
 SECONDS = 2.0

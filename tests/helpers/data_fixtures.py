@@ -169,7 +169,8 @@ def train_loader(
 
 def fake_context(entry: Path, **inputs: Path) -> Any:
     """A `Context` without store and lease, of a step that does not resume."""
-    from llava_steps.store.run import Context, clear
+    from llava_steps.store.run import clear
+    from llava_steps.store.step import Context
     from llava_steps.store.store import Input
 
     log = logging.getLogger("test")

@@ -21,7 +21,8 @@ import os, time
 from pathlib import Path
 from llava_steps.settings.fields import StepConfig, quiet, source, value
 from llava_steps.core.errors import InputError
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 class Settings(StepConfig):
     data: str = source("", "what is copied")

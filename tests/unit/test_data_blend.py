@@ -250,7 +250,7 @@ def test_the_state_of_another_blend_is_refused(root: Path, hf_dir: Path) -> None
 def test_the_content_of_a_blend_is_its_file_and_its_datasets(root: Path, tmp_path: Path) -> None:
     """Inputs of a step: another sample anywhere is another input, another place is not."""
     from llava_steps.store.digest import Digests
-    from llava_steps.store.run import _digest
+    from llava_steps.store.identity import _digest
     from llava_steps.train import STEP
 
     def digest(base: Path) -> str:

@@ -23,9 +23,10 @@ from llava_steps.core.errors import (
     StoppedError,
     environment_error,
 )
+from llava_steps.core.stop_signals import STOP_SIGNALS
 from llava_steps.launch import launch as launching
 from llava_steps.launch.job import Job
-from llava_steps.launch.stop import SIGNALS, StopRequest, age
+from llava_steps.launch.stop import StopRequest, age
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.training.lr_schedule import learning_rate
 from llava_steps.training.metrics import Lines
@@ -329,7 +330,7 @@ while not (job.work / "sent").exists():
 """
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("late", ["", LATE], ids=["listening", "not yet"])
 def test_a_stop_signal_reaches_the_workers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: str, number: signal.Signals

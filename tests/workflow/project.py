@@ -58,7 +58,8 @@ STEP = '''
 """Stub."""
 from llava_steps import stub
 from llava_steps.settings.{settings} import {config}
-from llava_steps.store.run import Context, Step, main
+from llava_steps.store.run import main
+from llava_steps.store.step import Context, Step
 
 def run(ctx: Context, cfg: {config}):
     return stub.work(ctx, cfg)

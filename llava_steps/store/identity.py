@@ -1,0 +1,142 @@
+"""What a computation is known by: its settings, its inputs' contents, its code and its image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_steps.core import filesystem
+from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.settings import cli
+from llava_steps.settings.fields import may_be_empty
+from llava_steps.store import store
+from llava_steps.store.code_version import code_version
+from llava_steps.store.digest import Digests
+from llava_steps.store.step import C, Step
+from llava_steps.store.store import Input
+
+
+class Identity(NamedTuple):
+    """What a computation is known by."""
+
+    name: str
+    settings: dict[str, Any]
+    inputs: dict[str, Input]
+    code: str
+    fingerprint: str
+
+
+def identify(
+    step: Step[C],
+    module: str,
+    config: C,
+    digests: Digests,
+    image: str = "",
+    recorded: Mapping[str, Mapping[str, str]] | None = None,
+) -> Identity:
+    """The name of a computation; every input that is a result is compared with its manifest.
+
+    With `recorded`, the inputs that the shown value was made from, this only plans: a file of the
+    user that is gone since counts as unchanged, and so does what a hub id named; nothing is fetched
+    and the bytes of results are taken to be what their manifests say. The step itself reads them
+    before it uses them.
+
+    Raises:
+        InputError, ConfigError: an input is missing or was not given.
+        IntegrityError: an input disagrees with its manifest.
+    """
+    inputs = _inputs(step, config, digests, recorded)
+    name = step.named(config)
+    slice_ = values(step, config)
+    code = code_version(module)
+    contents = {key: item.digest for key, item in inputs.items()}
+    return Identity(
+        name, slice_, inputs, code, store.fingerprint(name, slice_, contents, code, image)
+    )
+
+
+def values(step: Step[C], config: C) -> dict[str, Any]:
+    """The settings that are part of the fingerprint by value."""
+    fields, idle = step.config.model_fields, step.idle(config)
+    return {
+        k: getattr(config, k) for k in fields if cli.role(fields[k]) == "value" and k not in idle
+    }
+
+
+def _inputs(
+    step: Step[C],
+    config: C,
+    digests: Digests,
+    recorded: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Input]:
+    """Every input that is given, compared with its manifest and pinned to its sealed entry."""
+    found: dict[str, Input] = {}
+    for key, info in step.config.model_fields.items():
+        if cli.role(info) != "source":
+            continue
+        text: str = getattr(config, key)
+        if not text:
+            if may_be_empty(info):
+                continue
+            raise ConfigError(f"{cli.flag_name(key, info)} is needed: {info.description}")
+        named = key in step.resolve and not Path(text).exists()
+        if recorded is not None and not Path(text).exists():
+            known = digests.of_name(text) if named else None
+            if recorded.get(key, {}).get("path") == text:
+                known = known or recorded[key]["digest"]
+            if known is not None:
+                found[key] = Input(Path(text), known, shown=text)
+                continue
+        path = step.resolve[key](text, recorded is None) if key in step.resolve else Path(text)
+        if not path.exists():
+            raise InputError(f"{cli.flag_name(key, info)}: {path} does not exist")
+        artefact = store.artefact_of(path)
+        if artefact is not None:
+            directory, manifest = artefact
+            entry = store.entry_of(directory, manifest)
+            store.check(entry, manifest, digests.file if recorded is None else None)
+            inside = path.relative_to(directory).as_posix()
+            digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
+            found[key] = Input(entry / inside, digest, manifest, entry, text)
+        else:
+            digest = _digest(step, config, key, path, digests)
+            if named:
+                digests.keep_name(text, digest)
+            found[key] = Input(path, digest, shown=text)
+    digests.save()
+    return found
+
+
+def _digest(step: Step[C], config: C, key: str, path: Path, digests: Digests) -> str:
+    if key in step.parts:
+        return digests.files(*step.parts[key](path, config))
+    if key in step.members and path.is_file():
+        named = [_member_digest(member, digests) for member in step.members[key](path)]
+        return filesystem.sha256_json([digests.file(path), named])
+    return digests.path(path)
+
+
+def _member_digest(path: Path, digests: Digests) -> str:
+    artefact = store.artefact_of(path)
+    if artefact is None or artefact[0] != path:
+        return digests.path(path)
+    directory, manifest = artefact
+    store.check(store.entry_of(directory, manifest), manifest, digests.file)
+    return str(manifest["content"])
+
+
+def changed_input(
+    step: Step[C], config: C, inputs: Mapping[str, Input], digests: Digests
+) -> Path | None:
+    """The first file of the user that is not what it was when `inputs` were read, if any.
+
+    Raises:
+        IntegrityError: an input from the store disagrees with its manifest.
+    """
+    for key, item in inputs.items():
+        if item.entry is not None and item.manifest is not None:
+            store.check(item.entry, item.manifest, digests.file)
+        elif _digest(step, config, key, item.path, digests) != item.digest:
+            return item.path
+    return None
