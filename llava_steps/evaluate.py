@@ -107,14 +107,14 @@ def _scores(
 
 def prompted(questions: Sequence[Question], prompts: Sequence[str], images: int) -> list[Question]:
     """Every prompt about each of the first `images` single images, without their conversation."""
-    from llava_steps.data.samples.sample import PLACEHOLDER
+    from llava_steps.data.samples.sample import images_first
 
     shown = dict.fromkeys(q.images for q in questions if len(q.images) == 1)
     return [
         replace(
             questions[0],
             id=f"prompt {number} image {position}",
-            turns=({"role": "user", "content": f"{PLACEHOLDER}\n{prompt}"},),
+            turns=({"role": "user", "content": images_first(prompt, 1)},),
             images=image,
             reference="",
             answers=(),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llava_steps.checks.finding import Finding
 from llava_steps.core import filesystem
+from llava_steps.core.format import size
 
 CLOCK = 30.0
 """Seconds that the clocks of this machine and of the file server may differ."""
@@ -75,9 +76,7 @@ def free_space(name: str, directory: Path, needed: int | None) -> Finding:
     """Whether `needed` bytes (None: unknown) are free in `directory`."""
     free = shutil.disk_usage(directory).free
     if needed is None:
-        return Finding(
-            "note", name, f"{free / 1e9:.1f} GB free; how much a run needs is not known yet"
-        )
-    message = f"{free / 1e9:.1f} GB free, a run needs about {needed / 1e9:.1f}"
+        return Finding("note", name, f"{size(free)} free; how much a run needs is not known yet")
+    message = f"{size(free)} free, a run needs about {size(needed)}"
     fix = "Free some space, or name another directory in the configuration"
     return Finding("ok", name, message) if free > needed else Finding("fail", name, message, fix)

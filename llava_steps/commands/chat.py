@@ -104,7 +104,7 @@ def as_question(images: Sequence[Path], question: str) -> Question:
         if not os.path.isfile(path):  # Path.is_file raises for a text too long for a name
             raise InputError(f"{path} is no file; the question is the last word, in quotes")
     from llava_steps.data.samples.decode import check_image
-    from llava_steps.data.samples.sample import PLACEHOLDER, SampleError
+    from llava_steps.data.samples.sample import PLACEHOLDER, SampleError, images_first
     from llava_steps.evaluation.ask import Question
 
     if PLACEHOLDER in question:
@@ -117,11 +117,10 @@ def as_question(images: Sequence[Path], question: str) -> Question:
             check_image(path.read_bytes())
         except SampleError as error:
             raise InputError(f"{path}: {error}") from error
-    content = f"{PLACEHOLDER}\n" * len(images) + question
     return Question(
         id="",
         group="",
-        turns=({"role": "user", "content": content},),
+        turns=({"role": "user", "content": images_first(question, len(images))},),
         images=tuple(path.read_bytes() for path in images),
         reference="",
     )

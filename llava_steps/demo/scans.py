@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llava_steps.core.apportion import largest_remainder
 from llava_steps.core.errors import ConfigError
 
 DIGITS = range(10)
@@ -41,12 +43,8 @@ def split(digits: NDArray[np.int64], heldout: int, seed: int) -> tuple[list[int]
         raise ConfigError(
             f"demo_assets.heldout_scans is {heldout}; choose {len(DIGITS)} to {total - len(DIGITS)}"
         )
-    # Largest remainder: the shares add up to `heldout` exactly.
-    counts = np.array([int((digits == digit).sum()) for digit in DIGITS])
-    exact = counts * heldout / total
-    shares = np.floor(exact).astype(int)
-    for digit in np.argsort(shares - exact, kind="stable")[: heldout - int(shares.sum())]:
-        shares[digit] += 1
+    counts = [Fraction(int((digits == digit).sum())) for digit in DIGITS]
+    shares = largest_remainder(counts, heldout)
     rng = np.random.default_rng(seed)
     held: set[int] = set()
     for digit in DIGITS:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llava_steps.data.samples.encoded import IGNORED
 from llava_steps.demo import questions as ask
 from llava_steps.demo.schedule import adamw, seeded
 
@@ -165,7 +166,7 @@ def pretrain_llama(
         for batch in _batches(rows, tokenizer.pad_token_id, steps):
             ids, real = batch
             logits = model(input_ids=ids, attention_mask=real.long()).logits[:, :-1]
-            wanted = ids[:, 1:].masked_fill(~real[:, 1:], -100)
+            wanted = ids[:, 1:].masked_fill(~real[:, 1:], IGNORED)
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

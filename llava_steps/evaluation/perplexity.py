@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.samples.conversation import IGNORE, ConversationEncoder
+from llava_steps.data.samples.conversation import ConversationEncoder
+from llava_steps.data.samples.encoded import IGNORED
 from llava_steps.data.samples.sample import SampleError, Turn
 from llava_steps.evaluation.ask import Model, Question
 
@@ -52,11 +53,11 @@ def _encode(encoder: ConversationEncoder, question: Question) -> tuple[torch.Ten
     except SampleError as error:
         raise InputError(f"sample {question.id}: {error}") from error
     labels = encoded.shifted_labels.clone()
-    silent = (labels == IGNORE).nonzero().flatten()
-    last = int((labels != IGNORE).nonzero().max())
+    silent = (labels == IGNORED).nonzero().flatten()
+    last = int((labels != IGNORED).nonzero().max())
     before = silent[silent < last]
     if len(before):
-        labels[: int(before.max()) + 1] = IGNORE
+        labels[: int(before.max()) + 1] = IGNORED
     return encoded.tokens, labels
 
 
@@ -70,7 +71,7 @@ def _batch(
     network: Any = model.network
     pad = torch.nn.utils.rnn.pad_sequence
     tokens = pad([row[0] for row in rows], batch_first=True, padding_value=pad_id)
-    labels = pad([row[1] for row in rows], batch_first=True, padding_value=IGNORE)
+    labels = pad([row[1] for row in rows], batch_first=True, padding_value=IGNORED)
     lengths = torch.tensor([len(row[0]) for row in rows])
     mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
     images = {} if pixels is None else {"pixel_values": pixels.to(model.device, network.dtype)}
@@ -81,7 +82,7 @@ def _batch(
         # Logits at the references only: at all positions they would not fit for large models.
         surprises = []
         for state, label in zip(hidden, labels.to(model.device), strict=True):
-            wanted = label != IGNORE
+            wanted = label != IGNORED
             logits = network.lm_head(state[wanted]).float()
             total = cross_entropy(logits, label[wanted], reduction="sum")
             surprises.append((float(total), int(wanted.sum())))

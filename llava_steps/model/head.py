@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
+from llava_steps.data.samples.encoded import IGNORED
 from llava_steps.geometry.layout import filled
 from llava_steps.model.attention import upload
-
-IGNORED = -100
 
 
 class Targets(NamedTuple):

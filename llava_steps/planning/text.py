@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llava_steps.core.format import amount, estimate, memory
 from llava_steps.geometry.costs import parameters
 from llava_steps.geometry.hardware import GIB, SET_ASIDE, Gpu
 from llava_steps.pipeline.outlook import State
@@ -36,7 +37,7 @@ def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]
     """A paragraph for a stage."""
     s, m = plan.stage, plan.memory
     dp, tp, pp = s.data_parallel, s.tensor_model_parallel, s.pipeline_model_parallel
-    parts = ", ".join(f"{name} {size(number)}" for name, number in m.parts().items())
+    parts = ", ".join(f"{name} {memory(number)}" for name, number in m.parts().items())
     lines = [
         f"Stage {s.stage}: {plan.trained_parameters:,} of {plan.parameters:,} parameters trained",
         f"  {s.train_steps:,} steps of {s.global_batch_size} samples: {plan.samples:,} samples, "
@@ -44,7 +45,7 @@ def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]
         f"  {s.world_size} processes: tp {tp}, pp {pp}, dp {dp}; "
         f"{microbatches_per_step(s)} microbatches of at most {plan.row.tokens:,} tokens; "
         f"{s.precision}, recompute {s.recompute}",
-        f"  memory per process: {size(m.total)} ({parts})",
+        f"  memory per process: {memory(m.total)} ({parts})",
         f"  {plan.operations.total:.3g} operations per step, "
         f"{plan.operations.total * s.train_steps:.3g} in all",
     ]
@@ -54,8 +55,8 @@ def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]
         lines += [
             f"  on {s.world_size} {gpu.name}: "
             + ("fits" if plan.fits(gpu) else "does not fit")
-            + f" ({size(m.total)} of {size(room)} usable); "
-            f"{duration(hours)}, {hours * s.world_size:.3g} GPU-hours at {efficiency:.0%} of the "
+            + f" ({memory(m.total)} of {memory(room)} usable); "
+            f"{estimate(hours)}, {hours * s.world_size:.3g} GPU-hours at {efficiency:.0%} of the "
             f"peak" + (f" and {bubble(s):.0%} pipeline bubble" if pp > 1 else "")
         ]
     return lines
@@ -67,29 +68,6 @@ def search_text(stage: Any, ranked: Sequence[tuple[float, StagePlan]], count: in
     for seconds, plan in ranked[:count]:
         settings = ", ".join(f"{k}: {v}" for k, v in changes(stage, plan.stage).items())
         lines.append(
-            f"  {seconds:>16.3g}  {size(plan.memory.total):<10}  {settings or 'as configured'}"
+            f"  {seconds:>16.3g}  {memory(plan.memory.total):<10}  {settings or 'as configured'}"
         )
     return lines
-
-
-def size(number: float) -> str:
-    """Bytes as text."""
-    for unit, factor in (("GiB", GIB), ("MiB", 2**20)):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return f"{number / 1024:.1f} KiB"
-
-
-def amount(number: float) -> str:
-    """A count as text."""
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.0f}"
-
-
-def duration(hours: float) -> str:
-    """A time as text."""
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from llava_steps.core.format import duration, size
 from llava_steps.reporting.charts import count
 from llava_steps.reporting.picture import picture
 
@@ -52,26 +52,6 @@ def words(name: str) -> str:
     """An identifier as words: stage1_checkpoint is `stage 1 checkpoint`."""
     spaced = re.sub(r"^(after_)?stage(\d)", r"\1stage \2", name)
     return spaced.replace("_", " ").replace("hf ", "HF ").replace("megatron", "Megatron")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 48 s, 6 min 43 s or 3 h 20 min."""
-    whole = math.ceil(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(number: float) -> str:
-    """Bytes as kB, MB, GB or TB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
 
 
 def percent(share: float) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_steps.data.loader.batch import MicroBatch, pad, round_up
 from llava_steps.data.loader.validation_set import ValidationSet
-from llava_steps.data.samples.conversation import IGNORE
+from llava_steps.data.samples.encoded import IGNORED
 from llava_steps.launch.job import Job
 from llava_steps.training import forward
 from llava_steps.training.share import loader_spec
@@ -57,11 +57,11 @@ class Answers:
         assert self._data is not None
         encoder = self._data.encoder
         labels = row.labels[0].tolist()
-        start = next(i for i, label in enumerate(labels) if label != IGNORE)
+        start = next(i for i, label in enumerate(labels) if label != IGNORED)
         prompt = row.tokens[0, : start + 1].tolist()
         reference = []
         for label in labels[start:]:
-            if label == IGNORE or label in encoder.end_ids:
+            if label == IGNORED or label in encoder.end_ids:
                 break
             reference.append(label)
         images = prompt.count(encoder.image_token_id) // encoder.tokens_per_image
@@ -89,7 +89,7 @@ class Answers:
         length = len(tokens)
         row = MicroBatch(
             tokens=torch.tensor([tokens]),
-            labels=torch.tensor([[*[IGNORE] * (length - 1), 0]]),
+            labels=torch.tensor([[*[IGNORED] * (length - 1), 0]]),
             position_ids=torch.arange(length)[None],
             cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
             max_seqlen=length,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_steps.data.loader.batch import MicroBatch
-from llava_steps.data.samples.conversation import IGNORE
+from llava_steps.data.samples.encoded import IGNORED
 from llava_steps.model.attention import upload
 
 
@@ -58,7 +58,7 @@ def by_dataset(losses: Tensor, batch: MicroBatch, datasets: Sequence[str]) -> Te
     `losses` [targets] are those of the row `batch`, in order.
     """
     borders = batch.cu_seqlens[: len(batch.datasets) + 1].tolist()
-    supervised = (batch.labels[0] != IGNORE).long()
+    supervised = (batch.labels[0] != IGNORED).long()
     counts = torch.stack([supervised[a:b].sum() for a, b in itertools.pairwise(borders)])
     numbers = torch.tensor([datasets.index(name) for name in batch.datasets])
     owners = F.one_hot(torch.repeat_interleave(numbers, counts), len(datasets)).T

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from llava_steps.data.samples.encoded import IGNORED
 from llava_steps.geometry.geometry import Geometry
-from llava_steps.model.head import IGNORED
 from llava_steps.model.llava import build_llava
 from llava_steps.model.options import ModelOptions
 from llava_steps.model.weights import load_weights

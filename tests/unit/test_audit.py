@@ -15,7 +15,8 @@ from llava_steps import audit as step
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.data.loader import audit
 from llava_steps.data.loader.corpus import Corpus, Place
-from llava_steps.data.samples.conversation import ConversationEncoder, Encoded
+from llava_steps.data.samples.conversation import ConversationEncoder
+from llava_steps.data.samples.encoded import Encoded
 from llava_steps.data.samples.sample import from_parts
 from llava_steps.settings.dataset import Audit
 from tests.helpers.data_fixtures import (

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from llava_steps.core.apportion import largest_remainder
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.loader.corpus import Corpus
 from llava_steps.data.loader.loader import TrainLoader
-from llava_steps.data.loader.order import EpochOrder, SampleOrder, WeightedOrder, largest_remainder
+from llava_steps.data.loader.order import EpochOrder, SampleOrder, WeightedOrder
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.stage.stage import Stage
 from tests.helpers.data_fixtures import TEMPLATE, make_energon, make_hf_dir, train_loader

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps.core.errors import InputError
+from llava_steps.core.format import duration, size
 from llava_steps.pipeline.rules import chain
 from llava_steps.reporting import charts, html
 from llava_steps.settings.config import Config
@@ -155,10 +156,10 @@ def test_numbers_and_texts_for_people() -> None:
     assert [charts.count(n) for n in (451_072, 6_630_000, 1_812_345_678)] == [
         "451,072", "6.63M", "1.81B",
     ]  # fmt: skip
-    assert [html.duration(s) for s in (0.4, 47.2, 403, 12_000)] == [
+    assert [duration(s) for s in (0.4, 47.2, 403, 12_000)] == [
         "0.4 s", "48 s", "6 min 43 s", "3 h 20 min",
     ]  # fmt: skip
-    assert html.size(999) == "999 bytes" and html.size(1_804_288) == "1.8 MB"
+    assert size(999) == "999 bytes" and size(1_804_288) == "1.8 MB"
     assert (
         html.clean("a\x00b\ud800\nc") == "a\ufffdb\ufffd\nc" and len(html.clean("x" * 5000)) < 900
     )

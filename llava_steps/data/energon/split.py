@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
+from llava_steps.core.apportion import largest_remainder
 from llava_steps.core.errors import ConfigError
 
 PARTS = ("train", "val", "test")
@@ -22,13 +24,7 @@ def split(names: Sequence[str], ratio: Sequence[int]) -> dict[str, list[str]]:
         raise ConfigError(f"split is {list(ratio)}; it needs three parts and train above 0")
     if not names:
         raise ConfigError("there are no tars to split")
-    total = sum(ratio)
-    counts = [len(names) * part // total for part in ratio]
-    remainders = [len(names) * part % total for part in ratio]
-    for place in sorted(range(len(PARTS)), key=lambda i: -remainders[i])[
-        : len(names) - sum(counts)
-    ]:
-        counts[place] += 1
+    counts = largest_remainder([Fraction(part) for part in ratio], len(names))
     if counts[0] == 0:
         counts[counts.index(max(counts))] -= 1
         counts[0] = 1

@@ -20,7 +20,8 @@ import torch
 
 from llava_steps.data.loader.batch import join, pad
 from llava_steps.data.loader.corpus import Corpus, Place
-from llava_steps.data.samples.conversation import IGNORE, ConversationEncoder, Encoded
+from llava_steps.data.samples.conversation import ConversationEncoder
+from llava_steps.data.samples.encoded import IGNORED, Encoded
 from llava_steps.data.samples.sample import PLACEHOLDER, Sample, SampleError
 
 NAMED = 100
@@ -178,11 +179,11 @@ def judge(
         encoder.pad_id,
     )
     tokens, labels = row.tokens[0].numpy(), row.labels[0].numpy()
-    supervised = labels != IGNORE
+    supervised = labels != IGNORED
     length = len(encoded.tokens)
     if supervised[length - 1 :].any():
         found.append("padding is supervised")
-    targets = np.append(tokens[1:], IGNORE)
+    targets = np.append(tokens[1:], IGNORED)
     if (labels[supervised] != targets[supervised]).any():
         found.append("a label is not the next token")
     if (labels == encoder.image_token_id).any():
@@ -221,7 +222,7 @@ def pieces(encoder: ConversationEncoder, encoded: Encoded) -> tuple[Piece, ...]:
     A token is supervised when the position before it has it as label.
     """
     tokens = encoded.tokens.numpy()
-    supervised = np.concatenate(([False], encoded.shifted_labels.numpy()[:-1] != IGNORE))
+    supervised = np.concatenate(([False], encoded.shifted_labels.numpy()[:-1] != IGNORED))
     borders = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(tokens)]
     return tuple(
         Piece(_text(encoder, tokens[start:stop]), bool(supervised[start]))

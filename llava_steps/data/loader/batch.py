@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llava_steps.data.samples.conversation import IGNORE, Encoded
+from llava_steps.data.samples.encoded import IGNORED, Encoded
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def pad(batch: MicroBatch, length: int, pad_id: int) -> MicroBatch:
     return replace(
         batch,
         tokens=torch.cat([batch.tokens, torch.full((1, missing), pad_id)], dim=1),
-        labels=torch.cat([batch.labels, torch.full((1, missing), IGNORE)], dim=1),
+        labels=torch.cat([batch.labels, torch.full((1, missing), IGNORED)], dim=1),
         position_ids=torch.cat([batch.position_ids, torch.arange(missing)[None]], dim=1),
         cu_seqlens=torch.cat([batch.cu_seqlens, torch.tensor([length], dtype=torch.int32)]),
         max_seqlen=max(batch.max_seqlen, missing),

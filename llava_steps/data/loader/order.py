@@ -14,6 +14,8 @@ from hashlib import blake2b
 from itertools import accumulate
 from typing import Protocol
 
+from llava_steps.core.apportion import largest_remainder
+
 ROUNDS = 8
 BLOCK = 10_000
 """Positions in which a weighted blend keeps its proportions exactly."""
@@ -129,20 +131,6 @@ class WeightedOrder:
         dataset = bisect_right(self._starts, slot) - 1
         before = position // self._block * self.counts[dataset]
         return dataset, self._orders[dataset][before + slot - self._starts[dataset]]
-
-
-def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
-    """`total` divided in proportion to `weights`: rounded down, the rest to the largest remainders.
-
-    Equal remainders go to the first.
-    """
-    whole = sum(weights)
-    exact = [weight / whole * total for weight in weights]
-    counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    for number in by_remainder[: total - sum(counts)]:
-        counts[number] += 1
-    return counts
 
 
 @lru_cache(maxsize=64)

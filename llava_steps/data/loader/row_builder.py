@@ -13,7 +13,8 @@ from llava_steps.data.loader.batch import MicroBatch, image_share, join
 from llava_steps.data.loader.corpus import Corpus, Place
 from llava_steps.data.loader.lengths import Lengths
 from llava_steps.data.loader.spec import LoaderSpec
-from llava_steps.data.samples.conversation import ConversationEncoder, Encoded
+from llava_steps.data.samples.conversation import ConversationEncoder
+from llava_steps.data.samples.encoded import Encoded
 from llava_steps.data.samples.sample import Sample, SampleError
 
 

@@ -15,7 +15,7 @@ from llava_steps.data.loader.batch import MicroBatch, pad, round_up
 from llava_steps.data.loader.corpus import Corpus
 from llava_steps.data.loader.row_builder import RowBuilder
 from llava_steps.data.loader.spec import LoaderSpec
-from llava_steps.data.samples.conversation import IGNORE
+from llava_steps.data.samples.encoded import IGNORED
 
 
 class ValidationSet:
@@ -56,7 +56,7 @@ class ValidationSet:
             longest = round_up(max(row.tokens.shape[1] for row in rows), multiple)
             group = [pad(row, longest, self.encoder.pad_id) for row in rows]
             while full and len(group) < size:
-                nothing = torch.full_like(group[0].labels, IGNORE)
+                nothing = torch.full_like(group[0].labels, IGNORED)
                 group.append(
                     replace(group[0], labels=nothing, num_supervised=0, num_tokens=0, keys=[],
                             sample_ids=[], places=[], datasets=[])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +17,10 @@ import numpy.typing as npt
 import torch
 
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.data.samples.encoded import IGNORED, Encoded
 from llava_steps.data.samples.images import ImageTransform
 from llava_steps.data.samples.sample import SampleError, Turn
 from llava_steps.data.samples.template import Template
-
-IGNORE = -100
-"""Label of positions that are not supervised."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One conversation in tokens."""
-
-    tokens: torch.Tensor
-    """int64 [T]"""
-    shifted_labels: torch.Tensor
-    """int64 [T]: the id that position t has to predict, that is tokens[t + 1], where that one is
-    part of an answer or its end token; -100 elsewhere, always at T - 1."""
-    images: int
-    """Images whose tokens are in it: the first ones, all of them unless it is cut."""
-    answers: int
-    """Answers that are whole, end token included."""
-    cut: bool = False
-    """Longer than seq_length, and cut."""
-
-    @property
-    def supervised(self) -> int:
-        """Number of supervised positions."""
-        return int((self.shifted_labels != IGNORE).sum())
 
 
 def load_processor(hf_dir: Path) -> Any:
@@ -127,10 +102,10 @@ class ConversationEncoder:
         if cut := self._too_long(int(repeats.sum())):
             kept = _fitting(np.cumsum(repeats), inside, is_image, self.seq_length)
         tokens = np.repeat(ids[:kept], repeats[:kept])
-        targets = np.where(np.repeat(inside[:kept], repeats[:kept]), tokens, IGNORE)
-        shifted = np.full_like(targets, IGNORE)
+        targets = np.where(np.repeat(inside[:kept], repeats[:kept]), tokens, IGNORED)
+        shifted = np.full_like(targets, IGNORED)
         shifted[:-1] = targets[1:]
-        if not (shifted != IGNORE).any():
+        if not (shifted != IGNORED).any():
             raise SampleError("no token is supervised")
         return Encoded(
             torch.from_numpy(tokens),

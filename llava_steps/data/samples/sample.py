@@ -235,9 +235,12 @@ def _seed_turns(
             raise SampleError(f"not a text: the {name} is {_short(value)}")
         texts.append(value)
     question, answer = texts
-    if PLACEHOLDER not in question:
-        question = f"{PLACEHOLDER}\n" * images + question
-    return (Turn("user", question), Turn("assistant", answer))
+    return (Turn("user", images_first(question, images)), Turn("assistant", answer))
+
+
+def images_first(question: str, images: int) -> str:
+    """The question with its images before it, unless it places them itself."""
+    return question if PLACEHOLDER in question else f"{PLACEHOLDER}\n" * images + question
 
 
 def _short(value: Any) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.samples.decode import check_jpeg, to_jpeg
 from llava_steps.data.samples.sample import (
-    PLACEHOLDER,
     Sample,
     SampleError,
     Turn,
     check_text,
     check_turns,
+    images_first,
     parse_turns,
 )
 from llava_steps.data.sources.base import Options
@@ -125,9 +125,7 @@ def pair(question: Any, answer: Any, images: int) -> tuple[Turn, ...]:
     for what, text in (("question", question), ("answer", answer)):
         if not isinstance(text, str):
             raise SampleError(f"not a text: the {what} is {ascii(text)[:40]}")
-    if PLACEHOLDER not in question:
-        question = f"{PLACEHOLDER}\n" * images + question
-    return (Turn("user", question), Turn("assistant", answer))
+    return (Turn("user", images_first(question, images)), Turn("assistant", answer))
 
 
 def accept(data: bytes, options: Options, name: Any) -> bytes:
