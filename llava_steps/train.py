@@ -36,6 +36,7 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
     from llava_steps.launch import preflight, rendezvous
     from llava_steps.launch.job import Failure, Job
     from llava_steps.launch.launch import launch
+    from llava_steps.launch.launcher import this_launcher
 
     hf_dir = ctx.inputs["tokenizer_load_dir"].path.resolve()
     if "megatron_load_dir" not in ctx.inputs and not cfg.init:
@@ -55,15 +56,15 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         dataset=ctx.inputs["data_path"].path.absolute(),
         fingerprint=ctx.fingerprint,
     )
-    node = rendezvous.place_of(cfg)
-    if node.leads:
+    launcher = this_launcher(cfg)
+    if launcher.leads:
         Failure.forget(ctx.work)
-    party = rendezvous.meet(cfg, node, ctx.work, ctx.again)
-    if party is None:
+    group = rendezvous.meet(cfg, launcher, ctx.work, ctx.again)
+    if group is None:
         return {}
-    launch(job, ctx.until_sealed.enter_context(party))
-    party.done()
-    if not party.place.leads:
+    launch(job, ctx.until_sealed.enter_context(group))
+    group.done()
+    if not group.launcher.leads:
         return {}
     keep_beside(ctx, cfg)
     lines = [json.loads(line) for line in (ctx.entry / "metrics.jsonl").read_text().splitlines()]
@@ -97,9 +98,9 @@ def keep_beside(ctx: Context, cfg: Stage) -> None:
 
 def follows(cfg: Stage) -> bool:
     """Whether this launcher is not the one of the first node."""
-    from llava_steps.launch.rendezvous import place_of
+    from llava_steps.launch.launcher import this_launcher
 
-    return not place_of(cfg).leads
+    return not this_launcher(cfg).leads
 
 
 STEP = Step(

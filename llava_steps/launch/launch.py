@@ -22,15 +22,11 @@ from types import FrameType
 
 from llava_steps.core.errors import BY_CODE, StepError
 from llava_steps.core.stop_signals import handled_by, held_back
+from llava_steps.launch.address import interface_environment
+from llava_steps.launch.group import LauncherGroup, LostError
 from llava_steps.launch.job import Failure, Job
-from llava_steps.launch.rendezvous import (
-    LISTENING,
-    RENDEZVOUS,
-    LostError,
-    Party,
-    Place,
-    interface_environment,
-)
+from llava_steps.launch.launcher import Launcher
+from llava_steps.launch.rendezvous import LISTENING, RENDEZVOUS
 from llava_steps.launch.watchdog import BEATS, Watch
 from llava_steps.settings.stage.stage import Stage
 
@@ -45,32 +41,32 @@ LONGEST = 54
 for multiprocessing's sockets in it make the 107 that the path of a socket can have."""
 
 
-def launch(job: Job, party: Party | None = None) -> None:
+def launch(job: Job, group: LauncherGroup | None = None) -> None:
     """Run this launcher's workers to their end; raises the StepError of the job's first failure."""
     stage = job.stage
-    party = party or Party(Place(0, 1, 0, stage.gpus))
-    place = party.place
-    if place.count == 1:
+    group = group or LauncherGroup(Launcher(0, 1, 0, stage.gpus))
+    launcher = group.launcher
+    if launcher.count == 1:
         Failure.forget(job.work)
-    path = job.write(place.index)
+    path = job.write(launcher.index)
     forward = _Forward()
-    with _scratch(job.work, place.index) as scratch, handled_by(forward.pass_on):
+    with _scratch(job.work, launcher.index) as scratch, handled_by(forward.pass_on):
         # A worker that does not listen yet finds a stop waiting for it, instead of dying of it.
         with held_back():
             workers = [
                 forward.add(
                     subprocess.Popen(
                         [sys.executable, "-m", "llava_steps.training.worker", str(path)],
-                        env=_environment(stage, party, number, scratch),
-                        pass_fds=[] if party.socket is None or number else [party.socket.fileno()],
+                        env=_environment(stage, group, number, scratch),
+                        pass_fds=[] if group.socket is None or number else [group.socket.fileno()],
                     )
                 )
-                for number in range(place.workers)
+                for number in range(launcher.workers)
             ]
-        watch = Watch(scratch, workers, (stage.stall_timeout, stage.io_timeout), place.first)
-        codes = _wait(workers, watch, job.work / "logs", party)
-    if any(codes) or party.others_failed():
-        raise _error(job.work, codes, party)
+        watch = Watch(scratch, workers, (stage.stall_timeout, stage.io_timeout), launcher.first)
+        codes = _wait(workers, watch, job.work / "logs", group)
+    if any(codes) or group.others_failed():
+        raise _error(job.work, codes, group)
 
 
 @contextlib.contextmanager
@@ -81,30 +77,32 @@ def _scratch(work: Path, launcher: int) -> Iterator[Path]:
     it. It is not below `work` because sockets in it need a short path; so it is in /tmp where
     TMPDIR, with the number of a job in it perhaps, has a long one.
     """
-    place = tempfile.gettempdir()
-    if len(os.fsencode(place)) > LONGEST:
-        place = "/tmp"  # noqa: S108 (a directory of our own is made in it)
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base)) > LONGEST:
+        base = "/tmp"  # noqa: S108 (a directory of our own is made in it)
     note = work / (f"scratch-{launcher:04d}" if launcher else "scratch")
     if note.exists():
         left = Path(note.read_text())
-        if left.name.startswith(SCRATCH) and left.parent == Path(place):
+        if left.name.startswith(SCRATCH) and left.parent == Path(base):
             shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place, ignore_cleanup_errors=True) as path:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=base, ignore_cleanup_errors=True) as path:
         note.write_text(path)
         yield Path(path)
     note.unlink()
 
 
-def _environment(stage: Stage, party: Party, number: int, scratch: Path) -> Mapping[str, str]:
-    place = party.place
+def _environment(
+    stage: Stage, group: LauncherGroup, number: int, scratch: Path
+) -> Mapping[str, str]:
+    launcher = group.launcher
     threads = max(1, len(os.sched_getaffinity(0)) // stage.gpus)
     own = {
-        "RANK": str(place.first + number),
-        "LOCAL_RANK": str(_local_rank(place, number)),
+        "RANK": str(launcher.first + number),
+        "LOCAL_RANK": str(_local_rank(launcher, number)),
         "WORLD_SIZE": str(stage.world_size),
         "LOCAL_WORLD_SIZE": str(stage.gpus),
-        RENDEZVOUS: _rendezvous(stage, party, scratch),
-        LISTENING: str(party.socket.fileno()) if party.socket is not None and not number else "",
+        RENDEZVOUS: _rendezvous(stage, group, scratch),
+        LISTENING: str(group.socket.fileno()) if group.socket is not None and not number else "",
         "LLAVA_STEPS_LAUNCHER": str(os.getpid()),
         # Workers leave without tidying up (see worker.py); what they leave lies here.
         "TMPDIR": str(scratch),
@@ -131,18 +129,18 @@ def _environment(stage: Stage, party: Party, number: int, scratch: Path) -> Mapp
     return chosen | dict(os.environ) | own
 
 
-def _local_rank(place: Place, number: int) -> int:
+def _local_rank(launcher: Launcher, number: int) -> int:
     """Number of the worker on its node; 0 where a task was given one GPU and sees no other."""
-    alone = place.workers == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0
+    alone = launcher.workers == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0
     if alone and os.environ.get("CUDA_VISIBLE_DEVICES"):
         return 0
-    return place.local + number
+    return launcher.local + number
 
 
-def _rendezvous(stage: Stage, party: Party, scratch: Path) -> str:
+def _rendezvous(stage: Stage, group: LauncherGroup, scratch: Path) -> str:
     """Where the processes meet: at the first node, at a port that was asked for, or in a file."""
-    if party.port:
-        return f"tcp://{party.address}:{party.port}"
+    if group.port:
+        return f"tcp://{group.address}:{group.port}"
     port = stage.rdzv_port or stage.master_port
     if port:
         return f"tcp://{stage.master_addr or '127.0.0.1'}:{port}"
@@ -150,7 +148,7 @@ def _rendezvous(stage: Stage, party: Party, scratch: Path) -> str:
 
 
 def _wait(
-    workers: list[subprocess.Popen[bytes]], watch: Watch, logs: Path, party: Party
+    workers: list[subprocess.Popen[bytes]], watch: Watch, logs: Path, group: LauncherGroup
 ) -> list[int]:
     """Exit codes of all workers; once one has failed or stands still the others are ended.
 
@@ -159,9 +157,9 @@ def _wait(
     deadline: float | None = None
     # Polled in a list: a generator would stop at the first that lives and never see the dead.
     while None in [worker.poll() for worker in workers]:
-        other = party.others_failed()
+        other = group.others_failed()
         if other is not None:
-            party.tell(other)
+            group.report(other)
         if deadline is None and (other or any(worker.returncode for worker in workers)):
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() > deadline:
@@ -185,11 +183,11 @@ def _kill(workers: list[subprocess.Popen[bytes]]) -> None:
             worker.wait()
 
 
-def _error(work: Path, codes: list[int], party: Party) -> StepError:
+def _error(work: Path, codes: list[int], group: LauncherGroup) -> StepError:
     """Why the job failed: a lost node, else the first report, else what is known of the ends."""
-    unclear = party.place.count > 1 and any(code == 1 or code < 0 for code in codes)
+    unclear = group.launcher.count > 1 and any(code == 1 or code < 0 for code in codes)
     until = time.monotonic() + (HEAR if unclear else 0.0)
-    while not isinstance(other := party.others_failed(), LostError) and time.monotonic() < until:
+    while not isinstance(other := group.others_failed(), LostError) and time.monotonic() < until:
         time.sleep(POLL)
     if isinstance(other, LostError):
         return other
@@ -199,7 +197,7 @@ def _error(work: Path, codes: list[int], party: Party) -> StepError:
         return kind(f"rank {failure.rank}: {failure.message}")
     if other is not None:
         return other
-    rank, code = next((r, c) for r, c in enumerate(codes, party.place.first) if c)
+    rank, code = next((r, c) for r, c in enumerate(codes, group.launcher.first) if c)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     kind = BY_CODE.get(code, StepError)
     return kind(

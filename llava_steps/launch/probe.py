@@ -20,7 +20,7 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError
-from llava_steps.launch.rendezvous import interface_environment, own_address
+from llava_steps.launch.address import interface_environment, own_address
 from llava_steps.settings.stage.stage import Stage
 
 PATIENCE = timedelta(seconds=120)

@@ -12,7 +12,8 @@ import pytest
 
 from llava_steps.geometry.geometry import padded
 from llava_steps.launch import launch
-from llava_steps.launch.rendezvous import Party, Place
+from llava_steps.launch.group import LauncherGroup
+from llava_steps.launch.launcher import Launcher
 from llava_steps.settings.stage.stage import Stage
 from tests.docs.named_tests import skips
 from tests.helpers import reference
@@ -52,7 +53,7 @@ def test_workers_keep_the_users_environment(monkeypatch: pytest.MonkeyPatch) -> 
     mine = {"PATH": "/my/bin", "HF_HOME": "/my/hub", "WANDB_API_KEY": "k", "HF_HUB_OFFLINE": "0"}
     for name, value in mine.items():
         monkeypatch.setenv(name, value)
-    alone = Party(Place(0, 1, 0, 2))
+    alone = LauncherGroup(Launcher(0, 1, 0, 2))
     environment = launch._environment(Stage(gpus=2, global_batch_size=2), alone, 1, Path("scratch"))
     assert {name: environment[name] for name in mine} == mine
     assert environment["RANK"] == "1" and environment["WORLD_SIZE"] == "2"

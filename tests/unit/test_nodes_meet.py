@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from llava_steps.core.errors import ConfigError, DivergedError, LockedError, StepError, StoppedError
+from llava_steps.launch import group as launchers
 from llava_steps.launch import rendezvous
-from llava_steps.launch.rendezvous import LostError, Party, Place, place_of
+from llava_steps.launch.group import LauncherGroup, LostError
+from llava_steps.launch.launcher import Launcher, this_launcher
 from llava_steps.settings.stage.stage import Stage
 
 STAGE = Stage(nodes=2, gpus=2, global_batch_size=4, master_addr="127.0.0.1")
@@ -24,40 +26,40 @@ SRUN = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0"}
 
 
 @pytest.mark.parametrize(
-    ("env", "place"),
+    ("env", "launcher"),
     [
-        ({}, Place(1, 2, 2, 2)),
+        ({}, Launcher(1, 2, 2, 2)),
         # The script of a job, and a step of one task, are no launchers of several.
-        ({"SLURM_JOB_ID": "9", "SLURM_PROCID": "0"}, Place(1, 2, 2, 2)),
-        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Place(1, 2, 2, 2)),
+        ({"SLURM_JOB_ID": "9", "SLURM_PROCID": "0"}, Launcher(1, 2, 2, 2)),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launcher(1, 2, 2, 2)),
         (
             SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
-            Place(0, 2, 0, 2, 0, "9.0"),
+            Launcher(0, 2, 0, 2, 0, "9.0"),
         ),
         (
             SRUN | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"},
-            Place(3, 4, 3, 1, 1, "9.0"),
+            Launcher(3, 4, 3, 1, 1, "9.0"),
         ),
         (
             {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0"},
-            Place(2, 4, 2, 1, 0, "torchrun x"),
+            Launcher(2, 4, 2, 1, 0, "torchrun x"),
         ),
     ],
 )
-def test_places(env: dict[str, str], place: Place) -> None:
-    assert place_of(STAGE.model_copy(update={"rank": 1}), env) == place
+def test_launchers(env: dict[str, str], launcher: Launcher) -> None:
+    assert this_launcher(STAGE.model_copy(update={"rank": 1}), env) == launcher
 
 
 def test_what_fits_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="--rank 2"):
-        place_of(STAGE.model_copy(update={"rank": 2}), {})
+        this_launcher(STAGE.model_copy(update={"rank": 2}), {})
     tasks = SRUN | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     with pytest.raises(ConfigError, match="srun starts 3 tasks"):
-        place_of(STAGE, tasks)
+        this_launcher(STAGE, tasks)
 
 
-def place(index: int, count: int = 2, launch: str = "") -> Place:
-    return Place(index, count, 2 * index, 2, launch=launch)
+def launcher(index: int, count: int = 2, launch: str = "") -> Launcher:
+    return Launcher(index, count, 2 * index, 2, launch=launch)
 
 
 def aside(work: Callable[[], Any]) -> Callable[[], Any]:
@@ -83,18 +85,18 @@ def aside(work: Callable[[], Any]) -> Callable[[], Any]:
     return result
 
 
-def pair(work: Path) -> tuple[Party, Party]:
+def pair(work: Path) -> tuple[LauncherGroup, LauncherGroup]:
     """Lead and second launcher, met."""
     work.mkdir(exist_ok=True)
-    second = aside(lambda: rendezvous.meet(STAGE, place(1), work))
-    lead = rendezvous.meet(STAGE, place(0), work)
+    second = aside(lambda: rendezvous.meet(STAGE, launcher(1), work))
+    lead = rendezvous.meet(STAGE, launcher(0), work)
     assert lead is not None
     return lead, second()
 
 
-def failure(party: Party) -> StepError:
+def failure(group: LauncherGroup) -> StepError:
     end = time.monotonic() + 30
-    while (error := party.others_failed()) is None:
+    while (error := group.others_failed()) is None:
         assert time.monotonic() < end
         time.sleep(0.01)
     return error
@@ -120,10 +122,10 @@ def test_the_note_is_for_its_owner_alone(tmp_path: Path) -> None:
         while not (tmp_path / rendezvous.NOTE).exists():
             time.sleep(0.005)
         seen.append((tmp_path / rendezvous.NOTE).stat().st_mode & 0o777)
-        rendezvous.meet(STAGE, place(1), tmp_path)
+        rendezvous.meet(STAGE, launcher(1), tmp_path)
 
     other = aside(look)
-    rendezvous.meet(STAGE, place(0), tmp_path)
+    rendezvous.meet(STAGE, launcher(0), tmp_path)
     other()
     assert seen == [0o600]
 
@@ -142,8 +144,8 @@ def test_a_failure_is_told_with_its_kind(tmp_path: Path, leader_fails: bool) -> 
 
 def test_a_stop_is_told_as_one(tmp_path: Path) -> None:
     lead, second = pair(tmp_path)
-    second.tell(StoppedError("stopped by SIGTERM"))
-    second.tell(StepError("a consequence"))
+    second.report(StoppedError("stopped by SIGTERM"))
+    second.report(StepError("a consequence"))
     assert isinstance(failure(lead), StoppedError)
 
 
@@ -152,8 +154,9 @@ import sys, time
 from pathlib import Path
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.launch import rendezvous
+from llava_steps.launch.launcher import Launcher
 stage = Stage(nodes=2, gpus=2, global_batch_size=4, master_addr="127.0.0.1")
-party = nodes.meet(stage, nodes.Place(1, 2, 2, 2), Path(sys.argv[1]))
+group = rendezvous.meet(stage, Launcher(1, 2, 2, 2), Path(sys.argv[1]))
 print("met", flush=True)
 time.sleep(600)
 """
@@ -164,7 +167,7 @@ def test_one_that_is_killed_is_missed(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ | {"PYTHONPATH": root}
     )
-    lead = rendezvous.meet(STAGE, place(0), tmp_path)
+    lead = rendezvous.meet(STAGE, launcher(0), tmp_path)
     assert lead is not None and lead.others_failed() is None
     process.kill()
     process.wait()
@@ -174,24 +177,24 @@ def test_one_that_is_killed_is_missed(tmp_path: Path) -> None:
 
 def test_one_that_falls_silent_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a machine is lost: nothing is closed, nothing comes."""
-    monkeypatch.setattr(rendezvous, "BEAT", 600.0)  # of both: nobody gives a sign of life
-    monkeypatch.setattr(rendezvous, "LOST", 0.5)
-    real = rendezvous.Connection.poll
-    monkeypatch.setattr(rendezvous.Connection, "poll", lambda self, _=0.0: real(self, 0.05))
+    monkeypatch.setattr(launchers, "BEAT", 600.0)  # of both: nobody gives a sign of life
+    monkeypatch.setattr(launchers, "LOST", 0.5)
+    real = launchers.Connection.poll
+    monkeypatch.setattr(launchers.Connection, "poll", lambda self, _=0.0: real(self, 0.05))
     lead, second = pair(tmp_path)
     assert isinstance(failure(lead), LostError) and isinstance(failure(second), LostError)
 
 
 def test_a_second_of_the_same_number_is_refused(tmp_path: Path) -> None:
     three = STAGE.model_copy(update={"nodes": 3})
-    lead = aside(lambda: rendezvous.meet(three, place(0, 3), tmp_path))
-    first = aside(lambda: rendezvous.meet(three, place(1, 3), tmp_path))
+    lead = aside(lambda: rendezvous.meet(three, launcher(0, 3), tmp_path))
+    first = aside(lambda: rendezvous.meet(three, launcher(1, 3), tmp_path))
     end = time.monotonic() + 30
     while True:  # whichever of the two comes second
-        again = aside(lambda: rendezvous.meet(three, place(1, 3), tmp_path))
+        again = aside(lambda: rendezvous.meet(three, launcher(1, 3), tmp_path))
         try:
             time.sleep(0.5)
-            third = aside(lambda: rendezvous.meet(three, place(2, 3), tmp_path))
+            third = aside(lambda: rendezvous.meet(three, launcher(2, 3), tmp_path))
             results = []
             for call in (first, again):
                 try:
@@ -208,9 +211,9 @@ def test_a_second_of_the_same_number_is_refused(tmp_path: Path) -> None:
 
 def test_one_of_another_job_is_not_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "MEET", 3.0)
-    other = aside(lambda: rendezvous.meet(STAGE, place(1, launch="8.0"), tmp_path))
+    other = aside(lambda: rendezvous.meet(STAGE, launcher(1, launch="8.0"), tmp_path))
     with pytest.raises(StepError, match=r"launchers \[1\] did not come"):
-        rendezvous.meet(STAGE, place(0, launch="9.0"), tmp_path)
+        rendezvous.meet(STAGE, launcher(0, launch="9.0"), tmp_path)
     with pytest.raises(StepError, match="the first node did not come"):
         other()
 
@@ -219,15 +222,15 @@ def test_a_stranger_and_an_old_note_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / rendezvous.NOTE).write_text(
         json.dumps({"address": "127.0.0.1", "port": 9, "key": "00"})
     )
-    second = aside(lambda: rendezvous.meet(STAGE, place(1), tmp_path))
-    lead = aside(lambda: rendezvous.meet(STAGE, place(0), tmp_path))
+    second = aside(lambda: rendezvous.meet(STAGE, launcher(1), tmp_path))
+    lead = aside(lambda: rendezvous.meet(STAGE, launcher(0), tmp_path))
     assert lead() is not None and second() is not None
 
 
 def test_a_value_that_is_sealed_meanwhile_needs_nobody(tmp_path: Path) -> None:
     work = tmp_path / ".work"
     work.mkdir()
-    waiting = aside(lambda: rendezvous.meet(STAGE, place(1), work))
+    waiting = aside(lambda: rendezvous.meet(STAGE, launcher(1), work))
     (tmp_path / "manifest.json").write_text("{}")
     assert waiting() is None
 
@@ -236,7 +239,7 @@ def test_a_value_that_was_sealed_already_needs_nobody(tmp_path: Path) -> None:
     work = tmp_path / ".work"
     work.mkdir()
     (tmp_path / "manifest.json").write_text("{}")
-    assert rendezvous.meet(STAGE, place(1), work) is None
+    assert rendezvous.meet(STAGE, launcher(1), work) is None
 
 
 def test_a_value_that_is_to_be_replaced_is_waited_for(tmp_path: Path) -> None:
@@ -244,8 +247,8 @@ def test_a_value_that_is_to_be_replaced_is_waited_for(tmp_path: Path) -> None:
     work.mkdir()
     sealed = tmp_path / "manifest.json"
     sealed.write_text("{}")
-    second = aside(lambda: rendezvous.meet(STAGE, place(1), work, again=True))
+    second = aside(lambda: rendezvous.meet(STAGE, launcher(1), work, again=True))
     time.sleep(0.2)
     sealed.unlink()  # what the lead does first
-    lead = aside(lambda: rendezvous.meet(STAGE, place(0), work))
+    lead = aside(lambda: rendezvous.meet(STAGE, launcher(0), work))
     assert lead() is not None and second() is not None

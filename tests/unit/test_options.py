@@ -23,7 +23,8 @@ import torch
 
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.launch import launch, preflight
-from llava_steps.launch.rendezvous import Party, Place, place_of
+from llava_steps.launch.group import LauncherGroup
+from llava_steps.launch.launcher import Launcher, this_launcher
 from llava_steps.settings import cli
 from llava_steps.settings.former import OPTIONS, field_of
 from llava_steps.settings.stage.stage import Stage
@@ -51,7 +52,7 @@ def parsed(*line: str) -> Stage:
 
 def worker_environment(*line: str, rank: int = 0) -> dict[str, str]:
     stage = parsed(*line)
-    alone = Party(Place(0, 1, 0, stage.gpus))
+    alone = LauncherGroup(Launcher(0, 1, 0, stage.gpus))
     return dict(launch._environment(stage, alone, rank, Path("scratch")))
 
 
@@ -511,7 +512,7 @@ def test_node() -> None:
 
 
 def test_rank() -> None:
-    second = place_of(parsed("--node=2", "--gpus=2", "--global-batch-size=4", "-r", "1"), {})
+    second = this_launcher(parsed("--node=2", "--gpus=2", "--global-batch-size=4", "-r", "1"), {})
     assert (second.first, second.workers) == (2, 2)
 
 
