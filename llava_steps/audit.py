@@ -56,7 +56,7 @@ def run(ctx: Context, cfg: Audit) -> Mapping[str, Any]:
     every = max(1, len(chosen) // max(1, cfg.thumbnails))
     with ctx.progress("checking samples", len(chosen)) as bar:
         for number, index in enumerate(chosen):
-            example = auditor.look(index)
+            example = auditor.inspect(index)
             if example and number % every == 0 and len(pictures) < cfg.thumbnails:
                 added = thumbnails.add(example.images[:1])
                 pictures += [{"image": image, "sample": example.where} for image in added]

@@ -21,7 +21,7 @@ from llava_steps.data.samples.encoded import IGNORED
 from llava_steps.launch.job import Job
 from llava_steps.training import forward
 from llava_steps.training.share import loader_spec
-from llava_steps.training.validation import look
+from llava_steps.training.validation import forward_only
 
 
 class Answers:
@@ -48,10 +48,7 @@ class Answers:
         """A row for each question: id, question, answer, reference; empty on other replicas."""
         if self._data is None:
             return []
-        found = []
-        for (row,) in self._data.groups(1, 1):
-            found.append(self._answer(wrapped, row, beat))
-        return found
+        return [self._answer(wrapped, row, beat) for (row,) in self._data.groups(1, 1)]
 
     def _answer(self, wrapped: Any, row: MicroBatch, beat: Callable[[], None]) -> dict[str, str]:
         assert self._data is not None
@@ -101,14 +98,14 @@ class Answers:
         )  # fmt: skip
         row = pad(row, round_up(length, self._multiple), self._data.encoder.pad_id)
         # Interleaved pipelines want a row for each stage; the copies say the same.
-        total = look(wrapped, [row] * self._rows, next_step)
-        found = (total / self._rows).round().long().reshape(1)
+        total = forward_only(wrapped, [row] * self._rows, next_step)
+        token = (total / self._rows).round().long().reshape(1)
         dist.broadcast(
-            found,
+            token,
             ps.get_pipeline_model_parallel_last_rank(),
             group=ps.get_pipeline_model_parallel_group(),
         )
-        return int(found)
+        return int(token)
 
 
 def next_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:

@@ -15,7 +15,7 @@ from llava_steps.data.samples.encoded import IGNORED
 from llava_steps.model.attention import upload
 
 
-class Sums:
+class BatchStats:
     """Sums over the global batch, the same on every rank."""
 
     def __init__(self, values: Tensor, micro: list[float], datasets: Sequence[str] = ()) -> None:

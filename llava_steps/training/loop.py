@@ -1,19 +1,12 @@
-"""The training loop: `train` is the story, everything else here is one of its sentences."""
+"""The training loop: `train` is the story, `Training` are its parts and its sentences."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
-
-import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from torch import Tensor
+from types import TracebackType
 
 from llava_steps.core.errors import ConfigError, StepError, StoppedError
 from llava_steps.data.loader.batch import MicroBatch
@@ -21,16 +14,20 @@ from llava_steps.launch.job import Job
 from llava_steps.launch.stop import StopRequest
 from llava_steps.launch.watchdog import Beat
 from llava_steps.settings.stage.stage import Stage
-from llava_steps.training import checkpoints, forward, parallel
+from llava_steps.training import checkpoints, parallel
 from llava_steps.training.async_save import Commits
-from llava_steps.training.batch_stats import Sums, by_dataset, counts
+from llava_steps.training.batch_stats import BatchStats
+from llava_steps.training.gradients import forward_backward
 from llava_steps.training.guard import Guard
 from llava_steps.training.lr_schedule import learning_rate
 from llava_steps.training.metrics import peak_memory
-from llava_steps.training.monitor import Looks, Reports
+from llava_steps.training.monitor import Evaluations, Reports
 from llava_steps.training.optimizer import Optimizer, wrap
-from llava_steps.training.prefetch import Ahead
+from llava_steps.training.prefetch import Prefetch
 from llava_steps.training.start import build, restore_or_start, roll_back
+
+SWITCH = 0.0005
+"""Seconds after which a thread gives the interpreter to another."""
 
 
 def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
@@ -42,83 +39,147 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     stage = job.stage
     # The loader's thread plans while this one feeds the GPU: neither may wait long for the other.
     sys.setswitchinterval(SWITCH)
-    model = build(job, log)
-    wrapped = wrap(stage, model)
-    optimizer = Optimizer(stage, wrapped)
-    done, loader = restore_or_start(job, model, optimizer, log)
-    if stage.save:
-        checkpoints.check_space(job.entry, model, optimizer)
-    guard = Guard(stage, done, log)
-    looks = Looks(job, wrapped, optimizer, beat)
-    names = loader.datasets if len(loader.datasets) > 1 else []
-    reports = Reports(job, done.step, names, log)
-    # Loader workers have a limit of their own, and name what they stand still at.
-    batches = Ahead(loader, beat.busy if stage.num_workers else contextlib.nullcontext)
-    commits = Commits(stage.async_save)
-    first = done.step
-
-    def save() -> None:
-        began = time.monotonic()
-        reports.answers(done.step - 1, looks.answers())
-        with beat.busy():
-            reports.sync()
-            path = checkpoints.save(
-                job.entry, done, stage, model, optimizer, batches.state(), commits
-            )
-        stop.set_aside(time.monotonic() - began)
-        log.info("saved %s" if not stage.async_save else "committing %s", path.name)
-
-    # Behind the last step the last commit and the trackers are waited for.
-    with reports, commits, beat.ending():
-        saved = done.step
+    training = Training(job, log, beat)
+    done = training.done
+    first = saved = done.step
+    with training:
         while done.step < stage.train_steps and not parallel.on_any_rank(stop.requested):
             began = time.monotonic()
-            batch, waited = batches.next()
-            if guard.skips():
-                reports.no_update(done.step, "asked to skip", batch, looks.validation(done.step))
-            else:
-                then = batches.fetch if done.step + 1 < stage.train_steps else nothing
-                sums = forward_backward(wrapped, optimizer, batch, names, beat, then)
-                norm = optimizer.gradient_norm()
-                if guard.accepts(sums.mean, norm, batch, sums.micro):
-                    lr = learning_rate(stage, done.step)
-                    # Before the update, so that nobody waits for it.
-                    waited, memory = parallel.highest([waited, peak_memory()])
-                    optimizer.step(lr, norm)
-                    done.updates += 1
-                    seconds = time.monotonic() - began
-                    seen = looks.validation(done.step)
-                    row = {"lr": lr, "grad_norm": norm, "memory_gib": round(memory, 3)}
-                    row |= {"data_wait_s": round(waited, 4)} | seen
-                    reports.update(done.step, sums, batch, seconds, row)
-                else:
-                    seen = looks.validation(done.step)
-                    reports.no_update(done.step, guard.reason, batch, seen)
-                    if guard.must_roll_back:
-                        with beat.busy():
-                            commits.finish()
-                            roll_back(job, done, model, optimizer, log)
-            done.step += 1
+            training.step()
             beat.settled()
             stop.set_aside(time.monotonic() - began)
             due = done.step == stage.train_steps or done.step % stage.save_interval == 0
             if stage.save and due:
-                save()
+                stop.set_aside(training.save())
                 saved = done.step
         if stage.save and done.step > saved:
-            save()
+            stop.set_aside(training.save())
     if done.step < stage.train_steps:
         raise stopped(done.step, first, parallel.on_any_rank(stop.signalled), stage)
+
+
+class Training:
+    """The parts of a training; a context manager that waits for the last commit and the trackers.
+
+    `done` counts what has been trained.
+    """
+
+    def __init__(self, job: Job, log: logging.Logger, beat: Beat) -> None:
+        stage = job.stage
+        self._job, self._stage, self._log, self._beat = job, stage, log, beat
+        self._model = build(job, log)
+        self._wrapped = wrap(stage, self._model)
+        self._optimizer = Optimizer(stage, self._wrapped)
+        self.done, loader = restore_or_start(job, self._model, self._optimizer, log)
+        if stage.save:
+            checkpoints.check_space(job.entry, self._model, self._optimizer)
+        self._guard = Guard(stage, self.done, log)
+        self._evaluations = Evaluations(job, self._wrapped, self._optimizer, beat)
+        self._datasets = loader.datasets if len(loader.datasets) > 1 else []
+        self._reports = Reports(job, self.done.step, self._datasets, log)
+        # Loader workers have a limit of their own, and name what they stand still at.
+        busy = beat.busy if stage.num_workers else contextlib.nullcontext
+        self._batches = Prefetch(loader, busy)
+        self._commits = Commits(stage.async_save)
+        self._ending = contextlib.ExitStack()
+
+    def __enter__(self) -> Training:
+        for part in (self._reports, self._commits, self._beat.ending()):
+            self._ending.enter_context(part)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ending.__exit__(kind, error, trace)
+
+    def step(self) -> None:
+        """Train on the next global batch, unless the settings skip it or the guard rejects it."""
+        began = time.monotonic()
+        batch, waited = self._batches.next()
+        if self._guard.skips():
+            self._report_no_update("asked to skip", batch)
+        else:
+            stats = self._forward_backward(batch)
+            norm = self._optimizer.gradient_norm()
+            if self._guard.accepts(stats.mean, norm, batch, stats.micro):
+                self._update(batch, stats, norm, waited, began)
+            else:
+                self._report_no_update(self._guard.reason, batch)
+                self._roll_back_if_needed()
+        self.done.step += 1
+
+    def _forward_backward(self, batch: list[MicroBatch]) -> BatchStats:
+        more = self.done.step + 1 < self._stage.train_steps
+        return forward_backward(
+            self._wrapped,
+            self._optimizer,
+            batch,
+            self._datasets,
+            self._beat,
+            self._batches.fetch if more else nothing,
+        )
+
+    def _update(
+        self, batch: list[MicroBatch], stats: BatchStats, norm: float, waited: float, began: float
+    ) -> None:
+        step = self.done.step
+        lr = learning_rate(self._stage, step)
+        # Before the update, so that nobody waits for it.
+        waited, memory = parallel.highest([waited, peak_memory()])
+        self._optimizer.step(lr, norm)
+        self.done.updates += 1
+        seconds = time.monotonic() - began
+        figures = self._evaluations.validation(step)
+        line = {"lr": lr, "grad_norm": norm, "memory_gib": round(memory, 3)}
+        line |= {"data_wait_s": round(waited, 4)} | figures
+        self._reports.update(step, stats, batch, seconds, line)
+
+    def _report_no_update(self, reason: str, batch: list[MicroBatch]) -> None:
+        figures = self._evaluations.validation(self.done.step)
+        self._reports.no_update(self.done.step, reason, batch, figures)
+
+    def _roll_back_if_needed(self) -> None:
+        if self._guard.must_roll_back:
+            with self._beat.busy():
+                self._commits.finish()
+                roll_back(self._job, self.done, self._model, self._optimizer, self._log)
+
+    def save(self) -> float:
+        """Save a checkpoint; returns the seconds that the training stood still for it."""
+        began = time.monotonic()
+        self._reports.answers(self.done.step - 1, self._evaluations.answers())
+        with self._beat.busy():
+            self._reports.sync()
+            path = checkpoints.save(
+                self._job.entry,
+                self.done,
+                self._stage,
+                self._model,
+                self._optimizer,
+                self._batches.state(),
+                self._commits,
+            )
+        seconds = time.monotonic() - began
+        self._log.info("saved %s" if not self._stage.async_save else "committing %s", path.name)
+        return seconds
+
+
+def nothing() -> None:
+    """Nothing to do meanwhile."""
 
 
 def stopped(step: int, first: int, signalled: bool, stage: Stage) -> StepError:
     """Why a training that began at step `first` ended before its last one.
 
-    A time limit that leaves no time for a single step would end every further run as well: that
-    is no stop in order, or whoever runs it again on code 75 would do so for ever.
+    A time limit that leaves no time for a single step would end every further run as well. That is
+    not a stop in order, or a caller that runs it again on code 75 would do so for ever.
     """
     if step > first:
-        kept = "saved; run me again" if stage.save else "and nothing saved, as asked for"
+        kept = "saved; run me again" if stage.save else "and nothing saved, as configured"
         return StoppedError(f"stopped on request after step {step}, {kept}")
     if signalled:
         return StoppedError(f"stopped on request before step {step + 1}; run me again")
@@ -126,73 +187,3 @@ def stopped(step: int, first: int, signalled: bool, stage: Stage) -> StepError:
         f"exit_before {stage.exit_before:g} minutes were over when the first step of this run "
         "could have begun, and would be again: set it higher"
     )
-
-
-SWITCH = 0.0005
-"""Seconds after which a thread gives the interpreter to another."""
-
-
-def forward_backward(
-    wrapped: list[DistributedDataParallel],
-    optimizer: Optimizer,
-    batch: list[MicroBatch],
-    datasets: Sequence[str],
-    beat: Callable[[], None],
-    meanwhile: Callable[[], None],
-) -> Sums:
-    """Gradients of the token mean over the global batch, left in the gradient buffers.
-
-    With `datasets` the loss of each of them is told as well. There is a `beat` for each microbatch.
-    `meanwhile` is called when a GPU has all its work and this process none. The pixels of `batch`
-    are gone afterwards.
-    """
-    for chunk in wrapped:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    config = wrapped[0].config
-
-    def finalize(*args: Any, **kwargs: Any) -> None:
-        # All work is on its way to the GPU, for which the host is about to wait. Giving back the
-        # memory of pixels takes a while, and so does the next batch.
-        batch[:] = [replace(m, pixel_values=None) for m in batch]
-        meanwhile()
-        finalize_model_grads(*args, **kwargs)
-
-    config.finalize_model_grads_func = finalize
-    waits = [chunk.no_sync for chunk in wrapped]
-    config.no_sync_func = waits if len(waits) > 1 else waits[0]
-    step = functools.partial(forward_step, datasets=datasets)
-    losses = forward.run(step, wrapped, batch, functools.partial(beating, beat=beat))
-    place = parallel.device()
-    found = torch.stack(losses) if losses else torch.zeros(0, 1 + 2 * len(datasets), device=place)
-    micro = found[:, 0].tolist()
-    first = torch.tensor([sum(micro), *counts(batch)], dtype=torch.float64, device=place)
-    own = torch.cat([first, found[:, 1:].double().sum(dim=0)])
-    return Sums(parallel.total(own), micro, datasets)
-
-
-def nothing() -> None:
-    """Nothing to do meanwhile."""
-
-
-def beating(batch: Sequence[MicroBatch], beat: Callable[[], None]) -> Iterator[MicroBatch]:
-    """The microbatches, with a beat before each."""
-    for item in batch:
-        beat()
-        yield item
-
-
-def forward_step(
-    batches: Iterator[MicroBatch], wrapped: Any, datasets: Sequence[str] = ()
-) -> tuple[Tensor, Any]:
-    """One microbatch through this chunk, in the form that Megatron's schedules ask for."""
-    batch = next(batches)
-
-    def loss_sum(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total = losses.sum()
-        parts = [total.detach().double()[None]]
-        if datasets:
-            parts.append(by_dataset(losses, batch, datasets))
-        return total, forward.count(losses, losses.numel()), torch.cat(parts)
-
-    return forward.through(batch, wrapped), loss_sum

@@ -21,7 +21,7 @@ from llava_steps.geometry.costs import Trained, Work, flops
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.hardware import peak_tflops
 from llava_steps.launch.job import Job
-from llava_steps.training.batch_stats import Sums
+from llava_steps.training.batch_stats import BatchStats
 
 METRICS = "metrics.jsonl"
 ANSWERS = "answers.jsonl"
@@ -87,17 +87,19 @@ class Speed:
             peak = peak_tflops(torch.cuda.get_device_name(), stage.precision)
         self._peak = peak * 1e12 * stage.world_size
 
-    def __call__(self, sums: Sums, seconds: float) -> dict[str, float]:
+    def __call__(self, stats: BatchStats, seconds: float) -> dict[str, float]:
         """What a line of metrics says of a step that took `seconds`, waiting for data included."""
         row = {
-            "supervised_tokens": int(sums.supervised),
-            "tokens": int(sums.tokens),
-            "tokens_per_s": round(sums.tokens / seconds, 1),
-            "samples_per_s": round(sums.samples / seconds, 2),
+            "supervised_tokens": int(stats.supervised),
+            "tokens": int(stats.tokens),
+            "tokens_per_s": round(stats.tokens / seconds, 1),
+            "samples_per_s": round(stats.samples / seconds, 2),
             "step_s": round(seconds, 4),
         }
         if self._peak:
-            work = Work(int(sums.tokens), int(sums.supervised), int(sums.images), int(sums.squares))
+            work = Work(
+                int(stats.tokens), int(stats.supervised), int(stats.images), int(stats.squares)
+            )
             total = flops(self._geometry, self._trained, work, "supervised").total
             row["mfu"] = round(total / seconds / self._peak, 5)
         return row

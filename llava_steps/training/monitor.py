@@ -1,4 +1,4 @@
-"""What a training tells while it runs: metrics, samples, answers, progress, validation."""
+"""What a training reports while it runs: metrics, samples, answers, progress, validation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llava_steps.launch.job import Job
 from llava_steps.launch.watchdog import Beat
 from llava_steps.training import parallel
 from llava_steps.training.answers import Answers
-from llava_steps.training.batch_stats import Sums
+from llava_steps.training.batch_stats import BatchStats
 from llava_steps.training.metrics import ANSWERS, METRICS, Lines, Speed
 from llava_steps.training.optimizer import Optimizer
 from llava_steps.training.trackers import Trackers
 from llava_steps.training.validation import Validation
 
 
-class Looks:
+class Evaluations:
     """Validation and sample answers, at the steps that the settings name; collective calls."""
 
     def __init__(self, job: Job, wrapped: Any, optimizer: Optimizer, beat: Beat) -> None:
@@ -38,7 +38,7 @@ class Looks:
         number, interval = step + 1, self._stage.eval_interval
         if not self._validation or (number % interval and number < self._stage.train_steps):
             return {}
-        # Replicas look at shares of their own: no weights may have to be fetched on the way.
+        # Each replica validates its own share: no weights may have to be fetched on the way.
         self._optimizer.settle()
         return self._validation(self._wrapped, self._beat)
 
@@ -125,20 +125,25 @@ class Reports:
             self._advance(step, f"skipped: {reason}", seen)
 
     def update(
-        self, step: int, sums: Sums, batch: list[MicroBatch], seconds: float, more: dict[str, float]
+        self,
+        step: int,
+        stats: BatchStats,
+        batch: list[MicroBatch],
+        seconds: float,
+        more: dict[str, float],
     ) -> None:
         """Report one finished optimizer step, counted from 0; `more` goes into its line too."""
         if self._samples:
             self._samples.write(sample_line(step, batch))
         if not (self._metrics and self._trackers and self._progress and self._speed):
             return
-        row: dict[str, Any] = {"step": step, "loss": sums.mean, "loss_hex": sums.mean.hex()}
-        row |= self._speed(sums, seconds) | finite(more)
+        row: dict[str, Any] = {"step": step, "loss": stats.mean, "loss_hex": stats.mean.hex()}
+        row |= self._speed(stats, seconds) | finite(more)
         if self._datasets:
-            row["loss_by_dataset"] = sums.by_dataset
+            row["loss_by_dataset"] = stats.by_dataset
         self._metrics.write(row)
         self._trackers.write(row)
-        note = f"loss {sums.mean:.4f}, lr {row['lr']:.2e}, {row['tokens_per_s']:.0f} tokens/s"
+        note = f"loss {stats.mean:.4f}, lr {row['lr']:.2e}, {row['tokens_per_s']:.0f} tokens/s"
         note += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
         self._advance(step, note, more)
 

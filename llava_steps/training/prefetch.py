@@ -21,7 +21,7 @@ from llava_steps.data.loader.loader import TrainLoader
 Busy = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-class Ahead:
+class Prefetch:
     """Batches of `loader`. `busy` is entered while one is waited for."""
 
     def __init__(self, loader: TrainLoader, busy: Busy = contextlib.nullcontext) -> None:
@@ -36,15 +36,15 @@ class Ahead:
         """
         if self._fetched is not None or not torch.cuda.is_available():
             return
-        found: list[MicroBatch] | Exception
+        batch: list[MicroBatch] | Exception
         start, end = _event(), _event()
         start.record()
         try:
-            found = [_pinned(row) for row in self._take()]
+            batch = [_pinned(row) for row in self._take()]
         except Exception as error:
-            found = error
+            batch = error
         end.record()
-        self._fetched = found, start, end
+        self._fetched = batch, start, end
 
     def next(self) -> tuple[list[MicroBatch], float]:
         """The next batch, and the seconds that training stood still for it: the GPU's, where it
@@ -55,10 +55,10 @@ class Ahead:
             batch = self._take()
             lost = time.monotonic() - began
         else:
-            (found, start, end), self._fetched = self._fetched, None
-            if isinstance(found, Exception):
-                raise found
-            batch = found
+            (fetched, start, end), self._fetched = self._fetched, None
+            if isinstance(fetched, Exception):
+                raise fetched
+            batch = fetched
             end.synchronize()
             lost = start.elapsed_time(end) / 1000
         self._state = self._loader.state()

@@ -16,8 +16,7 @@ from torch import Tensor
 from llava_steps.data.loader.batch import MicroBatch
 from llava_steps.data.loader.validation_set import ValidationSet
 from llava_steps.launch.job import Job
-from llava_steps.training import forward as rows
-from llava_steps.training import parallel
+from llava_steps.training import forward, parallel
 from llava_steps.training.share import loader_spec
 
 
@@ -30,32 +29,32 @@ class Validation:
     def __init__(self, job: Job) -> None:
         stage = job.stage
         self._group = stage.pipeline_model_parallel
-        self._multiple = rows.row_multiple(stage)
+        self._multiple = forward.row_multiple(stage)
         self._data = ValidationSet(loader_spec(job, "val"), stage.eval_samples)
         self.samples = self._data.samples
 
     def __call__(self, wrapped: Sequence[Any], beat: Callable[[], None]) -> dict[str, float]:
         """{"val_loss", "val_accuracy"} per supervised token, the same on every rank."""
-        sums = torch.zeros(3, dtype=torch.float64, device=parallel.device())
+        totals = torch.zeros(3, dtype=torch.float64, device=parallel.device())
         for group in self._data.groups(self._group, self._multiple, full=True):
-            sums += look(wrapped, group, score_step)
+            totals += forward_only(wrapped, group, score_step)
             beat()
-        loss, right, count = parallel.total(sums).tolist()
+        loss, right, count = parallel.total(totals).tolist()
         return {"val_loss": loss / count, "val_accuracy": right / count}
 
 
 @torch.no_grad()
-def look(wrapped: Sequence[Any], batch: Sequence[MicroBatch], step: rows.Step) -> Tensor:
+def forward_only(wrapped: Sequence[Any], batch: Sequence[MicroBatch], step: forward.Step) -> Tensor:
     """Rows of one length through the pipeline, forward only; the sum of what `step` makes of them.
 
     Zero before the last stage. A collective call of the ranks of one replica.
     """
     for chunk in wrapped:
         chunk.eval()
-    found = rows.run(step, wrapped, batch, forward_only=True)
+    outputs = forward.run(step, wrapped, batch, forward_only=True)
     for chunk in wrapped:
         chunk.train()
-    return torch.stack(found).sum(dim=0) if found else torch.zeros((), device=parallel.device())
+    return torch.stack(outputs).sum(dim=0) if outputs else torch.zeros((), device=parallel.device())
 
 
 def score_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
@@ -63,7 +62,7 @@ def score_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any
 
     def sums(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         losses, right = scores.double()
-        count = rows.count(losses, losses.numel())
+        count = forward.count(losses, losses.numel())
         return losses.sum(), count, torch.stack([losses.sum(), right.sum(), count.double()])
 
-    return rows.through(next(batches), wrapped, "score"), sums
+    return forward.through(next(batches), wrapped, "score"), sums

@@ -237,8 +237,8 @@ def main() -> int:
     meter = Meter(spec, work)
     loop.forward_backward = recorded
     loop.restore_or_start = draw
-    loop.state.check_space = lambda *a, **k: None
-    loop.state.save = lambda *a, **k: entry
+    loop.checkpoints.check_space = lambda *a, **k: None
+    loop.checkpoints.save = lambda *a, **k: entry
     with parallel.processes(stage):
         loop.train(job, log, StopRequest(), meter)
         replica = parallel.ps.get_data_parallel_rank()

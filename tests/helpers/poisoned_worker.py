@@ -42,11 +42,11 @@ def digest(wrapped: Any, optimizer: Any) -> str:
     return total.hexdigest()
 
 
-def poison(loop: Any) -> None:
-    """Put the cases into the functions of the training loop."""
+def poison(loop: Any, gradients: Any) -> None:
+    """Put the cases into the functions that the training loop calls."""
     rank = int(os.environ["RANK"])
     verdicts = Path(sys.argv[1]).with_name(f"verdict_{rank}.jsonl").open("w")
-    whole, one = loop.forward_backward, loop.forward_step
+    whole, one = loop.forward_backward, gradients.forward_step
     now: dict[str, Any] = {"step": -1, "micro": 0, "case": None, "restore": None, "before": ""}
 
     def forward_backward(wrapped: Any, optimizer: Any, batch: Any, *more: Any) -> Any:
@@ -81,7 +81,7 @@ def poison(loop: Any) -> None:
         value = FACTORS[kind.split()[0]]
         return output, lambda losses: loss_sum(losses * value)
 
-    loop.forward_backward, loop.forward_step = forward_backward, forward_step
+    loop.forward_backward, gradients.forward_step = forward_backward, forward_step
 
 
 def fetch_ahead(prefetch: Any) -> None:
@@ -95,9 +95,9 @@ def fetch_ahead(prefetch: Any) -> None:
 
 
 if __name__ == "__main__":
-    from llava_steps.training import loop, prefetch
+    from llava_steps.training import gradients, loop, prefetch
 
-    poison(loop)
+    poison(loop, gradients)
     fetch_ahead(prefetch)
     code = worker.main()
     sys.stdout.flush()

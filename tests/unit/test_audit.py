@@ -211,7 +211,7 @@ def test_colours_on_a_terminal(
     hf_dir: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     auditor = audit.Auditor(Corpus(dataset, "train", 0), hf_dir, 512)
-    example = auditor.look(Place(0, 2))
+    example = auditor.inspect(Place(0, 2))
     assert example is not None
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")

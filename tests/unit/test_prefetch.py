@@ -42,7 +42,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gpu")
 def test_the_state_is_that_of_what_was_given_out() -> None:
     loader = Loader()
-    batches = prefetch.Ahead(loader)  # type: ignore[arg-type]
+    batches = prefetch.Prefetch(loader)  # type: ignore[arg-type]
     assert batches.state() == {"consumed_samples": 0}
     assert batches.next()[0] == [1]
     for number in (2, 3):
@@ -58,7 +58,7 @@ def test_the_state_is_that_of_what_was_given_out() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_an_error_comes_when_its_batch_is_wanted() -> None:
-    batches = prefetch.Ahead(Loader(bad=1))  # type: ignore[arg-type]
+    batches = prefetch.Prefetch(Loader(bad=1))  # type: ignore[arg-type]
     batches.next()
     batches.fetch()
     assert batches.state() == {"consumed_samples": 1}
@@ -69,7 +69,7 @@ def test_an_error_comes_when_its_batch_is_wanted() -> None:
 def test_without_a_gpu_nothing_is_taken_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     loader = Loader()
-    batches = prefetch.Ahead(loader)  # type: ignore[arg-type]
+    batches = prefetch.Prefetch(loader)  # type: ignore[arg-type]
     batches.fetch()
     assert loader.given == 0
     assert batches.next()[0] == [1]

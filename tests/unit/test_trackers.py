@@ -173,7 +173,7 @@ def test_losses_are_told_apart_by_dataset() -> None:
     import torch
 
     from llava_steps.data.loader.batch import MicroBatch
-    from llava_steps.training.batch_stats import Sums, by_dataset, counts
+    from llava_steps.training.batch_stats import BatchStats, by_dataset, counts
 
     labels = torch.tensor([[-100, 5, 5, -100, 5, 5, -100, 5, -100, -100]])
     row = MicroBatch(
@@ -186,7 +186,7 @@ def test_losses_are_told_apart_by_dataset() -> None:
     found = by_dataset(losses, row, ["x", "y", "z"])
     assert found.tolist() == [19.0, 12.0, 0.0, 3, 2, 0]
     assert counts([row, row]) == [10, 16, 4, 2 * (9 + 9 + 4), 6]
-    sums = Sums(torch.cat([torch.tensor([31.0, *counts([row])]), found]), [], ["x", "y", "z"])
+    sums = BatchStats(torch.cat([torch.tensor([31.0, *counts([row])]), found]), [], ["x", "y", "z"])
     assert sums.by_dataset == {"x": 19 / 3, "y": 6.0} and sums.mean == 31 / 5
     assert (sums.images, sums.squares, sums.samples) == (2, 22, 3)
 
@@ -198,7 +198,7 @@ def test_speed_counts_what_is_computed(tmp_path: Path, monkeypatch: pytest.Monke
     from llava_steps.geometry.hardware import peak_tflops
     from llava_steps.launch.job import Job
     from llava_steps.training import metrics
-    from llava_steps.training.batch_stats import Sums
+    from llava_steps.training.batch_stats import BatchStats
 
     geometry = object()
     monkeypatch.setattr(metrics.Geometry, "load", lambda path: geometry)
@@ -214,7 +214,7 @@ def test_speed_counts_what_is_computed(tmp_path: Path, monkeypatch: pytest.Monke
     def row(**settings: Any) -> dict[str, float]:
         stage = Stage.model_validate({"gpus": 2, "global_batch_size": 2, "stage": 1} | settings)
         job = Job(stage, tmp_path, tmp_path, tmp_path, tmp_path, tmp_path, "f")
-        return metrics.Speed(job)(Sums(values, []), 4.0)
+        return metrics.Speed(job)(BatchStats(values, []), 4.0)
 
     told = row(peak_tflops=10.0)
     assert told["mfu"] == pytest.approx(6 / 4 / 20) and told["samples_per_s"] == 0.75

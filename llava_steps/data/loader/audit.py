@@ -53,7 +53,7 @@ class Example:
 
 @dataclass
 class Auditor:
-    """Looks at samples one by one and adds up what it finds.
+    """Inspects samples one by one and adds up what it finds.
 
     Args:
         corpus: the datasets.
@@ -89,7 +89,7 @@ class Auditor:
         """The encoder of the sample's dataset."""
         return self._encoders[self.corpus.members[place.dataset].chat_template]
 
-    def look(self, place: Place) -> Example | None:
+    def inspect(self, place: Place) -> Example | None:
         """Judge one sample; None if training would refuse it.
 
         Raises:
