@@ -104,13 +104,13 @@ def latest_commit(root: Path) -> Path:
     """The newest committed `iter_*` directory below `root`, or `root` when it is one itself."""
     if (root / MARKER).is_file():
         return root
-    found = committed(root)
-    if not found:
+    checkpoints = committed(root)
+    if not checkpoints:
         raise InputError(
             f"{root} holds no committed checkpoint (expected iter_*/{MARKER}); "
             "give the directory of a finished conversion or training step"
         )
-    return found[-1][1]
+    return checkpoints[-1][1]
 
 
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
@@ -118,8 +118,8 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
 
     With `keep_every`, those whose iteration is a multiple of it stay as well.
     """
-    found = committed(root)
-    for iteration, path in found[: max(0, len(found) - keep)]:
+    checkpoints = committed(root)
+    for iteration, path in checkpoints[: max(0, len(checkpoints) - keep)]:
         if not (keep_every and iteration % keep_every == 0):
             # Without its marker the directory is no checkpoint any more, however far the rest gets.
             (path / MARKER).unlink()

@@ -65,8 +65,8 @@ class Digests:
 
     def _read(self) -> dict[str, str]:
         try:
-            found = json.loads(self._path.read_bytes())
+            known = json.loads(self._path.read_bytes())
         except (FileNotFoundError, ValueError):
             # Only a cache: whatever is in it can be computed again.
             return {}
-        return found if isinstance(found, dict) else {}
+        return known if isinstance(known, dict) else {}

@@ -71,7 +71,7 @@ def _inputs(
     recorded: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Input]:
     """Every input that is given, compared with its manifest and pinned to its sealed entry."""
-    found: dict[str, Input] = {}
+    inputs: dict[str, Input] = {}
     for key, info in step.config.model_fields.items():
         if cli.role(info) != "source":
             continue
@@ -86,7 +86,7 @@ def _inputs(
             if recorded.get(key, {}).get("path") == text:
                 known = known or recorded[key]["digest"]
             if known is not None:
-                found[key] = Input(Path(text), known, shown=text)
+                inputs[key] = Input(Path(text), known, shown=text)
                 continue
         path = step.resolve[key](text, recorded is None) if key in step.resolve else Path(text)
         if not path.exists():
@@ -98,14 +98,14 @@ def _inputs(
             store.check(entry, manifest, digests.file if recorded is None else None)
             inside = path.relative_to(directory).as_posix()
             digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
-            found[key] = Input(entry / inside, digest, manifest, entry, text)
+            inputs[key] = Input(entry / inside, digest, manifest, entry, text)
         else:
             digest = _digest(step, config, key, path, digests)
             if named:
                 digests.keep_name(text, digest)
-            found[key] = Input(path, digest, shown=text)
+            inputs[key] = Input(path, digest, shown=text)
     digests.save()
-    return found
+    return inputs
 
 
 def _digest(step: Step[C], config: C, key: str, path: Path, digests: Digests) -> str:

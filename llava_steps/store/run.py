@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -34,7 +34,7 @@ from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.settings import cli
 from llava_steps.store import container, store
 from llava_steps.store.digest import Digests
-from llava_steps.store.identity import changed_input, identify, values
+from llava_steps.store.identity import Identity, changed_input, identify, values
 from llava_steps.store.lease import Lease
 from llava_steps.store.step import C, Context, Step
 from llava_steps.store.store import Input
@@ -145,79 +145,118 @@ def _evaluate(
     _not_in_place_of_an_input(step, config, out)
     known = Digests(root)
     image = _image(given, known)
-    name, slice_, inputs, code, print_ = identify(step, module, config, known, image)
-    entry = root / name / print_
-    work = entry / store.WORK
+    identity = identify(step, module, config, known, image)
+    entry = root / identity.name / identity.fingerprint
     forced = given["force"] or (out / FORCE_REQUEST).exists()
     if step.follows(config):
-        _follow(step, module, config, entry, inputs, forced)
+        _follow(step, module, config, entry, identity.inputs, forced)
         return
-    whole = step.whole(config)
-    if whole is not None and not (forced or entry.exists()):
-        contents = {key: item.digest for key, item in inputs.items()}
-        found = store.fingerprint(name, values(step, whole), contents, code, image)
-        if (root / name / found / store.MANIFEST).exists():
-            store.publish(root / name / found, out)
-            log.info("%s %s, the whole, is there already; no share of it is needed", name, found)
+    if not (forced or entry.exists()):
+        whole = _sealed_whole(step, config, identity, image, root)
+        if whole is not None:
+            store.publish(whole, out)
+            log.info(
+                "%s %s, the whole, is there already; no share of it is needed",
+                identity.name,
+                whole.name,
+            )
             return
     _take_aside(entry, out, forced)
-    (work / "logs").mkdir(parents=True, exist_ok=True)
+    (entry / store.WORK / "logs").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if not (entry / store.MANIFEST).exists():
-            stack.enter_context(Lease(work))
+            stack.enter_context(Lease(entry / store.WORK))
         # Asked again under the lease: its last holder may just have finished this very value.
         manifest = store.read_manifest(entry)
         if manifest is not None:
             store.check(entry, manifest, known.file)
-            known.save()
-            store.publish(entry, out)
-            step.published(config)
-            log.info("%s %s is there already; nothing to compute", name, print_)
-            return
-        attempt = 1 + len(list((work / "logs").glob("attempt-*.log")))
-        log = logger(module.rpartition(".")[2], work / "logs" / f"attempt-{attempt:04d}.log")
-        log.info("%s %s attempt %d in %s", name, print_, attempt, entry)
+        else:
+            attempt = _Attempt(identity, image, module, entry)
+            log = attempt.log
+            until_sealed = stack.enter_context(contextlib.ExitStack())
+            description = attempt.run(step, config, out, until_sealed)
+            if changed := changed_input(step, config, identity.inputs, known):
+                # What was read from both versions is of no use to the next attempt either.
+                clear(entry)
+                raise InputError(
+                    f"{changed} changed while the step read it; nothing was kept, run again"
+                )
+            store.seal(entry, description, step.volatile, known.file)
+        known.save()
+        store.publish(entry, out)
+        step.published(config)
+        if manifest is not None:
+            log.info("%s %s is there already; nothing to compute", identity.name, entry.name)
+        else:
+            log.info("%s is done: %s", identity.name, out)
+
+
+class _Attempt:
+    """One try to compute a value in its entry, with its number and its log."""
+
+    def __init__(self, identity: Identity, image: str, module: str, entry: Path) -> None:
+        self._identity, self._image, self._entry = identity, image, entry
+        self._work = entry / store.WORK
+        logs = self._work / "logs"
+        self._number = 1 + len(list(logs.glob("attempt-*.log")))
+        self.log = logger(module.rpartition(".")[2], logs / f"attempt-{self._number:04d}.log")
+
+    def run(
+        self, step: Step[C], config: C, out: Path, until_sealed: contextlib.ExitStack
+    ) -> dict[str, Any]:
+        """Compute the value; returns what its manifest says beside the list of files."""
+        name, settings, inputs, code, print_ = self._identity
+        self.log.info("%s %s attempt %d in %s", name, print_, self._number, self._entry)
         if not step.resumes:
-            clear(entry)
-        store.show_work(entry, out)
+            clear(self._entry)
+        store.show_work(self._entry, out)
         start = time.monotonic()
-        until_sealed = stack.enter_context(contextlib.ExitStack())
-        context = Context(entry.resolve(), inputs, log, work.resolve(), print_, until_sealed)
-        try:
+        context = Context(
+            self._entry.resolve(), inputs, self.log, self._work.resolve(), print_, until_sealed
+        )
+        with self._errors_logged(name):
             metrics = dict(step.run(context, config))
-        except StepError as error:
-            log.error("%s", error)
-            with contextlib.suppress(IndexError):
-                log.handlers.pop(0)  # the file has it; `execute` prints it once
-            raise
-        except Exception as error:
-            if environment_error(error) is None:
-                log.exception("%s failed; the traceback is also in %s", name, work / "logs")
-            raise
-        description = {
+        return {
             "step": name,
             "fingerprint": print_,
-            "config": slice_,
+            "config": settings,
             "code": code,
-            "image": image,
+            "image": self._image,
             "inputs": {
                 key: {"path": item.shown, "digest": item.digest} for key, item in inputs.items()
             },
             "metrics": metrics,
-            "attempts": attempt,
+            "attempts": self._number,
             "wall_s": round(time.monotonic() - start, 3),
         }
-        if changed := changed_input(step, config, inputs, known):
-            # What was read from both versions is of no use to the next attempt either.
-            clear(entry)
-            raise InputError(
-                f"{changed} changed while the step read it; nothing was kept, run again"
-            )
-        store.seal(entry, description, step.volatile, known.file)
-        known.save()
-        store.publish(entry, out)
-        step.published(config)
-        log.info("%s is done: %s", name, out)
+
+    @contextlib.contextmanager
+    def _errors_logged(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except StepError as error:
+            self.log.error("%s", error)
+            with contextlib.suppress(IndexError):
+                self.log.handlers.pop(0)  # the file has it; `execute` prints it once
+            raise
+        except Exception as error:
+            if environment_error(error) is None:
+                logs = self._work / "logs"
+                self.log.exception("%s failed; the traceback is also in %s", name, logs)
+            raise
+
+
+def _sealed_whole(
+    step: Step[C], config: C, identity: Identity, image: str, root: Path
+) -> Path | None:
+    """The sealed entry of the whole value that `config` makes a share of, if it exists."""
+    whole = step.whole(config)
+    if whole is None:
+        return None
+    contents = {key: item.digest for key, item in identity.inputs.items()}
+    print_ = store.fingerprint(identity.name, values(step, whole), contents, identity.code, image)
+    entry = root / identity.name / print_
+    return entry if (entry / store.MANIFEST).exists() else None
 
 
 def _not_in_place_of_an_input(step: Step[C], config: C, out: Path) -> None:

@@ -160,13 +160,13 @@ def package_versions() -> dict[str, str]:
     import importlib.metadata
     import platform
 
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def publish(entry: Path, out: Path) -> None:
@@ -246,8 +246,8 @@ def entry_of(directory: Path, manifest: Mapping[str, Any]) -> Path:
             f"{directory} shows a value that is not in its store any more; run again what makes "
             f"it: step {manifest.get('step')}"
         )
-    found = read_manifest(entry)
-    if found is None or found["content"] != manifest["content"]:
+    sealed_now = read_manifest(entry)
+    if sealed_now is None or sealed_now["content"] != manifest["content"]:
         raise InputError(f"{directory} is being changed by another run; wait for it and run again")
     return entry
 
