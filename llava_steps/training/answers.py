@@ -92,7 +92,7 @@ class Answers:
             max_seqlen=length,
             pixel_values=pixels,
             num_images=0 if pixels is None else len(pixels),
-            sample_ids=[], keys=[], places=[], datasets=[],
+            sample_ids=[], keys=[], slots=[], datasets=[],
             num_supervised=1,
             num_tokens=length,
         )  # fmt: skip

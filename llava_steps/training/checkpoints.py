@@ -118,17 +118,17 @@ def find(root: Path, log: logging.Logger) -> Path | None:
     IntegrityError when all are damaged: a training that had begun never starts over unasked. A
     collective call.
     """
-    found: list[Path | str | None] = [None]
+    outcome: list[Path | str | None] = [None]
     if dist.get_rank() == 0:
         filesystem.remove_temporaries(root)
         try:
-            found[0] = _newest_valid(root, log)
+            outcome[0] = _newest_valid(root, log)
         except IntegrityError as error:
-            found[0] = str(error)
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], str):
-        raise IntegrityError(found[0])
-    return found[0]
+            outcome[0] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], str):
+        raise IntegrityError(outcome[0])
+    return outcome[0]
 
 
 def _newest_valid(root: Path, log: logging.Logger) -> Path | None:

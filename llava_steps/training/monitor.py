@@ -51,11 +51,11 @@ class Evaluations:
 
 
 def sample_line(step: int, batch: list[MicroBatch]) -> dict[str, Any]:
-    """Which samples this rank trained on, and their places in the global batch."""
+    """Which samples this rank trained on, and their slots in the global batch."""
     return {
         "step": step,
         "ids": [m.sample_ids for m in batch],
-        "places": [m.places for m in batch],
+        "places": [m.slots for m in batch],
     }
 
 

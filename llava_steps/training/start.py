@@ -1,4 +1,4 @@
-"""How a training begins: its part of the model, the checkpoint it goes on from, its loader."""
+"""How a training begins: its part of the model, the checkpoint it continues from, its loader."""
 
 from __future__ import annotations
 
@@ -97,28 +97,28 @@ def restore_or_start(
     job: Job, model: list[Llava], optimizer: Optimizer, log: logging.Logger
 ) -> tuple[Counters, TrainLoader]:
     """Load the newest checkpoint, or what to start from; open the loader there."""
-    found = checkpoints.find(job.entry, log)
-    goes_on = found is None and job.stage.load_optim
-    if found is None and job.checkpoint is None:
+    path = checkpoints.find(job.entry, log)
+    continues = path is None and job.stage.load_optim
+    if path is None and job.checkpoint is None:
         start_fresh(job, model, log)
         optimizer.reload_weights()
         return Counters(), TrainLoader(loader_spec(job, "train"))
-    if goes_on:
-        found = checkpoints.verified(latest(job))
-    if found is None:
+    if continues:
+        path = checkpoints.verified(latest(job))
+    if path is None:
         load_weights(model, checkpoints.verified(latest(job)) / checkpoints.WEIGHTS)
         optimizer.reload_weights()
         log.info("starting from %s", job.checkpoint)
         return Counters(), TrainLoader(loader_spec(job, "train"))
-    counters, kept = checkpoints.load(found, job.stage, model, optimizer)
+    counters, kept = checkpoints.load(path, job.stage, model, optimizer)
     loader = TrainLoader(loader_spec(job, "train"), kept["consumed_samples"])
     loader.check_state(kept)
-    if goes_on and counters.step >= job.stage.train_steps:
+    if continues and counters.step >= job.stage.train_steps:
         raise ConfigError(
-            f"train_steps {job.stage.train_steps}: {found} has done {counters.step} steps already; "
+            f"train_steps {job.stage.train_steps}: {path} has done {counters.step} steps already; "
             "load_optim goes on from there, so set train_steps higher"
         )
-    log.info("resuming after step %d from %s", counters.step, found.name)
+    log.info("resuming after step %d from %s", counters.step, path.name)
     return counters, loader
 
 
@@ -150,13 +150,13 @@ def roll_back(
 
     Raises DivergedError when nothing was saved yet.
     """
-    found = checkpoints.find(job.entry, log)
-    if found is None:
+    path = checkpoints.find(job.entry, log)
+    if path is None:
         raise DivergedError(
             f"step {done.step}: too many rejected steps, and no checkpoint yet to roll back to; "
             "the log names the samples"
         )
-    before, _ = checkpoints.load(found, job.stage, model, optimizer)
+    before, _ = checkpoints.load(path, job.stage, model, optimizer)
     done.updates, done.recent, done.rejected = before.updates, before.recent, 0
     done.rollbacks += 1
-    log.error("step %d: rolled back to %s, rollback %d", done.step, found.name, done.rollbacks)
+    log.error("step %d: rolled back to %s, rollback %d", done.step, path.name, done.rollbacks)

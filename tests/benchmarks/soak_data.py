@@ -66,7 +66,7 @@ def stretch(ranks: list[TrainLoader], steps: int) -> Iterator[list[tuple[str, st
         found: dict[int, tuple[str, str]] = {}
         for stream in streams:
             for row in next(stream):
-                for item in zip(row.places, row.datasets, row.sample_ids, strict=True):
+                for item in zip(row.slots, row.datasets, row.sample_ids, strict=True):
                     assert item[0] not in found, "a place of the global batch was given twice"
                     found[item[0]] = item[1:]
         yield [found[place] for place in range(len(found))]

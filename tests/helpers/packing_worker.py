@@ -46,7 +46,7 @@ def losses(
                         for a, b in itertools.pairwise(borders)
                     ]
                     means = [float(part.double().mean()) for part in out.split(counts)]
-                    for place, name, mean in zip(row.places, row.sample_ids, means, strict=True):
+                    for place, name, mean in zip(row.slots, row.sample_ids, means, strict=True):
                         samples.append((step * BATCH + place, name, mean))
                     rows += 1
                     tokens += row.num_tokens

@@ -14,7 +14,7 @@ import torch
 from llava_steps import audit as step
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.data.loader import audit
-from llava_steps.data.loader.corpus import Corpus, Place
+from llava_steps.data.loader.corpus import Corpus, SampleRef
 from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.data.samples.encoded import Encoded
 from llava_steps.data.samples.sample import from_parts
@@ -87,7 +87,7 @@ def test_a_part_is_spread_over_the_split(dataset: Path) -> None:
     some = audit.choose(corpus, 5, 7)
     assert len({place.index for place in some}) == 5 and some == audit.choose(corpus, 5, 7)
     assert some != audit.choose(corpus, 5, 8)
-    everything = [Place(0, n) for n in range(SAMPLES)]
+    everything = [SampleRef(0, n) for n in range(SAMPLES)]
     assert audit.choose(corpus, 0, 7) == audit.choose(corpus, 99, 7) == everything
 
 
@@ -211,7 +211,7 @@ def test_colours_on_a_terminal(
     hf_dir: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     auditor = audit.Auditor(Corpus(dataset, "train", 0), hf_dir, 512)
-    example = auditor.inspect(Place(0, 2))
+    example = auditor.inspect(SampleRef(0, 2))
     assert example is not None
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")

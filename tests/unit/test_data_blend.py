@@ -76,7 +76,7 @@ def test_an_epoch_of_three_datasets_has_each_sample_as_often_as_asked(
         )
         for step, rows in zip(given, loader, strict=False):
             for row in rows:
-                for at, name, key in zip(row.places, row.datasets, row.sample_ids, strict=True):
+                for at, name, key in zip(row.slots, row.datasets, row.sample_ids, strict=True):
                     assert at not in step
                     step[at] = (name, key)
     assert all(sorted(step) == list(range(size)) for step in given)

@@ -109,7 +109,7 @@ def test_packed_rows_hold_the_samples_of_unpacked_ones(
         rows = [row for rank in ranks for row in rank[number]]
         assert len({len(rank[number]) for rank in ranks}) == 1
         assert len(rows) < len(single), "several samples share a row"
-        order = {p: i for row in rows for p, i in zip(row.places, row.sample_ids, strict=True)}
+        order = {p: i for row in rows for p, i in zip(row.slots, row.sample_ids, strict=True)}
         assert [order[p] for p in range(8)] == list(single), "the places are those of the batch"
         for row in rows:
             borders = row.cu_seqlens.tolist()

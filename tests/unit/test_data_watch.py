@@ -18,7 +18,7 @@ from llava_steps.core.errors import StepError
 from llava_steps.data import pool
 from llava_steps.data.energon.reader import RawSample
 from llava_steps.data.loader import loader as loader_module
-from llava_steps.data.loader.corpus import Place
+from llava_steps.data.loader.corpus import SampleRef
 from llava_steps.data.loader.feed import Feed
 from llava_steps.data.loader.row_builder import RowBuilder
 from llava_steps.data.loader.workers import Task, Workers, _Worker
@@ -33,10 +33,10 @@ STUCK = 3
 class Stuck(RowBuilder):
     """What a worker looks like from outside whose storage has gone away."""
 
-    def _encode(self, place: Place, raw: RawSample) -> Any:
-        if place.index == STUCK:
+    def _encode(self, ref: SampleRef, raw: RawSample) -> Any:
+        if ref.index == STUCK:
             time.sleep(1000)
-        return super()._encode(place, raw)
+        return super()._encode(ref, raw)
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +110,10 @@ def test_of_several_silent_workers_the_one_that_stood_still_first_is_named(
         monkeypatch.setattr(time, "monotonic", lambda now=second: float(now))
         workers._board[0] += second <= 3
         workers._board[4] += second <= 2
-        workers._look_at_the_board()
+        workers._check_board()
     workers._patience = 5.0
     with pytest.raises(StepError, match=r"loader worker 1 \(process 1001\)"):
-        workers._look_at_the_board()
+        workers._check_board()
 
 
 def signal_a_stop(process: int) -> None:

@@ -179,7 +179,7 @@ def test_losses_are_told_apart_by_dataset() -> None:
     row = MicroBatch(
         tokens=labels, labels=labels, position_ids=labels, max_seqlen=4, pixel_values=None,
         cu_seqlens=torch.tensor([0, 3, 6, 8, 10], dtype=torch.int32), num_images=2,
-        sample_ids=["a", "b", "c"], keys=[], places=[], datasets=["x", "y", "x"],
+        sample_ids=["a", "b", "c"], keys=[], slots=[], datasets=["x", "y", "x"],
         num_supervised=5, num_tokens=8,
     )  # fmt: skip
     losses = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from llava_steps.data.loader.batch import join, pad
-from llava_steps.data.loader.corpus import Corpus, Place
+from llava_steps.data.loader.corpus import Corpus, SampleRef
 from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.data.samples.encoded import IGNORED, Encoded
 from llava_steps.data.samples.sample import PLACEHOLDER, Sample, SampleError
@@ -28,7 +28,7 @@ NAMED = 100
 """Samples that a report lists by name for each kind of trouble; all are counted."""
 BINS = 10
 AT_LEAST = 20
-"""Samples of each dataset of a blend that are looked at, however small its share is."""
+"""Samples of each dataset of a blend that are inspected, however small its share is."""
 
 
 @dataclass(frozen=True)
@@ -85,28 +85,28 @@ class Auditor:
             for template in {member.chat_template for member in self.corpus.members}
         }
 
-    def encoder(self, place: Place) -> ConversationEncoder:
+    def encoder(self, ref: SampleRef) -> ConversationEncoder:
         """The encoder of the sample's dataset."""
-        return self._encoders[self.corpus.members[place.dataset].chat_template]
+        return self._encoders[self.corpus.members[ref.dataset].chat_template]
 
-    def inspect(self, place: Place) -> Example | None:
+    def inspect(self, ref: SampleRef) -> Example | None:
         """Judge one sample; None if training would refuse it.
 
         Raises:
             InputError: its tar cannot be read.
         """
         self.totals["samples"] += 1
-        raw = self.corpus.raw(place)
-        where = self.corpus.where(place, raw)
-        encoder = self.encoder(place)
+        raw = self.corpus.raw(ref)
+        where = self.corpus.where(ref, raw)
+        encoder = self.encoder(ref)
         try:
-            sample = self.corpus.parse(place, raw)
+            sample = self.corpus.parse(ref, raw)
             encoded = encoder.encode(sample.turns)
             pixels = encoder.images(sample.images[: encoded.images])
         except SampleError as error:
             self._name(self.refused, where, str(error), "refused")
             return None
-        whole = self.corpus.readers[place.dataset].parse(raw)
+        whole = self.corpus.readers[ref.dataset].parse(raw)
         if encoded.cut or len(sample.turns) < len(whole.turns):
             self.totals["truncated"] += 1
             if len(self.truncated) < NAMED:
@@ -148,16 +148,16 @@ class Auditor:
         }
 
 
-def choose(corpus: Corpus, count: int, seed: int) -> list[Place]:
-    """`count` places of the corpus, spread over its datasets by their sizes; 0 is all of them."""
-    chosen: list[Place] = []
+def choose(corpus: Corpus, count: int, seed: int) -> list[SampleRef]:
+    """`count` samples of the corpus, spread over its datasets by their sizes; 0 is all of them."""
+    chosen: list[SampleRef] = []
     total = len(corpus)
     for dataset, size in enumerate(corpus.sizes):
         share = size if count in (0, total) else max(round(count * size / total), AT_LEAST)
         if len(corpus.sizes) == 1 and count:
             share = count
         numbers = random.Random(f"{seed} {dataset}").sample(range(size), min(share, size))
-        chosen += [Place(dataset, number) for number in sorted(numbers)]
+        chosen += [SampleRef(dataset, number) for number in sorted(numbers)]
     return chosen
 
 

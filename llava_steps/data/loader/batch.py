@@ -26,16 +26,16 @@ class MicroBatch:
     """Longest segment, padding included."""
     pixel_values: torch.Tensor | None
     """float32 [n, 3, H, W], this rank's part of the row's images (`image_share`, possibly none of
-    them) in the order of the image tokens; None for a row without images, or when the loader was
-    told that nobody here needs pixels."""
+    them) in the order of the image tokens; None for a row without images, or when the spec says
+    that this rank needs no pixels."""
     num_images: int
     """Images of the row, whoever decoded them."""
     sample_ids: list[str]
     """Ids that the data gives them; nobody promises that they are unique."""
     keys: list[str]
     """Tar and key of each sample in its dataset."""
-    places: list[int]
-    """Places of the samples in their global batch, from 0 on."""
+    slots: list[int]
+    """Slots of the samples in their global batch, from 0 on."""
     datasets: list[str]
     """Name of the dataset of each sample."""
     num_supervised: int
@@ -62,7 +62,7 @@ def image_share(images: int, part: int, parts: int) -> range:
 def join(
     ids: Sequence[str],
     keys: Sequence[str],
-    places: Sequence[int],
+    slots: Sequence[int],
     datasets: Sequence[str],
     encoded: Sequence[Encoded],
     pixels: torch.Tensor | None,
@@ -81,7 +81,7 @@ def join(
         num_images=num_images,
         sample_ids=list(ids),
         keys=list(keys),
-        places=list(places),
+        slots=list(slots),
         datasets=list(datasets),
         num_supervised=sum(item.supervised for item in encoded),
         num_tokens=sum(lengths),

@@ -14,8 +14,8 @@ from llava_steps.settings.blend import Blend, Member, read_blend
 
 
 @dataclass(frozen=True)
-class Place:
-    """One sample of the corpus."""
+class SampleRef:
+    """Names one sample of the corpus."""
 
     dataset: int
     index: int
@@ -46,7 +46,7 @@ class Corpus:
         self._order = self._make_order(blend, seed, path)
 
     def _digest(self, blend: Blend) -> str:
-        """Stands for the datasets and the order of their samples; independent of their places."""
+        """Stands for the datasets and the order of their samples; independent of where they are."""
         digests = [reader.digest for reader in self.readers]
         if len(digests) == 1 and blend.members[0].repetitions == 1:
             return digests[0]
@@ -67,36 +67,36 @@ class Corpus:
         """Samples of all datasets, each counted once."""
         return sum(self.sizes)
 
-    def __getitem__(self, position: int) -> Place:
+    def __getitem__(self, position: int) -> SampleRef:
         """What stands at `position` >= 0 of the endless sequence."""
-        return Place(*self._order[position])
+        return SampleRef(*self._order[position])
 
-    def number(self, place: Place) -> int:
+    def number(self, ref: SampleRef) -> int:
         """A number in [0, len(self)) for each sample."""
-        return sum(self.sizes[: place.dataset]) + place.index
+        return sum(self.sizes[: ref.dataset]) + ref.index
 
-    def raw(self, place: Place, images: bool = True) -> RawSample:
+    def raw(self, ref: SampleRef, images: bool = True) -> RawSample:
         """The parts of a sample; without `images` their parts are empty and need no reading.
 
         Raises:
             InputError: the tar or its index cannot be read there.
         """
-        return self.readers[place.dataset].raw(place.index, images)
+        return self.readers[ref.dataset].raw(ref.index, images)
 
-    def parse(self, place: Place, raw: RawSample) -> Sample:
+    def parse(self, ref: SampleRef, raw: RawSample) -> Sample:
         """The sample in `raw`, cut to its dataset's max_turns.
 
         Raises:
             SampleError: unusable; the message does not say where it stands.
         """
-        sample = self.readers[place.dataset].parse(raw)
-        rounds = self.members[place.dataset].max_turns
+        sample = self.readers[ref.dataset].parse(raw)
+        rounds = self.members[ref.dataset].max_turns
         if rounds is None or len(sample.turns) <= 2 * rounds:
             return sample
         turns = sample.turns[: 2 * rounds]
         images = sum(turn.content.count(PLACEHOLDER) for turn in turns)
         return Sample(sample.id, turns, sample.images[:images], sample.extra)
 
-    def where(self, place: Place, raw: RawSample) -> str:
+    def where(self, ref: SampleRef, raw: RawSample) -> str:
         """Tar and key, for messages."""
-        return str(self.readers[place.dataset].root / raw.where)
+        return str(self.readers[ref.dataset].root / raw.where)

@@ -1,4 +1,4 @@
-"""From positions of the stream to the steps of one rank, ahead of the training.
+"""From positions of the stream to the steps of one rank, before the training needs them.
 
 A step goes through three states: its lengths are asked for (packing only), its rows are asked for,
 its rows are there. A thread moves steps along while the training computes; what it does itself is
@@ -21,14 +21,14 @@ from llava_steps.data.loader.row_builder import RowBuilder
 from llava_steps.data.loader.spec import LoaderSpec
 from llava_steps.data.loader.workers import Task, Workers, perform
 
-_ROWS_AHEAD = 4
+_PREFETCH_ROWS = 4
 """Rows that wait for the training, for each worker; at least one whole step does."""
 _CHUNK = 16
 """Samples whose lengths are asked for together."""
 
 
 def rank_rows(spec: LoaderSpec, lengths: list[int] | None) -> list[list[int]]:
-    """Places in the global batch of this rank's samples, row by row; `lengths` is for packing."""
+    """Slots in the global batch of this rank's samples, row by row; `lengths` is for packing."""
     if lengths is not None:
         packed = pack(lengths, spec.capacity, spec.dp_size * spec.rows_multiple)
         return packed[spec.dp_rank :: spec.dp_size]
@@ -38,11 +38,11 @@ def rank_rows(spec: LoaderSpec, lengths: list[int] | None) -> list[list[int]]:
 
 
 def chunks(spec: LoaderSpec) -> list[range]:
-    """Places whose lengths are found out together; other ranks begin with others."""
+    """Slots whose lengths are determined together; other ranks begin with others."""
     size = spec.global_batch_size
-    found = [range(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
-    turn = int(spec.shift * len(found))
-    return found[turn:] + found[:turn]
+    ranges = [range(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
+    turn = int(spec.shift * len(ranges))
+    return ranges[turn:] + ranges[:turn]
 
 
 @dataclass
@@ -76,14 +76,14 @@ def _row_tasks(spec: LoaderSpec, first: int, lengths: list[int] | None) -> list[
 
 
 class Feed(threading.Thread):
-    """`serial` with worker processes, ahead of whoever iterates; to be closed afterwards."""
+    """`serial` with worker processes, made before they are asked for; to be closed afterwards."""
 
     def __init__(self, workers: Workers, spec: LoaderSpec, first: int) -> None:
         super().__init__(name="loader", daemon=True)
         self._workers = workers
         self._spec = spec
         self._next = first
-        self._ahead = _ROWS_AHEAD * len(workers.workers)
+        self._prefetch_rows = _PREFETCH_ROWS * len(workers.workers)
         self._steps: deque[_Step] = deque()
         self._owners: dict[int, tuple[_Step, Any]] = {}
         self._out: queue.SimpleQueue[list[MicroBatch] | BaseException] = queue.SimpleQueue()
@@ -141,7 +141,8 @@ class Feed(threading.Thread):
         if len(self._steps) + self._unread < 2:
             return True
         # How many rows a step will be is not known before it has a plan.
-        return self._rows < self._ahead and sum(step.rows is None for step in self._steps) < 2
+        unplanned = sum(step.rows is None for step in self._steps)
+        return self._rows < self._prefetch_rows and unplanned < 2
 
     def _open(self) -> _Step:
         first, size = self._next, self._spec.global_batch_size
@@ -149,9 +150,9 @@ class Feed(threading.Thread):
         if not self._spec.packing:
             return _Step(first, [], 0)
         step = _Step(first, [0] * size, size)
-        for places in chunks(self._spec):
-            task = Task("lengths", ([first + place for place in places],))
-            self._owners[self._workers.submit(task)] = (step, places)
+        for slots in chunks(self._spec):
+            task = Task("lengths", ([first + slot for slot in slots],))
+            self._owners[self._workers.submit(task)] = (step, slots)
         return step
 
     def _plan(self, step: _Step) -> None:

@@ -93,7 +93,7 @@ class WeightedOrder:
     """Datasets in fixed proportions, each going through its own epochs.
 
     Every block of `BLOCK` positions holds a fixed number of samples of each dataset, its share of
-    the weights rounded by largest remainder, at permuted places.
+    the weights rounded by largest remainder, at permuted slots.
 
     Args:
         sizes: samples of each dataset, at least 1.
@@ -120,14 +120,14 @@ class WeightedOrder:
                 f"dataset {self.counts.index(0)} gets none of {block} samples; raise its weight"
             )
         self._starts = (0, *accumulate(self.counts))
-        self._places = SampleOrder(block, seed, f"{digest}:places")
+        self._slots = SampleOrder(block, seed, f"{digest}:places")
         self._orders = [
             SampleOrder(size, seed, f"{digest}:{number}") for number, size in enumerate(sizes)
         ]
         self._block = block
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        slot = self._places[position]
+        slot = self._slots[position]
         dataset = bisect_right(self._starts, slot) - 1
         before = position // self._block * self.counts[dataset]
         return dataset, self._orders[dataset][before + slot - self._starts[dataset]]

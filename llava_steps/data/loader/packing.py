@@ -53,12 +53,12 @@ def _fullest_first(
     """(tokens left, row), rising."""
     for number in falling:
         length = lengths[number]
-        place = bisect_left(room, (length, -1))
-        if place == len(room):
+        index = bisect_left(room, (length, -1))
+        if index == len(room):
             rows.append([])
             left, row = capacity, len(rows) - 1
         else:
-            left, row = room.pop(place)
+            left, row = room.pop(index)
         rows[row].append(number)
         insort(room, (left - length, row))
     return rows

@@ -10,7 +10,7 @@ import torch
 from llava_steps.core.errors import StepError
 from llava_steps.data.energon.reader import RawSample
 from llava_steps.data.loader.batch import MicroBatch, image_share, join
-from llava_steps.data.loader.corpus import Corpus, Place
+from llava_steps.data.loader.corpus import Corpus, SampleRef
 from llava_steps.data.loader.lengths import Lengths
 from llava_steps.data.loader.spec import LoaderSpec
 from llava_steps.data.samples.conversation import ConversationEncoder
@@ -32,7 +32,7 @@ class RowBuilder:
         self._spec = spec
         self._lengths = lengths
         self._encoders: dict[Path | None, ConversationEncoder] = {}
-        self.watch: Callable[[int], None] = _nobody
+        self.watch: Callable[[int], None] = _unwatched
         """Called with the position of each sample before it is touched."""
 
     def encoder(self, dataset: int = 0) -> ConversationEncoder:
@@ -57,7 +57,7 @@ class RowBuilder:
     def without_encoders(self) -> RowBuilder:
         """A copy that can be sent to another process, where its encoders are made anew."""
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__ | {"_encoders": {}, "watch": _nobody})
+        copy.__dict__.update(self.__dict__ | {"_encoders": {}, "watch": _unwatched})
         return copy
 
     def lengths(self, positions: Sequence[int]) -> list[int]:
@@ -67,29 +67,29 @@ class RowBuilder:
             SampleError: a sample cannot be used; the message names tar and key.
         """
         assert self._lengths is not None
-        found = []
+        lengths = []
         for position in positions:
             self.watch(position)
-            place = self.corpus[position]
-            number = self.corpus.number(place)
+            ref = self.corpus[position]
+            number = self.corpus.number(ref)
             length = self._lengths[number]
             if not length:
-                length = self._length(place)
+                length = self._length(ref)
                 self._lengths[number] = length
-            found.append(length)
-        return found
+            lengths.append(length)
+        return lengths
 
-    def _length(self, place: Place) -> int:
-        raw = self.corpus.raw(place, images=False)
+    def _length(self, ref: SampleRef) -> int:
+        raw = self.corpus.raw(ref, images=False)
         try:
-            return self.encoder(place.dataset).length(self.corpus.parse(place, raw).turns)
+            return self.encoder(ref.dataset).length(self.corpus.parse(ref, raw).turns)
         except SampleError as error:
-            raise SampleError(f"{self.corpus.where(place, raw)}: {error}") from error
+            raise SampleError(f"{self.corpus.where(ref, raw)}: {error}") from error
         except Exception as error:
-            raise RuntimeError(f"{self.corpus.where(place, raw)}: {error}") from error
+            raise RuntimeError(f"{self.corpus.where(ref, raw)}: {error}") from error
 
-    def row(self, first: int, places: Sequence[int], tokens: int | None) -> MicroBatch:
-        """The row of the samples at `places` of the global batch that begins at position `first`.
+    def row(self, first: int, slots: Sequence[int], tokens: int | None) -> MicroBatch:
+        """The row of the samples at `slots` of the global batch that begins at position `first`.
 
         `tokens` is what the plan says of its length, if there is a plan.
 
@@ -100,23 +100,23 @@ class RowBuilder:
         ids, keys, datasets, encoded = [], [], [], []
         images: list[tuple[int, bytes, str]] = []
         total = 0
-        for place_in_batch in places:
-            self.watch(first + place_in_batch)
-            place = self.corpus[first + place_in_batch]
-            raw = self.corpus.raw(place)
-            where = self.corpus.where(place, raw)
+        for slot in slots:
+            self.watch(first + slot)
+            ref = self.corpus[first + slot]
+            raw = self.corpus.raw(ref)
+            where = self.corpus.where(ref, raw)
             try:
-                sample, item = self._encode(place, raw)
+                sample, item = self._encode(ref, raw)
             except SampleError as error:
                 raise SampleError(f"{where}: {error}") from error
             except Exception as error:
                 raise RuntimeError(f"{where}: {error}") from error
             ids.append(sample.id)
             keys.append(raw.where)
-            datasets.append(self.corpus.members[place.dataset].name)
+            datasets.append(self.corpus.members[ref.dataset].name)
             encoded.append(item)
             for number, data in enumerate(sample.images[: item.images]):
-                images.append((first + place_in_batch, data, f"{where}: image {number}"))
+                images.append((first + slot, data, f"{where}: image {number}"))
             total += len(item.tokens)
         if tokens is not None and total != tokens:
             raise StepError(
@@ -124,11 +124,11 @@ class RowBuilder:
                 "or the tokenizer change while the training runs?"
             )
         pixels = self._pixels(images) if self._spec.need_pixels else None
-        return join(ids, keys, places, datasets, encoded, pixels, len(images))
+        return join(ids, keys, slots, datasets, encoded, pixels, len(images))
 
-    def _encode(self, place: Place, raw: RawSample) -> tuple[Sample, Encoded]:
-        sample = self.corpus.parse(place, raw)
-        return sample, self.encoder(place.dataset).encode(sample.turns)
+    def _encode(self, ref: SampleRef, raw: RawSample) -> tuple[Sample, Encoded]:
+        sample = self.corpus.parse(ref, raw)
+        return sample, self.encoder(ref.dataset).encode(sample.turns)
 
     def _pixels(self, images: Sequence[tuple[int, bytes, str]]) -> torch.Tensor | None:
         """float32 [n, 3, H, W] of this rank's part of a row's images; None for a row of text."""
@@ -149,5 +149,5 @@ class RowBuilder:
         return torch.from_numpy(pixels)
 
 
-def _nobody(position: int) -> None:
+def _unwatched(position: int) -> None:
     return None

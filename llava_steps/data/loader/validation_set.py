@@ -1,6 +1,6 @@
-"""The first samples of a split, in rows: what validation looks at, the same at every call.
+"""The first samples of a split, in rows: what validation reads, the same at every call.
 
-Nothing here has a state, so looking at held-out data leaves the training loader where it is.
+Nothing here has a state, so validation leaves the training loader where it is.
 """
 
 from __future__ import annotations
@@ -59,6 +59,6 @@ class ValidationSet:
                 nothing = torch.full_like(group[0].labels, IGNORED)
                 group.append(
                     replace(group[0], labels=nothing, num_supervised=0, num_tokens=0, keys=[],
-                            sample_ids=[], places=[], datasets=[])
+                            sample_ids=[], slots=[], datasets=[])
                 )  # fmt: skip
             yield group

@@ -46,9 +46,9 @@ def to_file(batch: MicroBatch) -> int:
             for key, array in tensors.items():
                 if not array.size:
                     continue
-                place = np.frombuffer(memory, array.dtype, array.size, start + table[key][2])
-                place[:] = array.reshape(-1)
-                del place
+                target = np.frombuffer(memory, array.dtype, array.size, start + table[key][2])
+                target[:] = array.reshape(-1)
+                del target
     except BaseException:
         os.close(descriptor)
         raise

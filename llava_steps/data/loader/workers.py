@@ -31,12 +31,12 @@ from llava_steps.data.loader import wire
 from llava_steps.data.loader.row_builder import RowBuilder
 
 _MESSAGE = 1 << 20
-_TOLD = 20_000
+_TRACEBACK = 20_000
 """Characters of a traceback that are passed on."""
 _DEPTH = 2
 """Tasks that a worker has at the same time."""
 _TICK = 1.0
-"""Seconds between two looks at the board."""
+"""Seconds between two readings of the board."""
 _NOTHING = -1
 
 
@@ -51,8 +51,8 @@ class Task:
     def positions(self) -> list[int]:
         """Positions of the samples that it concerns."""
         if self.method == "row":
-            first, places, _ = self.arguments
-            return [first + place for place in places]
+            first, slots, _ = self.arguments
+            return [first + slot for slot in slots]
         return list(self.arguments[0])
 
 
@@ -134,17 +134,17 @@ class Workers:
         Raises:
             StepError: what a task raised (of its own class), or a worker died or hangs.
         """
-        places: dict[Any, _Worker] = {worker.line: worker for worker in self.workers}
+        lines: dict[Any, _Worker] = {worker.line: worker for worker in self.workers}
         ends = {worker.process.sentinel: worker for worker in self.workers}
-        ready = wait([wake, *places, *ends], timeout=_TICK)
-        found = [self._receive(places[place]) for place in ready if place in places]
+        ready = wait([wake, *lines, *ends], timeout=_TICK)
+        results = [self._receive(lines[source]) for source in ready if source in lines]
         self._hand_out()
-        if not found:
-            for place in ready:
-                if place in ends:
-                    raise self._died(ends[place])
-        self._look_at_the_board()
-        return found
+        if not results:
+            for source in ready:
+                if source in ends:
+                    raise self._died(ends[source])
+        self._check_board()
+        return results
 
     def _receive(self, worker: _Worker) -> tuple[int, Any]:
         space = socket.CMSG_LEN(array.array("i").itemsize)
@@ -167,7 +167,7 @@ class Workers:
                 os.close(descriptor)
         return ticket, result
 
-    def _look_at_the_board(self) -> None:
+    def _check_board(self) -> None:
         """Count how long each busy worker has been silent.
 
         Only time in which this process was running counts, so that a job which is suspended as a
@@ -213,9 +213,9 @@ class Workers:
     def _name(self, position: int) -> str:
         """Tar and key of a sample."""
         corpus = self._builder.corpus
-        place = corpus[position]
+        ref = corpus[position]
         try:
-            return corpus.where(place, corpus.raw(place, images=False))
+            return corpus.where(ref, corpus.raw(ref, images=False))
         except StepError as error:
             return f"a sample that cannot be read here either ({error})"
 
@@ -249,8 +249,8 @@ def _work(line: socket.socket, builder: RowBuilder, board: Any, number: int) -> 
         except StepError as failure:
             result, error = str(failure), _named(failure).__name__
         except Exception:
-            told = traceback.format_exc()[-_TOLD:]
-            result, error = f"the loader failed:\n{told}", StepError.__name__
+            text = traceback.format_exc()[-_TRACEBACK:]
+            result, error = f"the loader failed:\n{text}", StepError.__name__
         watch(_NOTHING)
         try:
             _send(line, ticket, error, result)
