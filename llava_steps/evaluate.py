@@ -138,16 +138,16 @@ def read_questions(path: Path) -> list[Question]:
     source = sources.open_source(path, "llava", sources.Options(max_pixels=MAX_PIXELS))
     questions = []
     for chunk in source.chunks(1000):
-        for row in source.rows(chunk):
+        for record in source.read(chunk):
             try:
-                sample = source.sample(row)
+                sample = source.sample(record)
             except samples.SampleError as error:
-                raise InputError(f"{path}, record {row.index}: {error}") from error
+                raise InputError(f"{path}, record {record.index}: {error}") from error
             turns = tuple({"role": t.role, "content": t.content} for t in sample.turns)
             names = [sample.extra.get(key) for key in ("kind", "lang")]
             group = "/".join(str(name) for name in names if name) or "questions"
             reference = turns[-1]["content"]
-            answers = _answers(sample.extra.get("answers"), f"{path}, record {row.index}")
+            answers = _answers(sample.extra.get("answers"), f"{path}, record {record.index}")
             questions.append(
                 Question(sample.id, group, turns[:-1], sample.images, reference, answers)
             )

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import time
-from types import TracebackType
+from collections.abc import Iterator
 
 from llava_steps.core.errors import ConfigError, StepError, StoppedError
 from llava_steps.data.loader.batch import MicroBatch
@@ -42,7 +42,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
     training = Training(job, log, beat)
     done = training.done
     first = saved = done.step
-    with training:
+    with training.finishing():
         while done.step < stage.train_steps and not parallel.on_any_rank(stop.requested):
             began = time.monotonic()
             training.step()
@@ -59,10 +59,7 @@ def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
 
 
 class Training:
-    """The parts of a training; a context manager that waits for the last commit and the trackers.
-
-    `done` counts what has been trained.
-    """
+    """The parts of a training; `done` counts what has been trained."""
 
     def __init__(self, job: Job, log: logging.Logger, beat: Beat) -> None:
         stage = job.stage
@@ -81,20 +78,12 @@ class Training:
         busy = beat.busy if stage.num_workers else contextlib.nullcontext
         self._batches = Prefetch(loader, busy)
         self._commits = Commits(stage.async_save)
-        self._ending = contextlib.ExitStack()
 
-    def __enter__(self) -> Training:
-        for part in (self._reports, self._commits, self._beat.ending()):
-            self._ending.enter_context(part)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._ending.__exit__(kind, error, trace)
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Afterwards the last commit and the trackers are waited for."""
+        with self._reports, self._commits, self._beat.ending():
+            yield
 
     def step(self) -> None:
         """Train on the next global batch, unless the settings skip it or the guard rejects it."""

@@ -123,8 +123,8 @@ class TensorBoard:
         self._writer.close()
 
 
-class _Apart(threading.Thread):
-    """A sink in a thread of its own; whatever happens to it stays there."""
+class _SinkThread(threading.Thread):
+    """A sink in a separate thread; its errors stay there."""
 
     def __init__(self, sink: Sink, log: logging.Logger) -> None:
         super().__init__(name=sink.name, daemon=True)
@@ -133,7 +133,7 @@ class _Apart(threading.Thread):
         self._lost, self._lock = False, threading.Lock()
         self.start()
 
-    def tell(self, what: str, *arguments: Any) -> None:
+    def send(self, what: str, *arguments: Any) -> None:
         """Pass a message on, unless the sink is lost."""
         if self._lost:
             return
@@ -153,7 +153,7 @@ class _Apart(threading.Thread):
 
     def finish(self, seconds: float) -> None:
         """Wait until everything has been passed on, but no longer than this."""
-        with self._lock:  # whoever loses the sink has told of it
+        with self._lock:  # the thread that loses the sink reports it
             if self._lost:
                 return
         try:
@@ -169,14 +169,14 @@ class _Apart(threading.Thread):
         with self._lock:
             if not self._lost:
                 self._lost = True
-                self._log.error("%s: %s; training goes on without it", self._sink.name, why)
+                self._log.error("%s: %s; training continues without it", self._sink.name, why)
 
 
 class Trackers:
     """All trackers that the settings ask for."""
 
     def __init__(self, sinks: Sequence[Sink], log: logging.Logger) -> None:
-        self._sinks = [_Apart(sink, log) for sink in sinks]
+        self._sinks = [_SinkThread(sink, log) for sink in sinks]
 
     @classmethod
     def of(cls, stage: Stage, work: Path, start: int, log: logging.Logger) -> Trackers:
@@ -195,12 +195,12 @@ class Trackers:
         values = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         values |= {f"loss/{name}": v for name, v in row.get("loss_by_dataset", {}).items()}
         for sink in self._sinks:
-            sink.tell("numbers", row["step"], values)
+            sink.send("numbers", row["step"], values)
 
     def answers(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
         """Questions and answers of a step."""
         for sink in self._sinks if rows else ():
-            sink.tell("answers", step, rows)
+            sink.send("answers", step, rows)
 
     def close(self) -> None:
         """End all of them, waiting no longer than `PATIENCE` for each."""

@@ -44,7 +44,9 @@ def test_the_examples_are_these() -> None:
 def test_an_example_is_read(place: Path, name: str) -> None:
     kind, images = EXPECTED[name]
     source = open_source(place / name, "auto", Options(question="Describe the image."))
-    samples = [source.sample(row) for chunk in source.chunks(10) for row in source.rows(chunk)]
+    samples = [
+        source.sample(record) for chunk in source.chunks(10) for record in source.read(chunk)
+    ]
     assert source.name == kind and [len(s.images) for s in samples] == images
     assert all(s.turns[-1].role == "assistant" for s in samples)
 
@@ -59,7 +61,9 @@ def test_a_tar_of_the_page_is_read(place: Path) -> None:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     source = open_source(place / "tars")
-    (sample,) = [source.sample(row) for chunk in source.chunks(10) for row in source.rows(chunk)]
+    (sample,) = [
+        source.sample(record) for chunk in source.chunks(10) for record in source.read(chunk)
+    ]
     assert source.name == "webdataset" and sample.turns[-1].content == "A cat."
 
 

@@ -175,7 +175,7 @@ def test_what_comes_behind_the_last_step_may_take_longer_than_one(
         capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "W&B: it did not finish within 7 s; training goes on without it" in result.stderr
+    assert "W&B: it did not finish within 7 s; training continues without it" in result.stderr
 
 
 def test_the_time_limit_stops_in_order(chain: Chain) -> None:

@@ -58,7 +58,7 @@ def test_a_broken_tracker_is_told_of_once_and_holds_nothing_up(
         both.answers(step, [{"id": "a", "answer": "b"}])
     both.close()
     both.close()
-    lost = [r for r in caplog.records if "training goes on without it" in r.getMessage()]
+    lost = [r for r in caplog.records if "training continues without it" in r.getMessage()]
     assert len(lost) == 1 and ("behind" in caplog.text or hangs or "no way there" in caplog.text)
     sink.never.set()
 

@@ -125,10 +125,10 @@ class Auditor:
         self.totals["images"] += encoded.images
         self.totals["answers"] += encoded.answers
 
-    def _name(self, found: list[dict[str, str]], where: str, why: str, kind: str) -> None:
+    def _name(self, samples: list[dict[str, str]], where: str, why: str, kind: str) -> None:
         self.totals[kind] += 1
-        if len(found) < NAMED:
-            found.append({"sample": where, "why": why})
+        if len(samples) < NAMED:
+            samples.append({"sample": where, "why": why})
 
     def report(self) -> dict[str, Any]:
         """Everything that was found, as JSON; shares are of tokens, lengths in tokens."""
@@ -172,7 +172,7 @@ def judge(
         encoded: its tokens and labels.
         pixels: float32 [images, 3, height, width].
     """
-    found = []
+    problems = []
     row = pad(
         join([sample.id], [""], [0], [""], [encoded], None, len(sample.images)),
         len(encoded.tokens) + 1,
@@ -182,32 +182,32 @@ def judge(
     supervised = labels != IGNORED
     length = len(encoded.tokens)
     if supervised[length - 1 :].any():
-        found.append("padding is supervised")
+        problems.append("padding is supervised")
     targets = np.append(tokens[1:], IGNORED)
     if (labels[supervised] != targets[supervised]).any():
-        found.append("a label is not the next token")
+        problems.append("a label is not the next token")
     if (labels == encoder.image_token_id).any():
-        found.append("an image token is supervised")
+        problems.append("an image token is supervised")
     if encoder.pad_id not in encoder.end_ids and (labels == encoder.pad_id).any():
-        found.append("a padding token is supervised")
+        problems.append("a padding token is supervised")
     spans = runs(supervised)
     answers, wanted = len(sample.turns) // 2, len(sample.images)
     if encoded.cut:  # whole rounds with their images, or part of the first one
         answers = min(max(len(spans), 1), answers)
         wanted = sum(turn.content.count(PLACEHOLDER) for turn in sample.turns[: 2 * answers])
     if len(spans) != answers:
-        found.append(f"{len(spans)} supervised spans for {answers} answers")
+        problems.append(f"{len(spans)} supervised spans for {answers} answers")
     ended = sum(int(labels[stop - 1]) in encoder.end_ids for _, stop in spans)
     if ended != answers and not (encoded.cut and answers == 1 and length == encoder.seq_length):
-        found.append(f"{ended} of {answers} answers are supervised up to an end token")
+        problems.append(f"{ended} of {answers} answers are supervised up to an end token")
     if length > encoder.seq_length:
-        found.append(f"{length} tokens are more than seq_length {encoder.seq_length}")
+        problems.append(f"{length} tokens are more than seq_length {encoder.seq_length}")
     images = int((tokens == encoder.image_token_id).sum())
     if images != encoder.tokens_per_image * wanted:
-        found.append(f"{images} image tokens for {wanted} images of {encoder.tokens_per_image}")
+        problems.append(f"{images} image tokens for {wanted} images of {encoder.tokens_per_image}")
     if len(pixels) != wanted or not bool(torch.isfinite(pixels).all()):
-        found.append("pixel values are missing or not finite")
-    return found
+        problems.append("pixel values are missing or not finite")
+    return problems
 
 
 def runs(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -241,11 +241,11 @@ def _text(encoder: ConversationEncoder, tokens: npt.NDArray[np.int64]) -> str:
     return text + encoder.decode(tokens[done:])
 
 
-def lengths(found: Sequence[int]) -> dict[str, Any]:
+def lengths(tokens: Sequence[int]) -> dict[str, Any]:
     """Smallest, middle and largest length and a histogram: rows [from, to), number of samples."""
-    if not found:
+    if not tokens:
         return {"histogram": []}
-    values = np.asarray(found)
+    values = np.asarray(tokens)
     edges = np.unique(np.linspace(values.min(), values.max() + 1, BINS + 1).round().astype(int))
     counts, _ = np.histogram(values, edges)
     # The last bin of numpy is closed on the right; nothing lies at its end, which is max + 1.

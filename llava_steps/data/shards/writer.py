@@ -111,17 +111,17 @@ def make_part(settings: Settings, chunk: Chunk) -> Part:
     path = settings.entry / f"{filesystem.TEMPORARY}part-{chunk.start:0{KEY_DIGITS}d}"
     samples, refused = [], []
     with _Writer(path) as out:
-        for row in settings.source.rows(chunk):
+        for item in settings.source.read(chunk):
             try:
-                sample = settings.source.sample(row)
+                sample = settings.source.sample(item)
                 parts = to_parts(sample)
             except SampleError as error:
-                label = settings.source.label(row)
-                refused.append(Refused(row.index, row.file, row.place, label, str(error)))
+                label = settings.source.label(item)
+                refused.append(Refused(item.index, item.file, item.place, label, str(error)))
                 continue
-            key = f"{row.index:0{KEY_DIGITS}d}."
+            key = f"{item.index:0{KEY_DIGITS}d}."
             out.write(_members(key, parts))
-            samples.append(Written(row.index, sample.id, out.size))
+            samples.append(Written(item.index, sample.id, out.size))
         out.write([tars.ending(out.size)])
     return Part(path, chunk.size, tuple(samples), tuple(refused), out.sha256)
 

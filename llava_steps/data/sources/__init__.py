@@ -7,13 +7,13 @@ from pathlib import Path
 
 from llava_steps.core.errors import InputError
 from llava_steps.data.sources import record
-from llava_steps.data.sources.base import Chunk, Options, Row, Source
+from llava_steps.data.sources.base import Chunk, Options, Record, Source
 from llava_steps.data.sources.llava import LINES, Llava, lines
 from llava_steps.data.sources.parquet import Parquet
 from llava_steps.data.sources.table import SUFFIXES, Table, table_in
 from llava_steps.data.sources.webdataset import Webdataset
 
-__all__ = ["SOURCES", "Chunk", "Options", "Row", "Source", "content_files", "open_source"]
+__all__ = ["SOURCES", "Chunk", "Options", "Record", "Source", "content_files", "open_source"]
 
 SOURCES: dict[str, type[Source]] = {kind.name: kind for kind in (Llava, Parquet, Table, Webdataset)}
 

@@ -35,7 +35,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """One record."""
 
     index: int
@@ -77,11 +77,11 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def rows(self, chunk: Chunk) -> Iterator[Row]:
+    def read(self, chunk: Chunk) -> Iterator[Record]:
         """The records of a chunk; runs in a worker."""
 
     @abstractmethod
-    def sample(self, row: Row) -> Sample:
+    def sample(self, item: Record) -> Sample:
         """The checked sample of a record.
 
         Raises:
@@ -96,6 +96,6 @@ class Source(ABC):
         """What the user should know about how this source is read."""
         return []
 
-    def label(self, row: Row) -> str:
+    def label(self, item: Record) -> str:
         """The record's own id for the quarantine list, whatever it is; empty without one."""
-        return str(row.value.get("id", ""))[:200] if isinstance(row.value, dict) else ""
+        return str(item.value.get("id", ""))[:200] if isinstance(item.value, dict) else ""

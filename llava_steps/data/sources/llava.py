@@ -8,65 +8,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.samples.sample import Sample, SampleError
-from llava_steps.data.sources import record
-from llava_steps.data.sources.base import Chunk, Row, Source
+from llava_steps.data.samples.sample import SampleError
+from llava_steps.data.sources.sequence import RecordSequence
 
 LINES = (".jsonl", ".ndjson")
 
 
-class Llava(Source):
+class Llava(RecordSequence):
     """`id`, `image` and `conversations`, as LLaVA's own files have them."""
 
     name = "llava"
 
-    def count(self) -> int:
-        return sum(1 for _ in self._records())
-
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        records, start = iter(self._records()), 0
-        while found := tuple(islice(records, size)):
-            yield Chunk(start, len(found), found)
-            start += len(found)
-
-    def rows(self, chunk: Chunk) -> Iterator[Row]:
-        for index, value in enumerate(chunk.work, chunk.start):
-            yield Row(index, self.path.name, index, value)
-
-    def sample(self, row: Row) -> Sample:
-        return record.to_sample(
-            parse(row.value), row.index, self.options,
-            lambda name: record.read_image(self.root, name, self.options.max_pixels),
-        )  # fmt: skip
-
-    def label(self, row: Row) -> str:
-        try:
-            value = parse(row.value)
-        except SampleError:
-            return ""
-        return str(value.get("id", ""))[:200] if isinstance(value, dict) else ""
-
-    def files(self) -> Iterable[Path]:
-        found = {self.path}
-        for item in self._records():
-            try:
-                value = parse(item)
-            except SampleError:
-                continue  # sharding will say so; here only the readable images matter
-            if isinstance(value, dict) and (name := record.column("image", value, self.options)):
-                found.update(record.image_files(self.root, value[name]))
-        return found
-
-    def _records(self) -> Iterable[Any]:
+    def records(self) -> Iterable[Any]:
         if self.path.suffix.lower() in LINES:
             return lines(self.path)
-        found = self.path.stat()
-        return _json(self.path, found.st_mtime_ns, found.st_size)
+        state = self.path.stat()
+        return _json(self.path, state.st_mtime_ns, state.st_size)
+
+    def parse(self, item: Any) -> Any:
+        return parse(item)
 
 
 def parse(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from llava_steps.core.errors import InputError
 from llava_steps.data.samples.sample import RESERVED, Sample, SampleError
 from llava_steps.data.sources import record
-from llava_steps.data.sources.base import Chunk, Options, Row, Source
+from llava_steps.data.sources.base import Chunk, Options, Record, Source
 
 _BATCH = 64
 """Rows that are in memory at the same time."""
@@ -49,26 +49,26 @@ class Parquet(Source):
     def chunks(self, size: int) -> Iterator[Chunk]:
         start, work, held = 0, [], 0
         for name in self.names:
-            rows, place = _open(self.root / name).metadata.num_rows, 0
-            while place < rows:
-                take = min(size - held, rows - place)
-                work.append((name, place, place + take))
-                place, held = place + take, held + take
+            rows, number = _open(self.root / name).metadata.num_rows, 0
+            while number < rows:
+                take = min(size - held, rows - number)
+                work.append((name, number, number + take))
+                number, held = number + take, held + take
                 if held == size:
                     yield Chunk(start, held, tuple(work))
                     start, work, held = start + held, [], 0
         if held:
             yield Chunk(start, held, tuple(work))
 
-    def rows(self, chunk: Chunk) -> Iterator[Row]:
+    def read(self, chunk: Chunk) -> Iterator[Record]:
         index = chunk.start
         for name, first, last in chunk.work:
-            for place, value in self._read(name, first, last):
-                yield Row(index, name, place, value)
+            for number, value in self._read(name, first, last):
+                yield Record(index, name, number, value)
                 index += 1
 
-    def sample(self, row: Row) -> Sample:
-        return record.to_sample(row.value, row.index, self.options, _image, spare=True)
+    def sample(self, item: Record) -> Sample:
+        return record.to_sample(item.value, item.index, self.options, _image, spare=True)
 
     def files(self) -> Iterable[Path]:
         return [self.root / name for name in self.names]
@@ -92,15 +92,15 @@ class Parquet(Source):
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         from pyarrow import ArrowException
 
-        place = begin
+        batch_first = begin
         try:
             for batch in file.iter_batches(_BATCH, row_groups=[group], columns=list(self.columns)):
-                low, high = max(first - place, 0), min(last - place, batch.num_rows)
+                low, high = max(first - batch_first, 0), min(last - batch_first, batch.num_rows)
                 if low < high:
                     for number, value in enumerate(batch.slice(low, high - low).to_pylist(), low):
-                        yield place + number, value
-                place += batch.num_rows
-                if place >= last:
+                        yield batch_first + number, value
+                batch_first += batch.num_rows
+                if batch_first >= last:
                     return
         except (ArrowException, OSError, ValueError) as error:
             raise InputError(f"{path}, row group {group}, cannot be read: {error}") from error

@@ -94,22 +94,22 @@ def to_sample(
     """
     if not isinstance(value, dict):
         raise SampleError(f"not an object: the record is a {type(value).__name__}")
-    found = _columns(tuple(value), tuple(options.columns.items()))
-    name = value[found["id"]] if found["id"] else index
+    columns = _columns(tuple(value), tuple(options.columns.items()))
+    name = value[columns["id"]] if columns["id"] else index
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise SampleError(f"unusable id: {ascii(name)[:60]}")
     check_text(str(name), "id")
-    images = _as_list(value[found["image"]]) if found["image"] else []
-    if found["conversations"] or not found["answer"]:
-        turns = parse_turns(value.get(found["conversations"] or "conversations"))
+    images = _as_list(value[columns["image"]]) if columns["image"] else []
+    if columns["conversations"] or not columns["answer"]:
+        turns = parse_turns(value.get(columns["conversations"] or "conversations"))
         used = {"id", "image", "conversations"}
     else:
-        question = value[found["question"]] if found["question"] else options.question
-        turns = pair(question, value[found["answer"]], len(images))
+        question = value[columns["question"]] if columns["question"] else options.question
+        turns = pair(question, value[columns["answer"]], len(images))
         used = set(COLUMNS)
     check_turns(turns, len(images))
     loaded = tuple(accept(load(image), options, image) for image in images)
-    taken = {found[field] for field in used}
+    taken = {columns[field] for field in used}
     if spare:
         taken |= {"question", "images", "conversations"}
     extra = {key: item for key, item in value.items() if key not in taken}
@@ -171,13 +171,15 @@ def read_image(root: Path, name: Any, max_pixels: int) -> bytes:
         # Without waiting: opening a pipe would else last until somebody writes to it.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            found = os.fstat(file)
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
                 raise SampleError(f"not a plain file: {name}")
-            if found.st_size > max_pixels * _BYTES_PER_PIXEL:
-                raise SampleError(f"image file too large: {found.st_size} bytes ({name})")
-            data = os.read(file, found.st_size)
-            while len(data) < found.st_size and (more := os.read(file, found.st_size - len(data))):
+            if status.st_size > max_pixels * _BYTES_PER_PIXEL:
+                raise SampleError(f"image file too large: {status.st_size} bytes ({name})")
+            data = os.read(file, status.st_size)
+            while len(data) < status.st_size and (
+                more := os.read(file, status.st_size - len(data))
+            ):
                 data += more
             return data
         finally:
@@ -188,15 +190,15 @@ def read_image(root: Path, name: Any, max_pixels: int) -> bytes:
 
 def image_files(root: Path, names: Any) -> list[Path]:
     """The files that an image column names, as far as there are any."""
-    found = []
+    paths = []
     for name in _as_list(names):
         try:
             path = Path(inside(root, name))
             if path.is_file():
-                found.append(path)
+                paths.append(path)
         except (SampleError, OSError):
             continue  # whoever reads the sample refuses it whatever that file's content is
-    return found
+    return paths
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.samples.sample import Sample, SampleError
+from llava_steps.data.samples.sample import SampleError
 from llava_steps.data.sources import llava, record
-from llava_steps.data.sources.base import Chunk, Options, Row, Source
+from llava_steps.data.sources.base import Options
+from llava_steps.data.sources.sequence import RecordSequence
 
 SUFFIXES = (".csv", ".tsv", *llava.LINES)
 _LONGEST_FIELD = 1 << 24
 
 
-class Table(Source):
+class Table(RecordSequence):
     """`image` or `file_name` beside `text`, `caption` or `question` and `answer`."""
 
     name = "table"
+    spare = True
 
     def __init__(self, path: Path, options: Options) -> None:
         super().__init__(path, options)
@@ -40,45 +42,7 @@ class Table(Source):
                 raise InputError(f"{path}: the first line is not UTF-8; write the table in UTF-8")
             record.check_header(path, self.header, options)
 
-    def count(self) -> int:
-        return sum(1 for _ in self._records())
-
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        records, start = iter(self._records()), 0
-        while found := tuple(islice(records, size)):
-            yield Chunk(start, len(found), found)
-            start += len(found)
-
-    def rows(self, chunk: Chunk) -> Iterator[Row]:
-        for index, value in enumerate(chunk.work, chunk.start):
-            yield Row(index, self.path.name, index, value)
-
-    def sample(self, row: Row) -> Sample:
-        return record.to_sample(
-            self._value(row.value), row.index, self.options,
-            lambda name: record.read_image(self.root, name, self.options.max_pixels),
-            spare=True,
-        )  # fmt: skip
-
-    def label(self, row: Row) -> str:
-        try:
-            value = self._value(row.value)
-        except SampleError:
-            return ""
-        return str(value.get("id", ""))[:200] if isinstance(value, dict) else ""
-
-    def files(self) -> Iterable[Path]:
-        found = {self.path}
-        for item in self._records():
-            try:
-                value = self._value(item)
-            except SampleError:
-                continue  # sharding will say so
-            if isinstance(value, dict) and (name := record.column("image", value, self.options)):
-                found.update(record.image_files(self.root, value[name]))
-        return found
-
-    def _value(self, item: Any) -> Any:
+    def parse(self, item: Any) -> Any:
         """A record by column names.
 
         Raises:
@@ -95,7 +59,7 @@ class Table(Source):
                 raise SampleError(f"not UTF-8: column {name}")
         return dict(zip(self.header, item, strict=True))
 
-    def _records(self) -> Iterable[Any]:
+    def records(self) -> Iterable[Any]:
         return llava.lines(self.path) if self.header is None else islice(self._fields(), 1, None)
 
     def _fields(self) -> Iterator[list[str]]:
@@ -115,7 +79,7 @@ class Table(Source):
             except csv.Error as error:
                 raise InputError(
                     f"{self.path} cannot be read as {self.path.suffix[1:].upper()} at line "
-                    f"{reader.line_num}: {error}; mend the quotes there"
+                    f"{reader.line_num}: {error}; fix the quotes there"
                 ) from error
 
 
@@ -130,10 +94,10 @@ def table_in(folder: Path) -> Path:
     Raises:
         InputError: there is none, or more than one.
     """
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    if len(found) != 1:
+    tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if len(tables) != 1:
         raise InputError(
-            f"{folder} holds {len(found)} tables {[p.name for p in found[:5]]}; name the one to "
+            f"{folder} holds {len(tables)} tables {[p.name for p in tables[:5]]}; name the one to "
             "read in tar_shards.source"
         )
-    return found[0]
+    return tables[0]

@@ -16,7 +16,7 @@ from llava_steps.data.energon.index import split_name
 from llava_steps.data.samples.sample import Sample, SampleError, from_parts
 from llava_steps.data.shards import tars
 from llava_steps.data.sources import record
-from llava_steps.data.sources.base import Chunk, Options, Row, Source
+from llava_steps.data.sources.base import Chunk, Options, Record, Source
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 FIELDS = FieldMap(
@@ -47,23 +47,23 @@ class Webdataset(Source):
     def chunks(self, size: int) -> Iterator[Chunk]:
         start, work = 0, []
         for name in self.names:
-            for place, (key, parts) in enumerate(self._samples(name)):
-                work.append((name, place, key, parts))
+            for number, (key, parts) in enumerate(self._samples(name)):
+                work.append((name, number, key, parts))
                 if len(work) == size:
                     yield Chunk(start, size, tuple(work))
                     start, work = start + size, []
         if work:
             yield Chunk(start, len(work), tuple(work))
 
-    def rows(self, chunk: Chunk) -> Iterator[Row]:
-        for index, (name, place, key, parts) in enumerate(chunk.work, chunk.start):
-            yield Row(index, name, place, (key, parts))
+    def read(self, chunk: Chunk) -> Iterator[Record]:
+        for index, (name, number, key, parts) in enumerate(chunk.work, chunk.start):
+            yield Record(index, name, number, (key, parts))
 
-    def sample(self, row: Row) -> Sample:
-        key, parts = row.value
+    def sample(self, item: Record) -> Sample:
+        key, parts = item.value
         limit = 4 * self.options.max_pixels
         content = {}
-        with open(self.root / row.file, "rb") as file:
+        with open(self.root / item.file, "rb") as file:
             for part, offset, size in parts:
                 if part.rpartition(".")[2] in IMAGES:
                     if size > limit:
@@ -74,12 +74,12 @@ class Webdataset(Source):
                     raise SampleError(f"text too large: {size} bytes ({part})")
                 file.seek(offset)
                 content[part] = file.read(size)
-        found = from_parts(key, content, FIELDS, self.options.question)
-        images = tuple(record.accept(data, self.options, None) for data in found.images)
-        return Sample(found.id, found.turns, images, found.extra)
+        sample = from_parts(key, content, FIELDS, self.options.question)
+        images = tuple(record.accept(data, self.options, None) for data in sample.images)
+        return Sample(sample.id, sample.turns, images, sample.extra)
 
-    def label(self, row: Row) -> str:
-        return str(row.value[0])
+    def label(self, item: Record) -> str:
+        return str(item.value[0])
 
     def files(self) -> Iterable[Path]:
         return [self.root / name for name in self.names]
