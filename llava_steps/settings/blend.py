@@ -11,8 +11,8 @@
             repetitions: 2
             subflavors: {name: talk, max_turns: 3, chat_template: talk.jinja}
 
-Read as data: nothing that it names is imported. Whatever of energon's form is not understood here
-is refused by name. energon itself reads these files too; `subflavors` mean nothing to it.
+Read as data: nothing that it names is imported. Unsupported keys of energon's form are errors that
+name the key. energon reads these files too, and ignores these `subflavors`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Member:
     """For messages and metrics; unique in the blend."""
     split: str
     weight: float = 1.0
-    """In a blend by weights: only the proportions count."""
+    """In a blend by weights: the proportion."""
     repetitions: int = 1
-    """In a blend by epochs: how often an epoch has each sample."""
+    """In a blend by epochs: how often an epoch contains each sample."""
     max_turns: int | None = None
-    """Rounds of question and answer that are kept of a conversation, from the first on."""
+    """Number of first rounds of question and answer that are kept of a conversation."""
     chat_template: Path | None = None
     """Jinja file used instead of the template of the HF directory."""
 
@@ -62,7 +62,7 @@ class Blend:
 
     @property
     def files(self) -> list[Path]:
-        """What the blend's content consists of besides the YAML: datasets, then templates."""
+        """The content of the blend besides the YAML: datasets, then templates."""
         templates = [m.chat_template for m in self.members if m.chat_template is not None]
         return [*(m.path for m in self.members), *templates]
 
@@ -88,14 +88,14 @@ def read_blend(path: Path, split: str) -> Blend:
 
 
 class _Refused(Exception):
-    """What is wrong where in the YAML."""
+    """A problem in the YAML, with the key."""
 
 
 def _blend(base: Path, table: Any, split: str) -> Blend:
     table = _mapping(table, "the top level")
     for key, wanted in _HEAD.items():
         if table.get(key) != wanted:
-            raise _Refused(f"{key} is {reprlib.repr(table.get(key))}; only {wanted} is read")
+            raise _Refused(f"{key} is {reprlib.repr(table.get(key))}; only {wanted} is supported")
     _only(table, (*_HEAD, "splits"), "")
     splits = _mapping(table.get("splits"), "splits")
     if split not in splits:
@@ -127,13 +127,16 @@ def _member(base: Path, item: Any, here: str, split: str, share: str) -> Member:
     text = _value(item, "path", here, str)
     path = base / text
     if not os.path.isdir(path):
-        raise _Refused(f"{here}.path: {path} is not a directory; blends of blends are not read")
+        raise _Refused(
+            f"{here}.path: {path} is not a directory; blends of blends are not supported"
+        )
     options = _mapping(item.get("subflavors", {}), f"{here}.subflavors")
     _only(options, _SUBFLAVORS, f"{here}.subflavors.")
     if options.get("augment", False) is not False:
         raise _Refused(
-            f"{here}.subflavors.augment is {reprlib.repr(options['augment'])}; expected false: no "
-            "image is ever altered at random here"
+            f"{here}.subflavors.augment is {reprlib.repr(options['augment'])}; expected false, "
+            f"because "
+            "random augmentation is not supported"
         )
     template = _value(options, "chat_template", f"{here}.subflavors", str, None)
     if template is not None and not os.path.isfile(base / template):

@@ -1,7 +1,7 @@
-"""Flags of a step, made from its settings class, and settings made from flags.
+"""Flags of a step from its settings class, and settings from flags.
 
-One class, both directions: `parse` reads a command line, `flags` writes one that `parse` reads
-back to equal settings. Nothing here imports torch, so that `--help` answers at once.
+`parse` reads a command line; `flags` writes one that `parse` reads back to equal settings. Nothing
+here imports torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from llava_steps.core.errors import ConfigError
 
 C = TypeVar("C", bound=BaseModel)
 NVIDIA = Path("/proc/driver/nvidia/gpus")
-"""A directory for each GPU, by its driver."""
+"""Has a directory for each GPU, created by the driver."""
 
 
 def role(field: FieldInfo) -> str:
-    """`value`, `source` or `quiet`; a field that declares nothing counts as a value."""
+    """`value`, `source` or `quiet`; a field without a declaration is a value."""
     extra = field.json_schema_extra
     return str(extra.get("role", "value")) if isinstance(extra, dict) else "value"
 
@@ -37,7 +37,7 @@ def flag_name(name: str, field: FieldInfo) -> str:
 
 
 def _bare(field: FieldInfo) -> Any:
-    """What a flag without a value stands for; None when it needs one."""
+    """The value of a flag that is given without one; None when it needs one."""
     extra = field.json_schema_extra
     return extra.get("bare") if isinstance(extra, dict) else None
 
@@ -57,21 +57,21 @@ def _int_list(text: str) -> list[int]:
 
 
 def _gpus(text: str) -> int:
-    """A number of GPUs; -1 is all of this machine, settled here so that the settings name it."""
+    """A number of GPUs; -1 becomes that of this machine, so that the settings have the number."""
     if text != "-1":
         return int(text)
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return len(visible.split(","))
     found = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
     if not found:
-        raise argparse.ArgumentTypeError("-1 is all GPUs and this machine has none; give a number")
+        raise argparse.ArgumentTypeError("-1 is all GPUs, but this machine has none; give a number")
     return found
 
 
 def _pair(text: str) -> tuple[str, str]:
     name, equals, where = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return name, where
 
 
@@ -93,9 +93,9 @@ class _Switch(argparse.BooleanOptionalAction):
 
 
 TYPES = {"gpus": _gpus}
-"""Fields whose flag takes more than their type."""
+"""Converters of fields whose flags accept more than their type."""
 SHORT = {"gpus": "-g", "rank": "-r", "master_addr": "-m", "master_port": "-p"}
-"""Short flags that people know from the scripts this replaces."""
+"""Short flags of the scripts that this project replaces."""
 
 
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
@@ -154,7 +154,7 @@ def settings(model: type[C], given: dict[str, Any]) -> C:
 
 
 def parse(model: type[C], arguments: Sequence[str]) -> C:
-    """Settings from a command line that holds nothing but a step's own flags."""
+    """Settings from a command line that contains only a step's flags."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_flags(parser, model)
     return settings(model, vars(parser.parse_args(arguments)))
@@ -169,7 +169,7 @@ def flags(config: BaseModel, roles: Collection[str] = ROLES) -> list[str]:
     With `roles`, only the flags of fields in these roles.
 
     Raises:
-        ConfigError: a text that no command line can carry.
+        ConfigError: a text that a command line cannot contain.
     """
     line: list[str] = []
     for name, field in type(config).model_fields.items():
@@ -181,12 +181,12 @@ def flags(config: BaseModel, roles: Collection[str] = ROLES) -> list[str]:
             continue
         flag = flag_name(name, field)
         if current == "--" or (isinstance(current, list) and "--" in current):
-            raise ConfigError(f"{name}: '--' alone is dropped by argparse, also behind '='")
+            raise ConfigError(f"{name}: argparse drops the value '--'; give another one")
         if isinstance(current, bool):
             line.append(flag if current else "--no-" + flag.removeprefix("--"))
         elif isinstance(current, dict):
             if not current or any("=" in key for key in current):
-                raise ConfigError(f"{name}: needs at least one name, and names without '='")
+                raise ConfigError(f"{name}: give at least one NAME=VALUE, with names without '='")
             line += [f"{flag}={key}={where}" for key, where in current.items()]
         elif isinstance(current, list) and any(isinstance(item, str) for item in current):
             line += [f"{flag}={item}" for item in current]
@@ -195,6 +195,6 @@ def flags(config: BaseModel, roles: Collection[str] = ROLES) -> list[str]:
         elif isinstance(current, float):
             line.append(f"{flag}={current!r}")
         else:
-            # One word each: a value that begins with a dash cannot be taken for a flag.
+            # One word each: argparse cannot take a value that begins with a dash as a flag.
             line.append(f"{flag}={current}")
     return line

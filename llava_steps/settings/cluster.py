@@ -1,4 +1,4 @@
-"""What the jobs of a run ask Slurm for."""
+"""Resources that the jobs of a run request from Slurm."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ PerRule = dict[str, PositiveInt]
 
 
 class Cluster(BaseModel):
-    """What jobs ask Slurm for, as RULE: NUMBER. Rules that are not named get what the profile says;
-    nodes and GPUs are those of the stages. Nothing here recomputes anything."""
+    """Resources of jobs, as RULE: NUMBER; other rules use the profile. Recomputes nothing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     gres: str = Field(
         "",
         pattern=r"^[A-Za-z0-9_.:-]*$",
-        description="Slurm's name of a node's GPUs without their number, as gpu or gpu:h100; "
-        "empty: jobs ask for none",
+        description="Slurm's name of a node's GPUs without their number, such as gpu or gpu:h100; "
+        "empty: jobs request none",
     )
     runtime: PerRule = Field(
         {"stage1_checkpoint": 1440, "stage2_checkpoint": 1440},
-        description="minutes; a training that needs more is submitted again and goes on",
+        description="minutes; a training that needs more is resubmitted and resumes",
     )
     mem_mb: PerRule = Field(
         {"stage1_checkpoint": 200_000, "stage2_checkpoint": 200_000},
-        description="memory of a node, MB",
+        description="memory per node, MB",
     )
-    cpus: PerRule = Field({}, description="CPUs of a task; unless given what its processes need")
+    cpus: PerRule = Field({}, description="CPUs per task; default: as many as its processes need")
     jobs: PerRule = Field(
         {},
-        description="jobs that share the work of tar_shards; without Slurm they run side by side",
+        description="number of jobs that share the work of tar_shards; without Slurm they run in "
+        "parallel",
     )
 
     @field_validator("jobs")
     @classmethod
     def _shared(cls, asked: PerRule) -> PerRule:
         if others := sorted({*asked} - {"tar_shards"}):
-            raise ValueError(f"{others[0]} is one job: only the work of tar_shards can be shared")
+            raise ValueError(f"{others[0]} is one job: only tar_shards can have several")
         return asked
 
     @field_validator("runtime", "mem_mb", "cpus")

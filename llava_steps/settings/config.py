@@ -1,4 +1,4 @@
-"""A whole run: one section for each step, from the settings classes beside this file."""
+"""The configuration of a run: one section for each step, from the settings classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_steps.settings.stage.stage import Stage
 
 
 class Config(BaseModel):
-    """A whole run: config/config.yaml with its overlays."""
+    """The configuration of a run: config/config.yaml with its overlays."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
@@ -26,17 +26,18 @@ class Config(BaseModel):
     results: str = Field(
         "results",
         pattern=r"^[^{}\x00-\x1f]+$",
-        description="directory of the runs' results; no braces, they are wildcards to Snakemake",
+        description="directory of the runs' results, without braces: Snakemake reads them as "
+        "wildcards",
     )
     store: str = Field(
-        "store", min_length=1, description="directory of the artefacts, shared by runs"
+        "store", min_length=1, description="directory of the artefacts, shared by all runs"
     )
     image: str = Field(
         "",
-        # Snakemake puts it into its command lines as it is.
+        # Snakemake inserts it into its command lines unquoted.
         pattern=r"^([A-Za-z0-9_./][A-Za-z0-9_./:@+=,~-]*)?$",
         description="container image for the steps: a file, without spaces in its path, or "
-        "docker://...@sha256:...; empty: this environment",
+        "docker://...@sha256:...; empty: the current environment",
     )
     cluster: Cluster = Field(default_factory=Cluster)
     demo_assets: DemoAssets | None = Field(None, description="makes the demo's data and models")
@@ -57,14 +58,15 @@ class Config(BaseModel):
     @classmethod
     def _can_be_made(cls, path: str) -> str:
         if any(len(name.encode()) > 255 for name in path.split("/")):
-            raise ValueError("no file system takes a name of more than 255 bytes")
+            raise ValueError("file systems accept names of at most 255 bytes; shorten it")
         return path
 
     @model_validator(mode="after")
     def _shared_in_one_way(self) -> Config:
         if self.cluster.jobs and (self.tar_shards.part or self.tar_shards.parts):
             raise ValueError(
-                "cluster.jobs sets part and parts of tar_shards for each job: leave them out"
+                "cluster.jobs sets tar_shards.part and tar_shards.parts for each job: leave them "
+                "out"
             )
         return self
 
@@ -73,5 +75,5 @@ class Config(BaseModel):
     def _audits_are_of_stages(cls, audit: Audit) -> Audit:
         taken = {"stage", "tokenizer_load_dir", "data_path", "seq_length", "too_long"}
         if given := sorted(taken & audit.model_fields_set):
-            raise ValueError(f"{given[0]} is that of each stage; set it in stage1 and stage2")
+            raise ValueError(f"{given[0]} is the stage's; set it in stage1 and stage2 instead")
         return audit

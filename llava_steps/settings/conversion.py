@@ -1,4 +1,4 @@
-"""Settings of the model's way: `build_hf`, `hf_to_megatron` and `megatron_to_hf`."""
+"""Settings of the model steps: `build_hf`, `hf_to_megatron` and `megatron_to_hf`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llava_steps.settings.fields import StepConfig, source, value
 
 
 class HfModel(StepConfig):
-    """Vision tower + language model + a new projector to one Hugging Face LLaVA directory."""
+    """Vision tower, language model and a new projector to one Hugging Face LLaVA directory."""
 
     vision_tower: str = source(help="CLIP directory or hub id", flag="--vision-tower")
     text_model: str = source(help="language model directory or hub id", flag="--text-model")
     chat_template: str = source(
-        "", "Jinja file instead of the text model's own chat template", optional=True
+        "", "Jinja file that replaces the text model's chat template", optional=True
     )
     vision_feature_layer: int = value(-2, "hidden state of the tower that the projector reads")
     vision_feature_select_strategy: Literal["default", "full"] = value(
@@ -25,30 +25,29 @@ class HfModel(StepConfig):
     projector_hidden_act: Literal["gelu"] = value("gelu", "activation between the projector layers")
     vocab_size_padding: Count = value(
         128,
-        "embedding rows are padded to a multiple of this times tp, if they are not one; 0 pads "
-        "nothing",
+        "pads embedding rows to a multiple of this times tp; 0 pads nothing",
         flag="--vocab-size-padding",
         bare=128,
     )
     tp: PositiveInt = value(
-        1, "tensor parallel size that the rows are padded for; any that divides them can train"
+        1, "tensor parallel size that the rows are padded for; any divisor of them can train"
     )
     dtype: Literal["fp32", "bf16", "source"] = value(
         "source",
-        "dtype of the saved weights; 'source' keeps the tower's and the language model's own, "
-        "the projector gets the language model's",
+        "dtype of the saved weights; 'source' keeps those of tower and language model, and "
+        "saves the projector in that of the language model",
     )
 
 
 class MegatronCheckpoint(StepConfig):
-    """HF safetensors to a Megatron checkpoint (torch_dist), layout-free."""
+    """HF safetensors to a Megatron checkpoint (torch_dist), which loads in any layout."""
 
     hf_dir: str = source("", "HF LLaVA directory", flag="--hf-dir")
     tp: PositiveInt = value(
-        1, "the files are cut for this tensor parallel size; they load in any layout"
+        1, "tensor parallel size that the files are split for; they load in any layout"
     )
     pp: PositiveInt = value(
-        1, "the files are cut for this pipeline parallel size; they load in any layout"
+        1, "pipeline parallel size that the files are split for; they load in any layout"
     )
 
 
@@ -59,8 +58,8 @@ class HfExport(StepConfig):
     tokenizer_dir: str = source("", "HF directory that gives config, tokenizer and processor")
     export_format: Literal["transformers-5", "transformers-4"] = value(
         "transformers-5",
-        "versions of transformers that read the result: 5 (files laid out as in tokenizer_dir), or "
+        "versions of transformers that read the result: 5 (files as in tokenizer_dir), or "
         "4.45 to 4.57 and 5",
     )
-    tp: PositiveInt = value(1, "recorded for readers of old scripts; any layout can be read")
-    pp: PositiveInt = value(1, "recorded for readers of old scripts; any layout can be read")
+    tp: PositiveInt = value(1, "accepted and recorded; checkpoints of any layout can be read")
+    pp: PositiveInt = value(1, "accepted and recorded; checkpoints of any layout can be read")

@@ -1,4 +1,4 @@
-"""Settings of the way from raw data to a dataset: `shard_tars`, `prepare_energon` and `audit`."""
+"""Settings of the steps from raw data to a dataset: `shard_tars`, `prepare_energon` and `audit`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ class TarShards(StepConfig):
         "JSONL beside its images; webdataset tars; a file or a folder"
     )
     source_format: Literal["auto", "llava", "parquet", "table", "webdataset"] = value(
-        "auto", "kind of source; auto: told from the names of the files"
+        "auto", "form of the source; auto: detected from the names of the files"
     )
     columns: dict[str, str] = value(
         {},
-        "columns of table, parquet or JSON with names of their own, as FIELD=COLUMN; fields: id, "
+        "columns of table, parquet or JSON with other names, as FIELD=COLUMN; fields: id, "
         "image, conversations, question, answer",
     )
     question: str = value("", "question for texts that have none, such as captions")
     other_images: Literal["refuse", "jpeg"] = value(
         "refuse",
-        "images that are no JPEG: quarantined, or turned into JPEG; JPEG files stay as they are",
+        "images that are not JPEG: quarantine them, or convert to JPEG; JPEG files are not changed",
     )
     decode_images: bool = value(
-        False, "decode every image in full; otherwise plain JPEG files are checked by structure"
+        False,
+        "decode every image in full; otherwise only the structure of plain JPEG files is checked",
     )
     samples_per_shard: PositiveInt = value(
         1000, "samples in each tar; shard k holds [k*N, (k+1)*N)"
@@ -42,12 +43,12 @@ class TarShards(StepConfig):
     quarantine_limit: Fraction = value(0.01, "share of refused samples above which the step fails")
     part: str = value(
         "",
-        "I/N: only share I of N of the work, for a job of its own; a call with `parts` ends it",
+        "I/N: do only share I of N of the work, in a separate job; then join all with `parts`",
         pattern=r"^([1-9]\d*/[1-9]\d*)?$",
     )
-    parts: str = quiet("", "directory of the results of all calls with `part`: put them together")
+    parts: str = quiet("", "directory with the results of all jobs with `part`, to join them")
     remove_parts: bool = quiet(
-        False, "remove what is in `parts`, in the store too, once the whole is there"
+        False, "remove the results in `parts`, also from the store, once they are joined"
     )
     workers: PositiveInt = quiet(2, "processes that read and check images")
 
@@ -55,16 +56,18 @@ class TarShards(StepConfig):
     def _share(self) -> TarShards:
         number, _, count = self.part.partition("/")
         if self.part and int(number) > int(count):
-            raise ValueError(f"part {self.part}: there are shares 1/{count} to {count}/{count}")
+            raise ValueError(f"part {self.part} is out of range: give 1/{count} to {count}/{count}")
         if self.part and self.parts:
-            raise ValueError("part makes one share, parts puts all of them together: give one")
+            raise ValueError("part makes one share, parts joins all of them: give only one")
         if self.remove_parts and not self.parts:
-            raise ValueError("remove_parts is for parts; name their directory, or leave it out")
+            raise ValueError(
+                "remove_parts needs parts; give the directory of the parts, or leave it out"
+            )
         return self
 
 
 class EnergonDataset(StepConfig):
-    """Tar shards to a megatron-energon dataset, without a prompt."""
+    """Tar shards to a megatron-energon dataset, without prompts."""
 
     tar_dir: str = source("", "directory of tar shards")
     split: Ratio3 = value([9, 1, 0], "parts of train, val and test, by shard; train is never empty")
@@ -77,16 +80,16 @@ class EnergonDataset(StepConfig):
 
 
 class Audit(StepConfig):
-    """What a stage's dataset looks like to training; checked before the stage is trained."""
+    """Check of a stage's dataset as training will see it, before the stage is trained."""
 
     stage: Literal[1, 2] = value(1, "the stage that will read the dataset")
-    tokenizer_load_dir: str = source("", "HF directory; in a run that of the stage")
-    data_path: str = source("", "energon dataset or YAML of a blend; in a run that of the stage")
-    seq_length: PositiveInt = value(2048, "longest sample in tokens; in a run that of the stage")
+    tokenizer_load_dir: str = source("", "HF directory; in a run the stage's")
+    data_path: str = source("", "energon dataset or YAML of a blend; in a run the stage's")
+    seq_length: PositiveInt = value(2048, "longest sample in tokens; in a run the stage's")
     too_long: Literal["refuse", "truncate"] = value(
-        "refuse", "what is done with longer samples; in a run that of the stage"
+        "refuse", "longer samples: refuse or truncate them; in a run as the stage"
     )
-    split: Literal["train", "val", "test"] = value("train", "split to look at")
-    samples: Count = value(1000, "samples to look at, spread over the datasets; 0: all")
+    split: Literal["train", "val", "test"] = value("train", "split to check")
+    samples: Count = value(1000, "samples to check, spread over the datasets; 0: all")
     examples: Count = value(3, "samples to print with their supervised text marked")
-    thumbnails: Count = value(12, "small copies of images kept for the report")
+    thumbnails: Count = value(12, "small copies of images for the report")

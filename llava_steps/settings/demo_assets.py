@@ -13,7 +13,7 @@ class DemoAssets(StepConfig):
 
     image_size: PositiveInt = value(32, "side of the square scans and of the tower's input, pixels")
     patch_size: PositiveInt = value(8, "side of a patch of the tower, pixels")
-    heldout_scans: PositiveInt = value(297, "scans that training never sees")
+    heldout_scans: PositiveInt = value(297, "scans for evaluation, not used in training")
     vision_hidden_size: PositiveInt = value(64, "width of the vision tower")
     vision_layers: PositiveInt = value(3, "layers of the vision tower")
     text_hidden_size: PositiveInt = value(64, "width of the language model")

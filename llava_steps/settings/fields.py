@@ -1,14 +1,14 @@
-"""What a setting is: its role, facts that stand beside it, and the base of all settings classes.
+"""Roles and declarations of settings, and the base of all settings classes.
 
 The YAML of a run, the flags of every step, the JSON schema in workflow/schemas and the table in
 config/README.md all come from the settings classes. Values are checked strictly: an unknown key, a
-wrong type or a number written as a string is a `ConfigError` that carries the path of the key.
+wrong type or a number written as a string is a `ConfigError` with the path of the key.
 
-A field's role is declared beside it:
+Each field declares its role:
 
 * `value(...)`   an ordinary setting, part of the step's fingerprint
 * `source(...)`  a path to an artefact or to a file of the user; its *content* is in the fingerprint
-* `quiet(...)`   logging, labels and resources: changing it never recomputes anything
+* `quiet(...)`   logging, labels and resources: changing it never recomputes a step
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def may_be_empty(field: FieldInfo) -> bool:
 def _facts(
     role: str, flag: str | None, bare: int | None = None, optional: bool | None = None
 ) -> dict[str, Any]:
-    """What is declared of a field, without what is not."""
+    """The declarations of a field that were given."""
     facts = {"role": role, "flag": flag, "bare": bare, "optional": optional}
     return {name: fact for name, fact in facts.items() if fact is not None}
 
@@ -70,7 +70,7 @@ def _facts(
 class StepConfig(BaseModel):
     """Base of all step settings: frozen, strict, no unknown keys.
 
-    Validators are built when the first settings are checked: `--help` needs none of them.
+    Validators are built when the first settings are checked: `--help` does not need them.
     """
 
     model_config = ConfigDict(

@@ -1,4 +1,4 @@
-"""The training options of the scripts that this project replaces, and what each is here.
+"""The training options of the scripts that this project replaces, and their settings here.
 
 docs/reference/options.md is made from this table and from the settings classes.
 tests/unit/test_options.py asserts the effect of each.
@@ -15,13 +15,13 @@ OPTIONS: dict[str, str] = {
     "save": "",
     "name": "",
     "wandb": "",
-    "log-interval": "lines in a log; a terminal has one line that is renewed",
+    "log-interval": "lines in a log; a terminal shows one progress line",
     "megatron-load-dir": "",
     "tokenizer-load-dir": "",
-    "save-dir": "directory that shows the result; in a run `<results>/<run>/<rule>`",
+    "save-dir": "directory of the result; in a run `<results>/<run>/<rule>`",
     "sif-path": "container image that the step runs in, by apptainer or singularity; "
-    "APPTAINER_BIND names further directories that it should see",
-    "save-optim": "an interrupted training goes on with its optimizer either way",
+    "APPTAINER_BIND names further directories to mount",
+    "save-optim": "an interrupted training resumes with its optimizer in any case",
     "load-optim": "",
     "init": "",
     "save-interval": "",
@@ -52,10 +52,10 @@ OPTIONS: dict[str, str] = {
     "deterministic": "",
     "data-path": "",
 }
-"""Option -> what its setting's own description does not say."""
+"""Option -> a note besides the description of its setting."""
 
 ELSEWHERE = {"save-dir": ("results", "run"), "sif-path": ("image",)}
-"""Options that are no setting of a stage: top-level keys of the configuration."""
+"""Options outside the stages: top-level keys of the configuration."""
 
 
 def field_of(option: str) -> str | None:
@@ -65,4 +65,4 @@ def field_of(option: str) -> str | None:
     for name, info in Stage.model_fields.items():
         if f"--{option}" in (cli.flag_name(name, info), "--" + name.replace("_", "-")):
             return name
-    raise KeyError(f"no setting of a stage is called --{option}")
+    raise KeyError(f"a stage has no setting for --{option}")

@@ -1,4 +1,4 @@
-"""The YAML files of a run to one checked `Config`, every problem named with key, file and line.
+"""Reads the YAML files of a run into a checked `Config`; problems name key, file and line.
 
 `load` reads files in order; a later file changes single keys of the earlier ones, and a file with
 `standalone: true` at its top replaces all files before it.
@@ -23,14 +23,14 @@ SHIPPED = Path("config/config.yaml")
 STANDALONE = "standalone"
 COMMAND_LINE = "--config"
 DEMO = "demo:"
-"""Prefix of paths that lie in the result of the demo_assets rule."""
+"""Prefix of paths in the result of the demo_assets rule."""
 
 Key = tuple[str, ...]
 
 
 @dataclass
 class Source:
-    """The merged values and, for each key path, the place that set it last."""
+    """The merged values and, for each key path, the file and line that set it last."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)
@@ -55,13 +55,13 @@ class Source:
 
 
 def with_overlays(overlays: Sequence[Path]) -> Config:
-    """The shipped configuration with overlays on it, as a command beside the workflow takes it.
+    """The shipped configuration with overlays, for commands outside the workflow.
 
     Raises:
-        ConfigError: as `load`, or this is not the directory of the project.
+        ConfigError: as `load`, or the current directory is not that of the project.
     """
     if not SHIPPED.exists():
-        raise ConfigError(f"{SHIPPED} is not here; run this in the directory of the project")
+        raise ConfigError(f"{SHIPPED} is missing; run this in the directory of the project")
     return load([SHIPPED, *overlays])
 
 
@@ -123,7 +123,7 @@ def _read(path: Path, source: Source) -> None:
 def _walk(
     node: yaml.Node, key: Key, path: Path, places: dict[Key, str], problems: list[str]
 ) -> None:
-    """Note the line of every key below `node`; find keys given twice and keys that are no text."""
+    """Note the line of every key below `node`; report duplicate keys and keys that are not text."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _walk(item, (*key, str(index)), path, places, problems)
@@ -175,7 +175,7 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def _name_stages(source: Source) -> None:
-    """Section stage1 is stage 1 and stage2 is stage 2; nobody has to repeat it."""
+    """Set `stage` of the sections stage1 and stage2."""
     for section, number in (("stage1", 1), ("stage2", 2)):
         values = source.values.get(section)
         if isinstance(values, dict) and values.setdefault("stage", number) != number:
@@ -183,7 +183,7 @@ def _name_stages(source: Source) -> None:
 
 
 def _check_texts(value: Any, key: Key, source: Source) -> None:
-    """No text may hold what no command line can carry."""
+    """Refuse texts that a command line cannot contain."""
     if isinstance(value, dict):
         for name, item in value.items():
             _check_texts(item, (*key, str(name)), source)
@@ -192,7 +192,9 @@ def _check_texts(value: Any, key: Key, source: Source) -> None:
             _check_texts(item, (*key, str(index)), source)
     for text in (value, *key[-1:]):
         if isinstance(text, str) and ("\0" in text or not _encodable(text)):
-            source.blame(key, "holds a NUL or half a surrogate pair, which no command can be given")
+            source.blame(
+                key, "contains a NUL or half a surrogate pair, which a command line cannot contain"
+            )
 
 
 def _encodable(text: str) -> bool:
@@ -217,7 +219,7 @@ def _explain(problem: Any, key: Key) -> str:
     """What is wrong with a key and what to write instead."""
     given, kind = problem["input"], problem["type"]
     if given is None and kind not in ("missing", "model_type", "model_attributes_type"):
-        return "has no value; write one behind the colon, or leave the key out"
+        return "has no value; write one after the colon, or leave the key out"
     if kind == "extra_forbidden":
         section = _section(key[:-1])
         known = sorted(section.model_fields) if section else []
@@ -234,7 +236,7 @@ def _explain(problem: Any, key: Key) -> str:
         if isinstance(given, str) and number is not None:
             whole = kind == "int_type" and number.is_integer()
             right = str(int(number)) if whole else repr(number).replace("e-0", "e-")
-            # Also a number to those who read YAML 1.1, which wants a point before the exponent.
+            # A number in YAML 1.1 too, which needs a point before the exponent.
             if "e" in right and "." not in right:
                 right = right.replace("e", ".0e")
             return f"{given!r} is text in YAML, not {wanted}; write {right}"
@@ -261,7 +263,7 @@ def _as_number(given: object) -> float | None:
 
 
 def _section(key: Key) -> type[BaseModel] | None:
-    """The settings class of a section; None when there is no such section."""
+    """The settings class of a section; None if there is no such section."""
     found: type[BaseModel] = Config
     for name in key:
         info = found.model_fields.get(name)

@@ -11,9 +11,9 @@ from llava_steps.settings.steps import STEPS
 
 
 class _Page(StepConfig):
-    """One page about a run, from the results of its other steps."""
+    """A report page about a run, from the results of its other steps."""
 
-    title: str = value("", "title of the page; in a run its name")
+    title: str = value("", "title of the page; in a run the name of the run")
     samples: PositiveInt = value(2, "sample answers shown per question kind")
 
 

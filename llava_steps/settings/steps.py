@@ -1,7 +1,7 @@
-"""The steps of a run, one table: what each rule is called, calls, reads and asks for.
+"""The table of the steps of a run: name, module, inputs and resources of each rule.
 
-Rules, targets, the sections of the configuration, the report and the plan follow from it. A step is
-added by a line here, a settings class, and a module of the name that stands in `module`.
+Rules, targets, the sections of the configuration, the report and the plan follow from it. A new
+step needs a line here, a settings class, and the module named in `module`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ class StepDeclaration:
     module: str
     """Module of `llava_steps` that it runs."""
     feeds: Mapping[str, str] = field(default_factory=dict)
-    """Source field -> rule whose result fills it when the configuration leaves it empty."""
+    """Source field -> rule whose result is used when the configuration leaves it empty."""
     section: str = ""
     """Section of the configuration; empty: named like the rule."""
     after: str = ""
-    """Rule that must have passed before, without being read."""
+    """Rule that must succeed first, although its result is not read."""
     threads: int | str = 1
-    """Cores of its job, or the setting that holds their number."""
+    """Cores of its job, or the setting with their number."""
     optional: bool = False
-    """Whether a run has it only if its configuration asks for it."""
+    """Whether a run has it only if its configuration enables it."""
     result: bool = False
-    """Whether it is what a run is for: `all` asks for these, and for what they need."""
+    """Whether it is a goal of a run: `all` requests these."""
     stage: int = 0
     """The training stage that it belongs to; 0: none."""
     summary: str = ""
-    """What `snakemake --list-rules` says."""
+    """The description in `snakemake --list-rules`."""
 
 
 def _data_of_stage() -> dict[str, str]:
@@ -104,7 +104,7 @@ _STEPS = (
         {"megatron_dir": "stage1_checkpoint", "tokenizer_dir": "hf_model"},
         section="hf_export",
         stage=1,
-        summary="Stage 1 checkpoint to Hugging Face safetensors, to be evaluated.",
+        summary="Stage 1 checkpoint to Hugging Face safetensors, for evaluation.",
     ),
     StepDeclaration(
         "stage2_checkpoint",
@@ -155,7 +155,7 @@ _STEPS = (
 STEPS: dict[str, StepDeclaration] = {step.rule: step for step in _STEPS}
 """By rule, in an order in which they can run. The report, last, reads all of them."""
 STEPS["report"] = StepDeclaration(
-    "report", "report", {rule: rule for rule in STEPS}, summary="One page about the run."
+    "report", "report", {rule: rule for rule in STEPS}, summary="Report page of the run."
 )
 
 

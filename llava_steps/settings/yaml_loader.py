@@ -1,4 +1,4 @@
-"""The YAML of users: PyYAML's, in which 2e-5 is a number, as in YAML 1.2."""
+"""PyYAML with floats of YAML 1.2, in which 2e-5 is a number."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import yaml
 
 FLOAT = "tag:yaml.org,2002:float"
 EXPONENT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
-"""Numbers with an exponent in the core schema of YAML 1.2; YAML 1.1 also wants a point and a sign
-of the exponent. Python reads the same as a float."""
+"""Numbers with an exponent in the core schema of YAML 1.2; YAML 1.1 also requires a point and a
+sign of the exponent. Python reads the same as a float."""
 
 
 class Loader(yaml.SafeLoader):

@@ -61,7 +61,7 @@ def test_numbers_and_switches_survive(lr: float, seed: int, switch: bool, split:
 
 
 def test_two_dashes_alone_are_refused() -> None:
-    with pytest.raises(ConfigError, match="name: '--' alone is dropped by argparse"):
+    with pytest.raises(ConfigError, match="name: argparse drops the value '--'"):
         cli.flags(Stage(name="--"))
 
 

@@ -50,7 +50,7 @@ def test_shipped_configuration_is_a_demo_without_gpu() -> None:
 
 def test_what_an_audit_has_from_its_stage_is_refused(write) -> None:
     text = problems(SHIPPED, write("audit:\n  samples: 5\n  seq_length: 9\n"))
-    assert "audit: " in text and "seq_length is that of each stage; set it in stage1" in text
+    assert "audit: " in text and "seq_length is the stage's; set it in stage1" in text
     assert load([SHIPPED, write("audit: {samples: 5}\n")]).audit.samples == 5
 
 
@@ -103,7 +103,7 @@ def test_a_standalone_file_takes_nothing_from_the_demo(write) -> None:
         ("lr: 1e999", "stage2.lr: "),
         ("freeze_lm: 'no'", "stage2.freeze_lm: expected true or false, got 'no'"),
         ("freeze_lm: 1", "stage2.freeze_lm: expected true or false, got 1"),
-        ("name:", "stage2.name: has no value; write one behind the colon, or leave the key out"),
+        ("name:", "stage2.name: has no value; write one after the colon, or leave the key out"),
         ("lr:", "stage2.lr: has no value"),
         ("name: 2024", "stage2.name: expected text, got 2024; put it in quotes: '2024'"),
         ("precision: fp8", "stage2.precision: Input should be 'bf16' or 'fp32', got 'fp8'"),

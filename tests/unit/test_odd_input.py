@@ -77,7 +77,7 @@ def test_another_directory(
     monkeypatch.chdir(tmp_path)
     code, line = said(capsys, module)
     assert code == ConfigError.exit_code
-    assert "config/config.yaml is not here; run this in the directory of the project" in line
+    assert "config/config.yaml is missing; run this in the directory of the project" in line
 
 
 def test_a_model_whose_store_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ def test_no_group_takes_the_rule_of_another() -> None:
 def test_a_group_checks_itself_inside_the_stage() -> None:
     with pytest.raises(ValidationError, match="is above lr"):
         Stage(lr=0.01, min_lr=0.1)
-    with pytest.raises(ValidationError, match="everything is frozen"):
+    with pytest.raises(ValidationError, match="all parts are frozen"):
         Stage(stage=1, freeze_projector=True)
 
 

@@ -37,7 +37,7 @@ H200: dict[str, Any] = {"gpus": [[9, 0]], "version": "2.20.2"}
         ({"layer_spec": "te", "precision": "fp32"}, "layer_spec te needs precision bf16"),
         ({"fp8": True, "recompute": "core_attn"}, "set recompute to none or full"),
         ({"fp8": True, "lora_rank": 4}, "set lora_rank to 0"),
-        ({"fp8_recipe": "blockwise"}, "fp8_recipe blockwise is for fp8"),
+        ({"fp8_recipe": "blockwise"}, "fp8_recipe blockwise needs fp8"),
         (OWN | {"compile": "none"}, "needs compile auto or layers; or set layer_spec to te"),
         (OWN | {"fp8_recipe": "blockwise"}, "needs fp8_recipe tensorwise, not blockwise"),
         (OWN | {"gpus": 2, "tensor_model_parallel": 2}, "needs tensor_model_parallel 1, not 2"),

@@ -1,4 +1,4 @@
-"""What a stage keeps, and when it saves."""
+"""Content, interval and number of a stage's checkpoints."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from llava_steps.settings.fields import StepConfig, quiet, value
 
 
 class Checkpoint(StepConfig):
-    """What checkpoints hold, and whether the training is one that a checkpoint continues."""
+    """Content of checkpoints, and whether the training continues another one."""
 
     load_optim: bool = value(
         False,
-        "go on with the training that megatron_load_dir was saved by: optimizer, step and place in "
-        "the data too, in any parallel layout; a checkpoint inside an unfinished one will do",
+        "continue the training that saved megatron_load_dir: optimizer, step and position in the "
+        "data too, in any parallel layout; also from a checkpoint of an unfinished training",
     )
     save: bool = value(
         True,
-        "keep the trained weights; without it no checkpoint is written at any time, for trials "
-        "that nothing follows and that start anew after a stop",
+        "save checkpoints; without it none is ever written, for trials whose weights are not used "
+        "and that start over after a stop",
     )
     save_optim: bool = value(True, "keep the optimizer in the final checkpoint, for load_optim")
     dist_optim: bool = value(True, "optimizer sharded over data parallel ranks; always on")
@@ -30,7 +30,7 @@ class Checkpoint(StepConfig):
     def _optimizer_is_sharded(self) -> Self:
         if not self.dist_optim:
             raise ValueError(
-                "dist_optim is always on; with one data parallel rank it costs nothing"
+                "dist_optim is always on, at no cost with one data parallel rank: leave it out"
             )
         return self
 
@@ -41,10 +41,10 @@ class Saving(StepConfig):
     save_interval: PositiveInt = quiet(1000, "steps between checkpoints")
     async_save: bool = quiet(
         False,
-        "train on while a checkpoint is digested and flushed; a kill meanwhile goes back to the "
-        "one before",
+        "continue training while a checkpoint is hashed and flushed; a training killed meanwhile "
+        "resumes from the previous one",
     )
-    keep_checkpoints: PositiveInt = quiet(2, "newest checkpoints that are kept while training")
+    keep_checkpoints: PositiveInt = quiet(2, "number of newest checkpoints kept while training")
     keep_every: Count = quiet(
         0, "also keep each checkpoint whose step is a multiple of this, in `.work/kept` at the end"
     )

@@ -1,4 +1,4 @@
-"""What a stage does about bad steps, and the time that it may take."""
+"""Handling of bad steps, and time limits of a stage."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ StepRange = Annotated[str, Field(pattern=r"^[1-9]\d*-[1-9]\d*$")]
 
 
 class Guard(StepConfig):
-    """Steps that are skipped, rejected or taken back."""
+    """Steps that are skipped, rejected or rolled back."""
 
     skip_train_iteration_range: list[StepRange] = value(
         [],
-        "steps to skip, counted from 1 with both ends, as 100-110 300-400: their global batches "
-        "are passed over and the schedule goes on",
+        "steps to skip, counted from 1, both ends included, such as 100-110 300-400: their "
+        "global batches are skipped, the schedule continues",
     )
     spike_factor: float = value(
         0.0,
         "a loss or gradient norm above this many times the median of the last 64 updates is "
-        "treated like one that is not finite; 0 looks for no spikes",
+        "treated like one that is not finite; 0: off",
         ge=0,
     )
     max_rejected_steps: Count = value(
         10,
-        "steps whose loss or gradient is not finite: their update is left out, their samples are "
-        "named; one step more than this and the training rolls back",
+        "number of steps with a loss or gradient that is not finite, whose update is skipped and "
+        "whose samples are logged; at one more the training rolls back",
     )
     max_rollbacks: Count = value(
         1,
-        "times that weights and optimizer go back to the last checkpoint, while the stream of "
-        "samples goes on; one time more ends the training with exit code 6",
+        "number of times that weights and optimizer return to the last checkpoint, while the "
+        "stream of samples continues; one more ends the training with exit code 6",
     )
 
     @model_validator(mode="after")
@@ -42,7 +42,9 @@ class Guard(StepConfig):
         for text in self.skip_train_iteration_range:
             first, _, last = text.partition("-")
             if int(first) > int(last):
-                raise ValueError(f"skip_train_iteration_range {text} ends before it begins")
+                raise ValueError(
+                    f"skip_train_iteration_range {text} ends before it begins; swap its ends"
+                )
         return self
 
     @model_validator(mode="after")
@@ -53,21 +55,21 @@ class Guard(StepConfig):
 
 
 class TimeLimits(StepConfig):
-    """Limits after which a training stops or is ended."""
+    """Time limits that stop or end a training."""
 
     exit_before: float = quiet(
         0.0,
-        "minutes after its start, inputs included that are read first, at which the training has "
-        "stopped in order, saved, with exit code 75; time for a save is set aside; 0 is no limit",
+        "minutes from the start, reading inputs included, by which the training saves and ends "
+        "with exit code 75; includes the time of the save; 0: no limit",
         ge=0,
     )
     stall_timeout: Count = quiet(
         60,
-        "seconds without a further microbatch on any rank after which the job ends, with the stack "
-        "of each process in its log; 0 waits for ever",
+        "seconds without a new microbatch on any rank after which the job ends, with the stack "
+        "of each process in its log; 0: no limit",
     )
     io_timeout: Count = quiet(
         1800,
-        "the same for what takes longer: the start with the first step, saves, going back to a "
-        "checkpoint; 0 waits for ever",
+        "the same for longer tasks: the start with the first step, saves, rolling back to a "
+        "checkpoint; 0: no limit",
     )

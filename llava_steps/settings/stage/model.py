@@ -1,4 +1,4 @@
-"""What a stage starts from, which parts of the model it trains, and what the model must be."""
+"""The weights a stage starts from, the parts of the model it trains, and checks of the model."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class Model(StepConfig):
     megatron_load_dir: str = source("", "Megatron checkpoint to start from", optional=True)
     init: bool = value(
         False,
-        "draw all weights anew instead of reading megatron_load_dir, which is then not needed; "
-        "what is frozen stays as drawn",
+        "start from random weights instead of megatron_load_dir, which is then not needed; "
+        "frozen parts stay random",
     )
     tokenizer_load_dir: str = source("", "HF directory with tokenizer, processor and config")
     data_path: str = source("", "energon dataset, or the YAML file of a blend of them")
 
-    freeze_vision: bool = value(True, "keep the vision tower as it is")
-    freeze_projector: bool = value(False, "keep the projector as it is")
+    freeze_vision: bool = value(True, "do not train the vision tower")
+    freeze_projector: bool = value(False, "do not train the projector")
     freeze_lm: bool | None = value(
-        None, "keep the language model as it is; unless given, true in stage 1 and false in stage 2"
+        None, "do not train the language model; default: true in stage 1, false in stage 2"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _frozen_by_stage(cls, given: Any) -> Any:
-        # Settled here, so that the same training has the same settings however it is asked for.
+        # Set here, so that equal trainings have equal settings, whether given or default.
         if isinstance(given, dict) and given.get("freeze_lm") is None:
             return given | {"freeze_lm": given.get("stage", 1) == 1}
         return given
@@ -40,12 +40,14 @@ class Model(StepConfig):
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:
         if self.freeze_vision and self.freeze_projector and self.freeze_lm:
-            raise ValueError("everything is frozen: there is nothing to train")
+            raise ValueError(
+                "all parts are frozen: set freeze_vision, freeze_projector or freeze_lm to false"
+            )
         return self
 
 
 class Expected(StepConfig):
-    """What the model must be, for those who want to be refused otherwise."""
+    """Optional checks: refuse a model with other ids or class token."""
 
     image_token_id: Count | None = value(
         None, "refuse to train unless this is the id of <image> in tokenizer_load_dir"
@@ -54,5 +56,5 @@ class Expected(StepConfig):
         None, "refuse to train unless this is the id of padding in tokenizer_load_dir"
     )
     no_add_class_token: bool = value(
-        False, "refuse to train unless the model leaves the tower's class token out"
+        False, "refuse to train unless the model drops the tower's class token"
     )

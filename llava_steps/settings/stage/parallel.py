@@ -1,4 +1,4 @@
-"""The processes of a stage: how the model is divided among them, where they run and meet."""
+"""The processes of a stage: parallel sizes, devices and network."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Parallel(StepConfig):
     pipeline_model_parallel: PositiveInt = value(1, "pipeline parallel size", flag="--pp")
     virtual_pipeline: PositiveInt = value(
         1,
-        "chunks of layers on each pipeline rank: above 1 the interleaved schedule, with less idle "
-        "time and more communication",
+        "chunks of layers per pipeline rank; above 1: interleaved schedule, with less idle time "
+        "and "
+        "more communication",
     )
     pipeline_split: str = value(
         "auto",
-        "decoder layers of each pipeline chunk, in the order of the model, as 6,9,9; even; or "
-        "auto: computed, so that the chunk with the vision tower and the one with the head have no "
-        "more to do than the others",
+        "decoder layers of each pipeline chunk, in the order of the model, such as 6,9,9; even; or "
+        "auto: fewer layers for the chunks with the vision tower and the head",
         pattern=r"^(auto|even|[1-9]\d*(,[1-9]\d*)*)$",
     )
     sequence_parallel: bool = value(False, "shard activations between tensor-parallel regions")
@@ -56,14 +56,14 @@ class Parallel(StepConfig):
     @model_validator(mode="after")
     def _sequence_parallel_has_ranks(self) -> Self:
         if self.sequence_parallel and self.tensor_model_parallel == 1:
-            raise ValueError("sequence_parallel needs tensor_model_parallel > 1")
+            raise ValueError("sequence_parallel needs tensor_model_parallel > 1; leave it out")
         return self
 
     @model_validator(mode="after")
     def _virtual_pipeline_has_a_pipeline(self) -> Self:
         if self.virtual_pipeline > 1 and self.pipeline_model_parallel == 1:
             raise ValueError(
-                f"virtual_pipeline {self.virtual_pipeline} is for pipelines: set "
+                f"virtual_pipeline {self.virtual_pipeline} needs a pipeline: set "
                 "pipeline_model_parallel above 1, or leave it out"
             )
         return self
@@ -83,15 +83,15 @@ class Parallel(StepConfig):
 
 
 class Processes(StepConfig):
-    """Where the processes run, how they meet and what they say of themselves."""
+    """Devices, network and debug output of the processes."""
 
     debug: bool = quiet(False, "verbose collectives (torch, NCCL) and C++ stacks in the logs")
-    gpu_ids: str = quiet("", "GPUs to use, as 0,1,2; all visible ones unless given")
+    gpu_ids: str = quiet("", "GPUs to use, such as 0,1,2; empty: all visible ones")
     interface: str = quiet("", "network interface of NCCL and Gloo, such as eth0")
     backend: Literal["auto", "nccl", "gloo"] = quiet("auto", "collectives; auto: nccl with GPUs")
     master_addr: str = quiet(
-        "", "address of the first node; that of its interface, or its name, unless given"
+        "", "address of the first node; empty: that of its interface, or its name"
     )
-    master_port: Port = quiet(0, "port on the first node where all processes meet; 0: a free one")
-    rdzv_port: Port = quiet(0, "port on the first node where launchers meet; 0: a free one")
+    master_port: Port = quiet(0, "port on the first node for all processes; 0: a free one")
+    rdzv_port: Port = quiet(0, "port on the first node for the launchers; 0: a free one")
     rank: Count = quiet(0, "number of this node; not needed under srun and torchrun", flag="--rank")

@@ -16,8 +16,8 @@ from llava_steps.settings.stage.parallel import Parallel, Processes
 from llava_steps.settings.stage.tracking import Tracking, Validation
 
 
-# Fields, flags and rules come in the order of the groups from the last one to the first: pydantic
-# collects them from the far end of the bases. Rules of two groups must not share a name.
+# Fields, flags and rules come in the order of the groups from the last one to the first, because
+# pydantic collects them from the last base class. Rules of two groups must not share a name.
 class Stage(
     Processes,
     Tracking,
@@ -45,18 +45,18 @@ class Stage(
         return cuda and self.precision == "bf16" and not self.not_compiled()
 
     def not_compiled(self) -> str:
-        """What these settings would need for compiled layers; empty when nothing is in the way."""
+        """The setting that prevents compiled layers, with the needed value; empty if none does."""
         if self.tensor_model_parallel > 1:
             return f"tensor_model_parallel 1, not {self.tensor_model_parallel}"
         if self.recompute == "core_attn":
             return "recompute none or full: compiled attention keeps no scores"
         for name in ("lora_rank", "overlap_param_gather"):
             if getattr(self, name):
-                return f"no {name}: compiled layers pass over the hooks that it works with"
+                return f"no {name}: compiled layers do not call the hooks that it needs"
         return ""
 
     def no_fp8_of_torch(self) -> str:
-        """What these settings would need for it; empty when nothing is in the way."""
+        """The setting that prevents FP8 by torch, with the needed value; empty if none does."""
         if self.fp8_recipe != "tensorwise":
             return f"fp8_recipe tensorwise, not {self.fp8_recipe}"
         if self.compile == "none":
@@ -89,10 +89,10 @@ class Stage(
     @model_validator(mode="after")
     def _layers_can_be_compiled(self) -> Self:
         if self.compile == "layers" and (obstacle := self.not_compiled()):
-            raise ValueError(f"compile layers needs {obstacle}; or set compile to auto or none")
+            raise ValueError(f"compile: layers needs {obstacle}; or set compile to auto or none")
         if self.fp8 and self.layer_spec == "local" and (obstacle := self.no_fp8_of_torch()):
             raise ValueError(
-                f"fp8 with layer_spec local is for compiled layers, and needs {obstacle}; or set "
+                f"fp8 with layer_spec local needs compiled layers, and so {obstacle}; or set "
                 "layer_spec to te"
             )
         return self
@@ -101,15 +101,17 @@ class Stage(
     def _adapters_are_on_our_linears(self) -> Self:
         if self.lora_rank and self.transformer_engine:
             raise ValueError(
-                f"{self._transformer_engine_by()} is not for LoRA, whose adapters are added to our "
-                "own linears: set lora_rank to 0, or leave it out"
+                f"{self._transformer_engine_by()} does not support LoRA, whose adapters need the "
+                "local linears: set lora_rank to 0, or leave it out"
             )
         return self
 
     @model_validator(mode="after")
     def _starts_in_one_way(self) -> Self:
         if self.init and self.load_optim:
-            raise ValueError("init starts anew and load_optim goes on: give one of them")
+            raise ValueError(
+                "init starts from random weights, load_optim continues a training: give one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -130,7 +132,7 @@ class Stage(
         ):
             if getattr(self, rate) is not None and getattr(self, frozen):
                 raise ValueError(
-                    f"{rate} {getattr(self, rate)} is for what {frozen} freezes: leave it out, or "
+                    f"{rate} {getattr(self, rate)} has no effect with {frozen}: leave it out, or "
                     f"set {frozen} to false"
                 )
         return self
@@ -139,7 +141,7 @@ class Stage(
     def _adapters_are_trained(self) -> Self:
         if self.lora_rank and self.freeze_lm:
             raise ValueError(
-                f"lora_rank {self.lora_rank} trains the language model, freeze_lm keeps it: set "
-                "freeze_lm to false (its own weights stay frozen under LoRA), or lora_rank to 0"
+                f"lora_rank {self.lora_rank} trains the language model, which freeze_lm freezes: "
+                "set freeze_lm to false (with LoRA its own weights stay frozen), or lora_rank to 0"
             )
         return self
