@@ -62,10 +62,10 @@ def _gpus(text: str) -> int:
         return int(text)
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return len(visible.split(","))
-    found = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
-    if not found:
+    count = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
+    if not count:
         raise argparse.ArgumentTypeError("-1 is all GPUs, but this machine has none; give a number")
-    return found
+    return count
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -33,18 +33,18 @@ class Source:
     """The merged values and, for each key path, the file and line that set it last."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[Key, str] = field(default_factory=dict)
+    locations: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def place(self, key: Key) -> str:
+    def location(self, key: Key) -> str:
         """`file:line` of a key, of the nearest section above it, or nothing."""
         for end in range(len(key), 0, -1):
-            if key[:end] in self.places:
-                return self.places[key[:end]] + ": "
+            if key[:end] in self.locations:
+                return self.locations[key[:end]] + ": "
         return ""
 
     def blame(self, key: Key, message: str) -> None:
-        self.problems.append(f"{self.place(key)}{'.'.join(key)}: {message}")
+        self.problems.append(f"{self.location(key)}{'.'.join(key)}: {message}")
 
     def stop_if_wrong(self) -> None:
         if self.problems:
@@ -74,7 +74,7 @@ def load(files: Sequence[str | Path], extra: Mapping[str, Any] | None = None) ->
     for file in files:
         _read(Path(file), source)
     if extra:
-        _note_places(extra, (), COMMAND_LINE, source)
+        _note_locations(extra, (), COMMAND_LINE, source)
         _merge(source.values, extra)
     source.stop_if_wrong()
     _name_stages(source)
@@ -100,9 +100,9 @@ def _read(path: Path, source: Source) -> None:
             return
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: expected keys and values at the top level")
-        places: dict[Key, str] = {}
+        locations: dict[Key, str] = {}
         before = len(source.problems)
-        _walk(node, (), path, places, source.problems)
+        _walk(node, (), path, locations, source.problems)
         if len(source.problems) > before:
             return
         values: dict[str, Any] = loader.construct_document(node)
@@ -110,23 +110,23 @@ def _read(path: Path, source: Source) -> None:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     finally:
         loader.dispose()
-    alone = values.pop(STANDALONE, False)
-    if not isinstance(alone, bool):
-        source.problems.append(f"{places[(STANDALONE,)]}: {STANDALONE}: expected true or false")
-    if alone is True:
+    standalone = values.pop(STANDALONE, False)
+    if not isinstance(standalone, bool):
+        source.problems.append(f"{locations[(STANDALONE,)]}: {STANDALONE}: expected true or false")
+    if standalone is True:
         source.values.clear()
-        source.places.clear()
-    source.places.update(places)
+        source.locations.clear()
+    source.locations.update(locations)
     _merge(source.values, values)
 
 
 def _walk(
-    node: yaml.Node, key: Key, path: Path, places: dict[Key, str], problems: list[str]
+    node: yaml.Node, key: Key, path: Path, locations: dict[Key, str], problems: list[str]
 ) -> None:
     """Note the line of every key below `node`; report duplicate keys and keys that are not text."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _walk(item, (*key, str(index)), path, places, problems)
+            _walk(item, (*key, str(index)), path, locations, problems)
         return
     if not isinstance(node, yaml.MappingNode):
         return
@@ -149,16 +149,16 @@ def _walk(
                 f"{path}:{line}: {'.'.join(here)}: given twice (first on line {seen[name]})"
             )
         seen.setdefault(name, line)
-        places[here] = f"{path}:{line}"
-        _walk(item, here, path, places, problems)
+        locations[here] = f"{path}:{line}"
+        _walk(item, here, path, locations, problems)
 
 
-def _note_places(values: Mapping[str, Any], key: Key, place: str, source: Source) -> None:
+def _note_locations(values: Mapping[str, Any], key: Key, location: str, source: Source) -> None:
     for name, item in values.items():
         here = (*key, str(name))
-        source.places[here] = place
+        source.locations[here] = location
         if isinstance(item, Mapping):
-            _note_places(item, here, place, source)
+            _note_locations(item, here, location, source)
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -264,9 +264,9 @@ def _as_number(given: object) -> float | None:
 
 def _section(key: Key) -> type[BaseModel] | None:
     """The settings class of a section; None if there is no such section."""
-    found: type[BaseModel] = Config
+    section: type[BaseModel] = Config
     for name in key:
-        info = found.model_fields.get(name)
+        info = section.model_fields.get(name)
         annotation = info.annotation if info else None
         inner = [
             part
@@ -275,16 +275,16 @@ def _section(key: Key) -> type[BaseModel] | None:
         ]
         if not inner:
             return None
-        found = inner[0]
-    return found
+        section = inner[0]
+    return section
 
 
 def sections() -> Iterator[tuple[str, type[BaseModel]]]:
     """(name, settings class) of every section of `Config`, in order."""
     for name in Config.model_fields:
-        found = _section((name,))
-        if found is not None:
-            yield name, found
+        section = _section((name,))
+        if section is not None:
+            yield name, section
 
 
 def _check_demo_paths(config: Config, source: Source) -> None:

@@ -92,7 +92,7 @@ class Stage(
             raise ValueError(f"compile: layers needs {obstacle}; or set compile to auto or none")
         if self.fp8 and self.layer_spec == "local" and (obstacle := self.no_fp8_of_torch()):
             raise ValueError(
-                f"fp8 with layer_spec local needs compiled layers, and so {obstacle}; or set "
+                f"fp8 with layer_spec local uses compiled layers, which needs {obstacle}; or set "
                 "layer_spec to te"
             )
         return self
