@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, LockedError
 from llava_steps.core.log import PROGRESS
 from llava_steps.pipeline import outlook, rules, slurm
 from llava_steps.settings import load
 from llava_steps.settings.config import Config
 from llava_steps.settings.stage.stage import Stage
+from llava_steps.store import registry
 from llava_steps.store.container import exec_words, image_digest
 from llava_steps.store.lease import Lease
 from llava_steps.store.run import FORCE_REQUEST
@@ -299,11 +301,28 @@ class Run:
         """
         directory = Path(self.config.results, self.config.run, ".work")
         directory.mkdir(parents=True, exist_ok=True)
+        registry.register(Path(self.config.store), Path(self.config.results))
         lease = Lease(directory)
         try:
             return lease.__enter__()
         except LockedError as error:
             raise LockedError(f"run {self.config.run!r}: {error}") from None
+
+    def claim_values(self) -> Path:
+        """Link to the values that jobs will find in the store, so that `clean` leaves them there.
+
+        Returns:
+            The directory of the links, to be removed at the end of the run.
+        """
+        claims = Path(self.config.results, self.config.run, ".work/claims")
+        filesystem.remove(claims)
+        claims.mkdir(parents=True)
+        for name in self._concerned() & {*self.demand}:
+            manifest = self.outlook[name].manifest
+            if self.outlook[name].outlook == "done" and manifest is not None:
+                entry = Path(self.config.store, manifest["step"], manifest["fingerprint"])
+                (claims / name).symlink_to(os.path.relpath(entry.resolve(), claims.resolve()))
+        return claims
 
     def check_results(self) -> None:
         """ConfigError unless the results are what the configuration asks for, by fingerprint."""

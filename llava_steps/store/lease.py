@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from llava_steps.core import filesystem
 from llava_steps.core.errors import LockedError
 
+FILE = "lease.json"
 HEARTBEAT = 5.0
 """Seconds between renewals."""
 STALE_AFTER = 120.0
@@ -62,6 +63,40 @@ def _identity() -> dict[str, Any]:
     }
 
 
+def _beat(path: Path) -> tuple[bytes, int] | None:
+    """Content of a lease and time of its last beat in nanoseconds; None without one."""
+    try:
+        return path.read_bytes(), path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _lives(beat: tuple[bytes, int]) -> bool | None:
+    """Whether the holder of a lease lives; None when only its next beats would show that."""
+    holder: dict[str, Any] = json.loads(beat[0])
+    if (holder["boot_id"], holder["pid_namespace"]) == (_boot_id(), _pid_namespace()):
+        return bool(_started(int(holder["pid"])) == holder["started"])
+    return None if time.time() - beat[1] / 1e9 < LONG_DEAD else False
+
+
+def alive(directory: Path) -> bool:
+    """Whether somebody may hold the lease of `directory`, without waiting for a beat."""
+    beat = _beat(directory / FILE)
+    return beat is not None and _lives(beat) is not False
+
+
+def wait_until_free(directory: Path) -> None:
+    """Return once no live process holds the lease of `directory`."""
+    watched, since = None, time.monotonic()
+    while (beat := _beat(directory / FILE)) is not None:
+        lives = _lives(beat)
+        if beat != watched:
+            watched, since = beat, time.monotonic()
+        if lives is False or (lives is None and time.monotonic() - since >= STALE_AFTER):
+            return
+        time.sleep(min(0.2, HEARTBEAT / 2))
+
+
 class Lease:
     """Context manager that holds `lease.json` in `directory` for the life of the block.
 
@@ -69,7 +104,7 @@ class Lease:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / "lease.json"
+        self.path = directory / FILE
         self._lock = directory / "lease.lock"
         self._identity = _identity()
         self._stop = threading.Event()
@@ -79,7 +114,7 @@ class Lease:
         watched: tuple[bytes, int] | None = None
         since = time.monotonic()
         while not self._taken(watched, time.monotonic() - since):
-            now = self._seen()
+            now = _beat(self.path)
             if watched is None:
                 watched, since = now, time.monotonic()
             elif now is not None and now != watched:
@@ -95,12 +130,16 @@ class Lease:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.settle()
+        if self.is_ours():
+            self._note("given back")
+            self.path.unlink()
+
+    def settle(self) -> None:
+        """Renew no longer: the holder is about to move the directory, which ends the lease."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self._is_ours():
-            self._note("given back")
-            self.path.unlink()
 
     def _taken(self, watched: tuple[bytes, int] | None, seconds: float) -> bool:
         """Take the lease if it is free, dead, or was watched for so many seconds without a beat.
@@ -110,15 +149,12 @@ class Lease:
         # The lock only orders takers on one file system; the lease itself decides.
         with open(self._lock, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            seen = self._seen()
+            seen = _beat(self.path)
             if seen is not None:
-                holder: dict[str, Any] = json.loads(seen[0])
-                if (holder["boot_id"], holder["pid_namespace"]) == (_boot_id(), _pid_namespace()):
-                    if _started(int(holder["pid"])) == holder["started"]:
-                        self._refuse(holder)
-                elif time.time() - seen[1] / 1e9 < LONG_DEAD and not (
-                    seen == watched and seconds >= STALE_AFTER
-                ):
+                lives = _lives(seen)
+                if lives:
+                    self._refuse(json.loads(seen[0]))
+                if lives is None and not (seen == watched and seconds >= STALE_AFTER):
                     return False
             filesystem.write_json(self.path, self._identity)
             self._note("taken" if seen is None else "taken over")
@@ -135,20 +171,14 @@ class Lease:
             f"{holder['host']}; wait for it or end it, then run again"
         )
 
-    def _seen(self) -> tuple[bytes, int] | None:
-        """Content and time of the last beat in nanoseconds; None without a lease."""
-        try:
-            return self.path.read_bytes(), self.path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
-
-    def _is_ours(self) -> bool:
-        seen = self._seen()
+    def is_ours(self) -> bool:
+        """Whether the directory still holds the lease as this process took it."""
+        seen = _beat(self.path)
         return seen is not None and json.loads(seen[0]) == self._identity
 
     def _renew(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            if not self._is_ours():
+            if not self.is_ours():
                 # Suspended for so long that somebody else works here now.
                 print(f"{self.path} was taken over by another process; ending", file=sys.stderr)
                 sys.stderr.flush()

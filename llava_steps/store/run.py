@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -32,10 +33,10 @@ from llava_steps.core.errors import (
 )
 from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.settings import cli
-from llava_steps.store import container, store
+from llava_steps.store import container, registry, store
 from llava_steps.store.digest import Digests
 from llava_steps.store.identity import Identity, changed_input, identify, values
-from llava_steps.store.lease import Lease
+from llava_steps.store.lease import Lease, wait_until_free
 from llava_steps.store.step import C, Context, Step
 from llava_steps.store.store import Input
 
@@ -151,19 +152,20 @@ def _evaluate(
     if step.follows(config):
         _follow(step, module, config, entry, identity.inputs, forced)
         return
+    _register(root, out, log)
     if not (forced or entry.exists()):
         whole = _sealed_whole(step, config, identity, image, root)
-        if whole is not None:
-            store.publish(whole, out)
+        if whole is not None and _publish_whole(whole, out):
             log.info(
                 "%s %s, the whole, is there already; no share of it is needed",
                 identity.name,
                 whole.name,
             )
             return
-    _take_aside(entry, out, forced)
-    (entry / store.WORK / "logs").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_claimed(entry, out))
+        _take_aside(entry, out, forced)
+        (entry / store.WORK / "logs").mkdir(parents=True, exist_ok=True)
         if not (entry / store.MANIFEST).exists():
             stack.enter_context(Lease(entry / store.WORK))
         # Asked again under the lease: its last holder may just have finished this very value.
@@ -210,6 +212,7 @@ class _Attempt:
         if not step.resumes:
             clear(self._entry)
         store.show_work(self._entry, out)
+        _note_inputs(self._entry, inputs)
         start = time.monotonic()
         context = Context(
             self._entry.resolve(), inputs, self.log, self._work.resolve(), print_, until_sealed
@@ -257,6 +260,46 @@ def _sealed_whole(
     print_ = store.fingerprint(identity.name, values(step, whole), contents, identity.code, image)
     entry = root / identity.name / print_
     return entry if (entry / store.MANIFEST).exists() else None
+
+
+def _register(root: Path, out: Path, log: logging.Logger) -> None:
+    """Have `clean` find what `out` shows; a store that is only read cannot be cleaned either."""
+    try:
+        registry.register_result(root, out)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        log.warning(
+            "%s: %s; `llava-steps clean` by its owner needs --results for what %s shows",
+            error.filename,
+            error.strerror,
+            out,
+        )
+
+
+@contextlib.contextmanager
+def _claimed(entry: Path, out: Path) -> Iterator[bool]:
+    """Keep `clean` from a value that is about to be shown; whether there is one."""
+    if not (entry / store.MANIFEST).exists():
+        yield False
+        return
+    with store.claimed(entry, out):
+        wait_until_free(entry / store.WORK)
+        yield (entry / store.MANIFEST).exists()
+
+
+def _publish_whole(entry: Path, out: Path) -> bool:
+    """Show the value that a share is part of; False when `clean` has just removed it."""
+    with _claimed(entry, out) as sealed:
+        if sealed:
+            store.publish(entry, out)
+        return sealed
+
+
+def _note_inputs(entry: Path, inputs: Mapping[str, Input]) -> None:
+    """Name the entries that an attempt reads, for `clean`: nothing may show them any more."""
+    read = {os.path.relpath(i.entry, entry.resolve()) for i in inputs.values() if i.entry}
+    filesystem.write_json(entry / store.WORK / store.READS, sorted(read))
 
 
 def _not_in_place_of_an_input(step: Step[C], config: C, out: Path) -> None:

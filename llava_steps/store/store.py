@@ -12,11 +12,12 @@ value made twice keeps them cached, another value from the same computation does
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from llava_steps.store.sealed import SealedFile
 
 MANIFEST = "manifest.json"
 WORK = ".work"
+READS = "inputs.json"
+"""In `WORK`: the entries that the attempt reads, relative to its own."""
+CLAIM = f"{filesystem.TEMPORARY}claim"
 FORMAT = 1
 PACKAGES = (
     "llava-steps",
@@ -199,6 +203,23 @@ def _entry_behind(out: Path, manifest: Mapping[str, Any]) -> Path:
     return (out / Path(manifest["files"][0]["path"]).parts[0]).resolve().parent
 
 
+@contextlib.contextmanager
+def claimed(entry: Path, out: Path) -> Iterator[None]:
+    """While it lasts, a temporary link in `out` shows `entry`, sealed or not.
+
+    `clean` removes what nothing shows. It takes the lease of an entry before it looks for links;
+    who publishes sets the link before it waits for the lease. So one of them sees the other.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    claim = out / CLAIM
+    claim.unlink(missing_ok=True)
+    _link(entry, claim)
+    try:
+        yield
+    finally:
+        claim.unlink(missing_ok=True)
+
+
 def _payload(entry: Path) -> list[Path]:
     """What `publish` links to, in a fixed order."""
     return [
@@ -213,21 +234,22 @@ def show_work(entry: Path, out: Path) -> None:
     unpublish(out)
     out.mkdir(parents=True, exist_ok=True)
     _link(entry, out / "work")
+    (out / CLAIM).unlink(missing_ok=True)  # of this step, or of a killed one
 
 
 def unpublish(out: Path) -> None:
     """Remove what `publish` or `show_work` put at `out`."""
     if not out.is_dir():
         return
-    filesystem.remove_temporaries(out)
-    items = sorted(out.iterdir(), key=lambda p: p.name != MANIFEST)
+    items = [item for item in out.iterdir() if item.name != CLAIM]
     for item in items:
-        if not (item.is_symlink() or item.name == MANIFEST):
+        temporary = item.name.startswith(filesystem.TEMPORARY)
+        if not (item.is_symlink() or item.name == MANIFEST or temporary):
             raise InputError(
                 f"{item} was not written by this step; move it away or choose another --save-dir"
             )
-    for item in items:
-        item.unlink()
+    for item in sorted(items, key=lambda p: p.name != MANIFEST):
+        filesystem.remove(item)
 
 
 def _link(target: Path, link: Path) -> None:

@@ -3,6 +3,7 @@ import atexit
 import sys
 
 from llava_steps.commands import plan
+from llava_steps.core import filesystem
 from llava_steps.pipeline import slurm
 
 for step in this_run.rules.values():
@@ -21,6 +22,7 @@ def before_jobs():
     plan.refuse(this_run.config, this_run.stages_to_train())
     lease = this_run.hold()
     atexit.register(lease.__exit__, None, None, None)
+    atexit.register(filesystem.remove, this_run.claim_values())
     slurm.wait_for_jobs(this_run.places())
     this_run.request_forced()
     print("What runs, and why:", *this_run.reasons(), sep="\n", file=sys.stderr)
