@@ -1,0 +1,81 @@
+"""Which entries of a store results directories show."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_steps.store.registry import DEPTH
+from llava_steps.store.store import MANIFEST
+
+Key = tuple[str, str]
+"""An entry by the names of its step and of its directory."""
+
+
+@dataclass
+class Shown:
+    """What links and manifests below results directories lead to."""
+
+    values: set[Key] = field(default_factory=set)
+    """By a link to a part of the payload, or by a manifest."""
+    works: set[Key] = field(default_factory=set)
+    """By a link to the entry itself, as an unfinished one is shown."""
+
+
+def shown(store: Path, directories: Iterable[Path]) -> Shown:
+    """What `directories` show of `store`; links are followed, also through other links.
+
+    Raises:
+        OSError: a directory cannot be read, so what it shows is not known.
+    """
+    found, root = Shown(), store.resolve()
+    for directory in directories:
+        for path in _files(directory.resolve(), root, DEPTH):
+            if path.is_symlink():
+                for key, whole in targets(root, path):
+                    (found.works if whole else found.values).add(key)
+            elif path.name == MANIFEST and (named := _named(path)):
+                found.values.add(named)
+    return found
+
+
+def targets(root: Path, link: Path) -> Iterator[tuple[Key, bool]]:
+    """The entries of the resolved store `root` that `link` leads to; whether to a whole entry.
+
+    Both the first step and the end of a chain count: a payload may itself be a link.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        first = os.path.normpath(Path(os.path.realpath(link.parent), os.readlink(link)))
+        for path in {Path(first), Path(os.path.realpath(link))}:
+            inside = path.relative_to(root).parts if path.is_relative_to(root) else ()
+            if len(inside) >= 2:
+                yield (inside[0], inside[1]), len(inside) == 2
+
+
+def _files(directory: Path, store: Path, depth: int) -> Iterator[Path]:
+    """Links and files at most `depth` levels of directories below; the store is left out."""
+    if directory == store:
+        return
+    try:
+        items = sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return  # a run removed it meanwhile
+    for item in items:
+        if item.is_dir() and not item.is_symlink():
+            if depth:
+                yield from _files(item, store, depth - 1)
+        else:
+            yield item
+
+
+def _named(manifest: Path) -> Key | None:
+    """The entry that a copy of a manifest names; None for a manifest of some other tool."""
+    try:
+        content = json.loads(manifest.read_bytes())
+        return str(content["step"]), str(content["fingerprint"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
