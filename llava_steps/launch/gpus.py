@@ -44,5 +44,5 @@ def probe(gpu_ids: str, engine: bool = False, limit: float = LIMIT) -> dict[str,
     if ran.returncode:
         last = (ran.stderr.strip() or f"exit code {ran.returncode}").splitlines()[-1]
         return {"gpus": [], "error": last}
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
+    report: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return report

@@ -46,8 +46,8 @@ class Job:
     def noted(self) -> dict[str, object]:
         """What `note` left in the last attempt; empty when none came that far."""
         path = self.work / self.HOW
-        found: dict[str, object] = json.loads(path.read_bytes()) if path.exists() else {}
-        return found
+        notes: dict[str, object] = json.loads(path.read_bytes()) if path.exists() else {}
+        return notes
 
     @classmethod
     def read(cls, path: Path) -> Job:

@@ -27,9 +27,9 @@ def check(stage: Stage, hf_dir: Path) -> None:
             f"--image-token-id {stage.image_token_id}: {hf_dir} has {geometry.image_token_id} for "
             "<image>; leave the option out, the id is read from there"
         )
-    if stage.pad_token_id is not None and stage.pad_token_id != (found := pad_token(hf_dir)):
+    if stage.pad_token_id is not None and stage.pad_token_id != (actual := pad_token(hf_dir)):
         raise ConfigError(
-            f"--pad-token-id {stage.pad_token_id}: the tokenizer of {hf_dir} pads with {found}; "
+            f"--pad-token-id {stage.pad_token_id}: the tokenizer of {hf_dir} pads with {actual}; "
             "leave the option out, the id is read from there"
         )
     keeps_class = geometry.select_strategy == "full" and "siglip" not in geometry.vision_family
@@ -52,10 +52,10 @@ def check_flash(stage: Stage, geometry: Geometry) -> None:
     """ConfigError when FlashAttention 4 is asked for by name and a GPU here cannot have it."""
     if stage.flash_attention != "fa4":
         return
-    found = gpus.probe(stage.gpu_ids)
-    weakest = min(found["gpus"], default=None)
+    report = gpus.probe(stage.gpu_ids)
+    weakest = min(report["gpus"], default=None)
     if lacking := flash4.missing(geometry.head_dim, weakest):
-        why = f" ({found['error']})" if "error" in found else ""
+        why = f" ({report['error']})" if "error" in report else ""
         raise ConfigError(f"flash_attention fa4 needs {lacking}{why}; or set it to auto or torch")
 
 

@@ -46,7 +46,7 @@ def run(
     A collective call of the ranks of one replica. `stream` is the way each chunk reads the rows.
     """
     streams = [stream(batch) for _ in wrapped]
-    found: list[Tensor] = get_forward_backward_func()(
+    outputs: list[Tensor] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=streams if len(streams) > 1 else streams[0],
         model=list(wrapped),
@@ -55,7 +55,7 @@ def run(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return found
+    return outputs
 
 
 def through(

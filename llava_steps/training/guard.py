@@ -112,14 +112,14 @@ def suspects(
 ) -> list[str]:
     """Samples of the bad microbatches of all ranks; of the whole batch if none is. Collective."""
     own = [name for m in batch for name in sample_names(m)]
-    found = [
+    bad_names = [
         name
         for m, loss in zip(batch, losses, strict=False)
         if bad(m, loss)
         for name in sample_names(m)
     ]
     gathered: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
-    dist.all_gather_object(gathered, (own, found))
+    dist.all_gather_object(gathered, (own, bad_names))
     named = {i for _, part in gathered for i in part}
     return sorted(named or {i for part, _ in gathered for i in part})
 

@@ -164,9 +164,9 @@ def highest(values: list[float]) -> list[float]:
     """The highest of each value over all ranks of the job; the same answer on every rank."""
     if dist.get_world_size() == 1:
         return values  # asking the GPU would wait for all its work
-    found = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return list(found.tolist())
+    maxima = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(maxima, dist.ReduceOp.MAX)
+    return list(maxima.tolist())
 
 
 def on_any_rank(flag: bool) -> bool:

@@ -106,7 +106,7 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
         for n, sample in enumerate(samples)
     )
     if deep:
-        bad = _look(path, fields, rows, parts)
+        bad = _check_contents(path, fields, rows, parts)
     if bad:
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise InputError(f"{path}: unusable samples: {'; '.join(bad[:_SHOWN])}{more}")
@@ -133,19 +133,19 @@ def split_name(path: Path, name: str, image_parts: Collection[str]) -> tuple[str
     return match[1], match[2]
 
 
-def _look(
+def _check_contents(
     path: Path, fields: FieldMap, samples: tuple[SampleRow, ...], parts: list[PartRow]
 ) -> list[str]:
     """What is wrong with the contents of the samples, one line for each bad one."""
-    bad, place = [], 0
+    bad, next_part = [], 0
     with open(path, "rb") as file:
         for number, sample in enumerate(samples):
             content = {}
-            while place < len(parts) and parts[place].sample == number:
-                part = parts[place]
+            while next_part < len(parts) and parts[next_part].sample == number:
+                part = parts[next_part]
                 file.seek(part.data)
                 content[part.name] = file.read(part.size)
-                place += 1
+                next_part += 1
             try:
                 for image in from_parts(sample.key, content, fields).images:
                     check_image(image)

@@ -191,22 +191,22 @@ _RANGE = re.compile(r"{(-?\d{1,99}|[A-Za-z])\.\.(-?\d{1,99}|[A-Za-z])(?:\.\.-?\d
 def count_names(pattern: str) -> int:
     """How many names a brace pattern stands for (a range with a step: without the step)."""
     levels = [(0, 0, 1)]  # of each open brace: where, names before the last comma, names since it
-    place = 0
-    while place < len(pattern):
+    index = 0
+    while index < len(pattern):
         start, before, since = levels[-1]
-        if pattern[place] == "\\":
-            place += 1
-        elif pattern[place] == "{":
-            levels.append((place, 0, 1))
-        elif pattern[place] == "," and len(levels) > 1:
+        if pattern[index] == "\\":
+            index += 1
+        elif pattern[index] == "{":
+            levels.append((index, 0, 1))
+        elif pattern[index] == "," and len(levels) > 1:
             levels[-1] = (start, before + since, 1)
-        elif pattern[place] == "}" and len(levels) > 1:
+        elif pattern[index] == "}" and len(levels) > 1:
             names = before + since
-            if ends := _RANGE.fullmatch(pattern, start, place + 1):
+            if ends := _RANGE.fullmatch(pattern, start, index + 1):
                 first, last = (int(e) if e[-1].isdigit() else ord(e) for e in ends.groups())
                 names = abs(first - last) + 1
             levels.pop()
             start, before, since = levels[-1]
             levels[-1] = (start, before, since * names)
-        place += 1
+        index += 1
     return levels[-1][1] + levels[-1][2]

@@ -59,10 +59,10 @@ def known_shards(root: Path) -> dict[str, dict[str, Any]] | None:
         rows = {row["name"]: row for row in json.loads(path.read_bytes())["shards"]}
     except (ValueError, LookupError, TypeError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}") from error
-    if set(rows) != (found := set(find_tars(root))):
+    if set(rows) != (tars := set(find_tars(root))):
         raise IntegrityError(
-            f"{path} and the tars beside it differ: missing {sorted(set(rows) - found)[:5]}, "
-            f"not listed {sorted(found - set(rows))[:5]}; run shard_tars again"
+            f"{path} and the tars beside it differ: missing {sorted(set(rows) - tars)[:5]}, "
+            f"not listed {sorted(tars - set(rows))[:5]}; run shard_tars again"
         )
     return rows
 
@@ -120,8 +120,8 @@ def prepare(
 
 
 def _compare(tar_dir: Path, index: TarIndex, row: dict[str, Any]) -> None:
-    found = {"size": index.size, "sha256": index.sha256, "samples": len(index.samples)}
-    for what, value in found.items():
+    actual = {"size": index.size, "sha256": index.sha256, "samples": len(index.samples)}
+    for what, value in actual.items():
         if row.get(what) != value:
             raise IntegrityError(
                 f"{tar_dir / index.name}: {what} is {value}, {SHARDS} says {row.get(what)}; it was "
@@ -180,10 +180,10 @@ class _SqliteIndex:
             self._writer.append_samples(
                 [
                     IndexSample(
-                        tar_file_id=number, sample_key=sample.key, sample_index=place,
+                        tar_file_id=number, sample_key=sample.key, sample_index=index_in_tar,
                         byte_offset=sample.start, byte_size=sample.size,
                     )
-                    for place, sample in enumerate(index.samples)
+                    for index_in_tar, sample in enumerate(index.samples)
                 ]
             )  # fmt: skip
         except DuplicateSampleKeyError as error:

@@ -98,15 +98,15 @@ class SampleReader:
         passed: list[str] = []
         self._reader.part_filter = None if images else self._pass_by(passed)
         try:
-            found = self._reader[index]
+            sample = self._reader[index]
         except Exception as error:
             raise InputError(
                 f"sample {index} of split {self.split!r} in {self.root} cannot be read "
                 f"({type(error).__name__}: {error}); a tar and its .idx disagree, prepare again"
             ) from error
-        parts = {name: data for name, data in found.items() if not name.startswith("__")}
+        parts = {name: data for name, data in sample.items() if not name.startswith("__")}
         parts |= dict.fromkeys(passed, b"")
-        return RawSample(found["__shard__"], found["__key__"], parts)
+        return RawSample(sample["__shard__"], sample["__key__"], parts)
 
     def _pass_by(self, names: list[str]) -> Callable[[str], bool]:
         """energon's filter that leaves image parts unread and notes their names."""

@@ -93,7 +93,7 @@ def _level(rows: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
     loads = [sum(lengths[i] for i in row) for row in rows]
     for _ in range(_EXCHANGES * len(rows)):
         longest = max(range(len(rows)), key=loads.__getitem__)
-        found = min(
+        best = min(
             (
                 (max(loads[longest] - change, loads[other] + change), other, give, take)
                 for other in sorted(range(len(rows)), key=loads.__getitem__)[:_PARTNERS]
@@ -104,9 +104,9 @@ def _level(rows: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
             default=None,
         )
         # A row of one sample that is the longest has nothing to give: it would be left empty.
-        if found is None or len(rows[longest]) == 1:
+        if best is None or len(rows[longest]) == 1:
             break
-        _, other, give, take = found
+        _, other, give, take = best
         rows[longest].remove(give)
         rows[other].append(give)
         change = lengths[give]

@@ -140,15 +140,15 @@ class Plan:
         whole: str | None = None
         for kept in self._kept:
             count = len(kept.borders) // 2
-            for place in range(count):
-                start, end = kept.borders[2 * place], kept.borders[2 * place + 1]
+            for index in range(count):
+                start, end = kept.borders[2 * index], kept.borders[2 * index + 1]
                 if ranges and ranges[-1].path == kept.part and ranges[-1].end == start:
                     ranges[-1] = replace(ranges[-1], end=end)
                 else:
                     ranges.append(Range(kept.part, start, end))
                 samples += 1
                 whole = None
-                if place + 1 == count:
+                if index + 1 == count:
                     done.append(kept.part)
                     if samples == count:
                         whole = kept.sha256

@@ -88,7 +88,7 @@ def read_shares(
         InputError: records are in no share that was made from these data, with these settings.
         IntegrityError: a share is not what its manifest says.
     """
-    found: dict[int, Part] = {}
+    parts: dict[int, Part] = {}
     useless = []
     for directory in sorted(path for path in folder.iterdir() if path.is_dir()):
         manifest = store.read_manifest(directory)
@@ -98,13 +98,7 @@ def read_shares(
         if not manifest["config"].get("part"):
             useless.append(f"{directory} is no share")
             continue
-        made = {key: manifest["config"].get(key) for key in config}
-        differing = sorted(key for key in config if made[key] != config[key])
-        if manifest.get("inputs", {}).get("source", {}).get("digest") != digest:
-            differing.append("the data")
-        if manifest.get("code") != code:
-            differing.append("the code")
-        if differing:
+        if differing := _differing(manifest, config, digest, code):
             # Of an earlier try: shares of another number of jobs can stand beside those of now.
             why = f"was made from something else: {', '.join(differing)} differ"
             useless.append(f"{directory} {why}")
@@ -112,7 +106,7 @@ def read_shares(
         entry = store.entry_of(directory, manifest)
         store.check(entry, manifest)
         for row in json.loads((entry / BOOKS).read_bytes()):
-            found[row["start"]] = Part(
+            parts[row["start"]] = Part(
                 entry / row["path"],
                 row["records"],
                 tuple(Written(**sample) for sample in row["samples"]),
@@ -120,7 +114,7 @@ def read_shares(
                 row["sha256"],
             )
     for chunk in chunks:
-        part = found.get(chunk.start)
+        part = parts.get(chunk.start)
         if part is None or part.records != chunk.size:
             raise InputError(
                 f"{folder} has no share with the records from {chunk.start} on; run the shares "
@@ -128,6 +122,19 @@ def read_shares(
                 + "".join(f"; {reason}" for reason in useless)
             )
         yield part
+
+
+def _differing(
+    manifest: Mapping[str, Any], config: Mapping[str, Any], digest: str, code: str
+) -> list[str]:
+    """What a share was made from that is something else now."""
+    made = {key: manifest["config"].get(key) for key in config}
+    differing = sorted(key for key in config if made[key] != config[key])
+    if manifest.get("inputs", {}).get("source", {}).get("digest") != digest:
+        differing.append("the data")
+    if manifest.get("code") != code:
+        differing.append("the code")
+    return differing
 
 
 def remove_shares(folder: Path) -> None:

@@ -136,15 +136,15 @@ def _header(path: Path, file: IO[bytes], offset: int) -> tarfile.TarInfo | None:
 def _check_end(path: Path, file: IO[bytes], offset: int) -> None:
     """Two zero blocks and nothing but zeros after them."""
     file.seek(offset)
-    found = 0
+    zeros = 0
     while chunk := file.read(1 << 20):
         if any(chunk):
             raise InputError(
                 f"{path} has data behind the end-of-archive mark at byte {offset}, which no reader "
                 "will see; concatenated tars must be written again"
             )
-        found += len(chunk)
-    if found < len(END):
+        zeros += len(chunk)
+    if zeros < len(END):
         raise InputError(f"{path} is cut off in its end-of-archive mark at byte {offset}")
 
 

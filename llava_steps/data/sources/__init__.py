@@ -43,8 +43,8 @@ def open_source(path: Path, format: str = "auto", options: Options | None = None
 
 def content_files(path: Path, format: str, options: Options) -> tuple[Path, list[Path]]:
     """Root and files that the content of a source consists of."""
-    found = open_source(path, format, options)
-    return found.root, sorted(found.files())
+    source = open_source(path, format, options)
+    return source.root, sorted(source.files())
 
 
 def detect(path: Path) -> str:
@@ -62,9 +62,11 @@ def detect(path: Path) -> str:
         if any(p.suffix.lower() in SUFFIXES for p in path.iterdir()):
             kinds.add("table")
         if len(kinds) != 1:
-            found = f"several kinds of data {sorted(kinds)}" if kinds else "no data of a known kind"
+            content = (
+                f"several kinds of data {sorted(kinds)}" if kinds else "no data of a known kind"
+            )
             raise InputError(
-                f"{path} holds {found}; name the file, or set tar_shards.source_format to one of "
+                f"{path} holds {content}; name the file, or set tar_shards.source_format to one of "
                 f"{sorted(SOURCES)}"
             )
         return _of_file(table_in(path)) if kinds == {"table"} else kinds.pop()
