@@ -12,7 +12,7 @@ from llava_steps.settings.stage.stage import Stage
 
 
 def own_address(stage: Stage, env: Mapping[str, str] = os.environ) -> str:
-    """Where the others reach this node: as asked for, that of the interface, or its name."""
+    """Address of this node for the others: as configured, of the interface, or its name."""
     if stage.master_addr:
         return stage.master_addr
     if stage.interface:
@@ -24,12 +24,12 @@ def own_address(stage: Stage, env: Mapping[str, str] = os.environ) -> str:
             if name and socket.getaddrinfo(name, None):
                 return name
     raise ConfigError(
-        f"the name of this machine, {socket.gethostname()}, has no address: give --master-addr"
+        f"the name of this machine, {socket.gethostname()}, has no address; give --master-addr"
     )
 
 
 def interface_environment(name: str) -> dict[str, str]:
-    """What makes NCCL and Gloo use a network interface; nothing without a name."""
+    """Variables that make NCCL and Gloo use a network interface; none without a name."""
     return dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), name) if name else {}
 
 

@@ -1,6 +1,6 @@
-"""The GPUs of this machine, as torch sees them, asked in a process of its own.
+"""The GPUs of this machine, as torch sees them, from a separate process.
 
-The launcher of a training never loads torch and never touches a GPU.
+The launcher of a training never loads torch and never uses a GPU.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import sys
 from typing import Any
 
 LIMIT = 300
-"""Seconds: torch and Transformer Engine may have to come over a network."""
+"""Seconds; loading torch and Transformer Engine over a network takes time."""
 PROBE = """
 import json, torch
-found = {"gpus": [torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())]}
-if found["gpus"] and %(engine)r:
+report = {"gpus": [torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())]}
+if report["gpus"] and %(engine)r:
     try:
         import transformer_engine.pytorch
         from importlib.metadata import version
-        found["version"] = version("transformer_engine")
+        report["version"] = version("transformer_engine")
     except Exception as error:
-        found["error"] = f"{type(error).__name__}: {error}"
-print(json.dumps(found))
+        report["error"] = f"{type(error).__name__}: {error}"
+print(json.dumps(report))
 """
 
 
 def probe(gpu_ids: str, engine: bool = False, limit: float = LIMIT) -> dict[str, Any]:
     """`gpus`: the compute capability of each of `gpu_ids`, or of all visible ones.
 
-    With `engine` also the `version` of Transformer Engine. `error` says why something is missing;
-    an answer that does not come within `limit` seconds is one.
+    With `engine` also the `version` of Transformer Engine. `error` is the reason for missing
+    values, such as no answer within `limit` seconds.
     """
     chosen = {"CUDA_VISIBLE_DEVICES": gpu_ids} if gpu_ids else {}
     line = [sys.executable, "-c", PROBE % {"engine": engine}]

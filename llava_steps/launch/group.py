@@ -25,7 +25,7 @@ BEAT = 5.0
 LOST = 40.0
 """Seconds of silence after which another launcher counts as lost."""
 POLL = 0.05
-"""Seconds between two questions whether the others have ended."""
+"""Seconds between two checks whether the others have ended."""
 
 
 class LostError(StepError):
@@ -33,12 +33,12 @@ class LostError(StepError):
 
 
 class Peer:
-    """A connection to another launcher: sends signs of life, notices when there are none."""
+    """A connection to another launcher: sends signs of life, and notices when they stop."""
 
     def __init__(self, connection: Connection, name: str) -> None:
         self.name = name
         self.said: dict[str, Any] = {}
-        """Everything the other one has said so far, the newest of each key."""
+        """The latest value of each key that the other launcher sent."""
         self.lost = False
         self._connection = connection
         self._sending = threading.Lock()
@@ -46,7 +46,7 @@ class Peer:
         self._thread.start()
 
     def say(self, **what: Any) -> None:
-        """Send; to one that is gone nothing is sent."""
+        """Send, unless the other launcher is gone."""
         with self._sending, suppress(OSError):
             self._connection.send_bytes(json.dumps(what).encode())
 
@@ -70,20 +70,20 @@ class Peer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the part of a launcher ended; code 0 is well."""
+    """How the part of a launcher ended; code 0: without error."""
 
     code: int
     message: str = ""
 
     def error(self, where: str) -> StepError:
-        """The StepError that this outcome stands for."""
+        """The StepError of this outcome."""
         return BY_CODE.get(self.code, StepError)(f"{where}: {self.message}")
 
 
 class LauncherGroup:
     """The launchers of one training; a context manager that lasts until the value is sealed.
 
-    Leaving it without an error tells the others that all is done, with one that it failed.
+    Leaving it reports to the others that all is done, or the error.
     """
 
     def __init__(self, launcher: Launcher, address: str = "", port: int = 0) -> None:
@@ -91,7 +91,7 @@ class LauncherGroup:
         self.address = address
         """Host of rank 0."""
         self.port = port
-        """Port at which all processes meet; 0 without other launchers."""
+        """Port where all processes connect; 0 without other launchers."""
         self.socket: socket.socket | None = None
         """The lead's: listens at `port` already, for rank 0 to take over."""
         self.peers: list[Peer] = []
@@ -99,7 +99,7 @@ class LauncherGroup:
         self._reported = False
 
     def others_failed(self) -> StepError | None:
-        """What another launcher has reported, or the loss of one; None while all is well."""
+        """The error that another launcher reported, or its loss; None if there is neither."""
         for peer in self.peers:
             if peer.said.get("code"):
                 return Outcome(peer.said["code"], peer.said["message"]).error(peer.name)
@@ -107,14 +107,14 @@ class LauncherGroup:
             if peer.lost and not peer.said.keys() & {"code", "sealed"}:
                 return LostError(
                     f"{peer.name} is gone: its launcher was killed or its machine is lost; run "
-                    "again to go on from the last checkpoint"
+                    "again to resume from the last checkpoint"
                 )
         return None
 
     def done(self) -> None:
-        """All workers of this launcher ended well: wait for the others; raises if one failed.
+        """Wait for the others after all workers of this launcher ended; raises if one failed.
 
-        The lead returns once all have said so, the others once the value is sealed.
+        The lead returns once all are done, the others once the value is sealed.
         """
         wanted = "code" if self.launcher.leads else "sealed"
         for peer in self.peers:
@@ -127,7 +127,7 @@ class LauncherGroup:
         raise error
 
     def report(self, error: BaseException) -> None:
-        """Have the others end as well, for this reason; the first one reported counts."""
+        """End the others too, for this reason; the first one reported counts."""
         if not self._reported:
             self._reported = True
             for peer in self.peers:

@@ -1,4 +1,4 @@
-"""What the launcher tells its workers: one JSON file, no pickle, no command line."""
+"""The job description that a launcher gives its workers: one JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One training step: its settings and where everything lies."""
+    """One training step: its settings and paths."""
 
     stage: Stage
     entry: Path
@@ -24,7 +24,7 @@ class Job:
     work: Path
     """Bookkeeping: rendezvous, failure report, tracker files."""
     checkpoint: Path | None
-    """Megatron checkpoint directory to start from; None: weights are drawn."""
+    """Megatron checkpoint directory to start from; None: random weights."""
     hf_dir: Path
     """HF directory with config, tokenizer and processor."""
     dataset: Path
@@ -40,11 +40,11 @@ class Job:
         return path
 
     def note(self, **how: object) -> None:
-        """Leave how the processes compute, for the manifest; the first speaks for all."""
+        """Record how the processes compute, for the manifest; the first process does it for all."""
         filesystem.write_json(self.work / self.HOW, how)
 
     def noted(self) -> dict[str, object]:
-        """What `note` left in the last attempt; empty when none came that far."""
+        """The record of `note` in the last attempt; empty if it did not get that far."""
         path = self.work / self.HOW
         notes: dict[str, object] = json.loads(path.read_bytes()) if path.exists() else {}
         return notes
@@ -72,8 +72,7 @@ class Failure:
     def write(self, work: Path) -> None:
         """Keep the first report of an attempt; later ones are consequences.
 
-        On a full disk there is no report; then it is said here, and the exit code still tells the
-        kind of error.
+        On a full disk it is printed instead, and the exit code still shows the kind of error.
         """
         path = work / self.FILE
         if not path.exists():

@@ -1,9 +1,9 @@
-"""Start the worker processes of this node, and end them together, with those of other nodes.
+"""Starts the worker processes of this node, and ends them together with those of other nodes.
 
 A worker is `python -m llava_steps.training.worker JOB` with RANK, LOCAL_RANK and WORLD_SIZE in its
-environment. Signals that ask us to stop are passed on, so that the workers save first; when one
-worker fails the others are ended, and the first failure decides the exit code. Workers die with
-the launcher, also when it is killed (see `worker.follow_launcher`).
+environment. Stop signals are passed on, so that the workers save first. When one worker fails the
+others are ended, and the first failure decides the exit code. Workers end with the launcher, even
+when it is killed (see `worker.follow_launcher`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from llava_steps.launch.watchdog import BEATS, Watch
 from llava_steps.settings.stage.stage import Stage
 
 GRACE = 10.0
-"""Seconds that workers get to end by themselves after one of them failed."""
+"""Seconds that workers have to end by themselves after one of them failed."""
 HEAR = 3.0
-"""Seconds in which the loss of another node shows, when it is why workers failed here."""
+"""Seconds until the loss of another node is noticed, if workers failed because of it."""
 POLL = 0.05
 SCRATCH = "llava-steps-"
 LONGEST = 54
@@ -51,7 +51,7 @@ def launch(job: Job, group: LauncherGroup | None = None) -> None:
     path = job.write(launcher.index)
     forward = _Forward()
     with _scratch(job.work, launcher.index) as scratch, handled_by(forward.pass_on):
-        # A worker that does not listen yet finds a stop waiting for it, instead of dying of it.
+        # Signals wait until a worker handles them, instead of killing it.
         with held_back():
             workers = [
                 forward.add(
@@ -71,15 +71,15 @@ def launch(job: Job, group: LauncherGroup | None = None) -> None:
 
 @contextlib.contextmanager
 def _scratch(work: Path, launcher: int) -> Iterator[Path]:
-    """Temporary directory of the launcher and its workers, gone afterwards.
+    """Temporary directory of the launcher and its workers, removed afterwards.
 
     A killed launcher leaves it behind; the next attempt, which finds its name in `work`, removes
-    it. It is not below `work` because sockets in it need a short path; so it is in /tmp where
-    TMPDIR, with the number of a job in it perhaps, has a long one.
+    it. It is not below `work` because sockets in it need a short path; it is in /tmp if
+    the path of TMPDIR is too long.
     """
     base = tempfile.gettempdir()
     if len(os.fsencode(base)) > LONGEST:
-        base = "/tmp"  # noqa: S108 (a directory of our own is made in it)
+        base = "/tmp"  # noqa: S108 (a new directory is made in it)
     note = work / (f"scratch-{launcher:04d}" if launcher else "scratch")
     if note.exists():
         left = Path(note.read_text())
@@ -104,7 +104,7 @@ def _environment(
         RENDEZVOUS: _rendezvous(stage, group, scratch),
         LISTENING: str(group.socket.fileno()) if group.socket is not None and not number else "",
         "LLAVA_STEPS_LAUNCHER": str(os.getpid()),
-        # Workers leave without tidying up (see worker.py); what they leave lies here.
+        # Workers end without cleaning up (see worker.py); this directory has their files.
         "TMPDIR": str(scratch),
         BEATS: str(scratch),
     }
@@ -117,20 +117,20 @@ def _environment(
             "TORCH_SHOW_CPP_STACKTRACES": "1",
             "NCCL_DEBUG": "INFO",
         }
-    # What the user's environment says about threads and the hub wins over our choice.
+    # The user's environment overrides these for threads and the hub.
     chosen = {
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        # Rows differ in length: memory of one size must serve another.
+        # Rows differ in length: memory of one size must be reusable for another.
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
     return chosen | dict(os.environ) | own
 
 
 def _local_rank(launcher: Launcher, number: int) -> int:
-    """Number of the worker on its node; 0 where a task was given one GPU and sees no other."""
+    """Number of the worker on its node; 0 if a task has one GPU and sees no other."""
     alone = launcher.workers == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0
     if alone and os.environ.get("CUDA_VISIBLE_DEVICES"):
         return 0
@@ -138,7 +138,7 @@ def _local_rank(launcher: Launcher, number: int) -> int:
 
 
 def _rendezvous(stage: Stage, group: LauncherGroup, scratch: Path) -> str:
-    """Where the processes meet: at the first node, at a port that was asked for, or in a file."""
+    """URL where the processes meet: on the first node, at a configured port, or a file."""
     if group.port:
         return f"tcp://{group.address}:{group.port}"
     port = stage.rdzv_port or stage.master_port
@@ -150,12 +150,12 @@ def _rendezvous(stage: Stage, group: LauncherGroup, scratch: Path) -> str:
 def _wait(
     workers: list[subprocess.Popen[bytes]], watch: Watch, logs: Path, group: LauncherGroup
 ) -> list[int]:
-    """Exit codes of all workers; once one has failed or stands still the others are ended.
+    """Exit codes of all workers; once one has failed or hangs the others are ended.
 
-    So they are when a launcher of another node reports a failure, or is lost.
+    They are also ended when a launcher of another node reports a failure, or is lost.
     """
     deadline: float | None = None
-    # Polled in a list: a generator would stop at the first that lives and never see the dead.
+    # Polled in a list: a generator would stop at the first running one and miss later ones.
     while None in [worker.poll() for worker in workers]:
         other = group.others_failed()
         if other is not None:
@@ -169,7 +169,7 @@ def _wait(
             _kill(workers)
             raise StepError(
                 f"no progress for {watch.limit:g} s (stall_timeout, io_timeout); rank {rank} was "
-                "the first to stand still. Run again to go on from the last checkpoint. Stacks are "
+                "the first to hang; run again to resume from the last checkpoint. Stacks are "
                 f"in {logs}:\n{states}"
             )
         time.sleep(POLL)
@@ -184,7 +184,7 @@ def _kill(workers: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _error(work: Path, codes: list[int], group: LauncherGroup) -> StepError:
-    """Why the job failed: a lost node, else the first report, else what is known of the ends."""
+    """Why the job failed: a lost node, else the first report, else the exit codes."""
     unclear = group.launcher.count > 1 and any(code == 1 or code < 0 for code in codes)
     until = time.monotonic() + (HEAR if unclear else 0.0)
     while not isinstance(other := group.others_failed(), LostError) and time.monotonic() < until:
@@ -201,20 +201,20 @@ def _error(work: Path, codes: list[int], group: LauncherGroup) -> StepError:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     kind = BY_CODE.get(code, StepError)
     return kind(
-        f"rank {rank} {how} without a report; see {work / 'logs'}, and run again to go on from "
+        f"rank {rank} {how} without a report; see {work / 'logs'}, and run again to resume from "
         "the last checkpoint"
     )
 
 
 class _Forward:
-    """Passes signals that ask for a stop on to the workers, instead of ending this process."""
+    """Passes stop signals on to the workers, instead of ending this process."""
 
     def __init__(self) -> None:
         self.asked = False
         self._workers: list[subprocess.Popen[bytes]] = []
 
     def add(self, worker: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
-        """Pass signals on to this worker too; one that came before reaches it now."""
+        """Pass signals on to this worker too, including an earlier one."""
         self._workers.append(worker)
         if self.asked:
             worker.send_signal(signal.SIGTERM)

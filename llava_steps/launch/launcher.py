@@ -1,4 +1,4 @@
-"""Which launcher this process is, among those of one training.
+"""The number and workers of this launcher, among those of one training.
 
 Each node runs a launcher (or each process, where torchrun or srun starts one for every GPU).
 """
@@ -28,7 +28,7 @@ class Launcher:
     local: int = 0
     """LOCAL_RANK of its first worker."""
     launch: str = ""
-    """Names the job that started the launchers, so that those of two jobs do not mix."""
+    """Name of the job that started the launchers, so that two jobs do not mix."""
 
     @property
     def leads(self) -> bool:
@@ -60,6 +60,6 @@ def this_launcher(stage: Stage, env: Mapping[str, str] = os.environ) -> Launcher
     if tasks == stage.nodes:
         return Launcher(index, tasks, index * stage.gpus, stage.gpus, 0, launch)
     raise ConfigError(
-        f"{starter} starts {tasks} tasks: make it one for each node (nodes {stage.nodes}) or one "
+        f"{starter} starts {tasks} tasks: start one for each node (nodes {stage.nodes}) or one "
         f"for each process (gpus x nodes = {stage.world_size})"
     )

@@ -1,4 +1,4 @@
-"""What can be refused before any process starts: layouts and ids that do not fit the model."""
+"""Checks before any process starts: layouts and ids that do not fit the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava_steps.settings.stage.stage import Stage
 
 
 def check(stage: Stage, hf_dir: Path) -> None:
-    """ConfigError, with the fix, unless the model in `hf_dir` can be trained as `stage` says."""
+    """ConfigError, with the fix, unless the model in `hf_dir` can be trained with `stage`."""
     check_trackers(stage)
     check_interface(stage.interface)
     geometry = Geometry.load(hf_dir)
@@ -43,31 +43,34 @@ def check(stage: Stage, hf_dir: Path) -> None:
 def check_interface(name: str) -> None:
     """ConfigError when this machine has no such interface; NCCL's patterns are left to NCCL."""
     here = [known for _, known in socket.if_nameindex()]
-    # NCCL takes the beginning of a name as well.
+    # NCCL accepts the beginning of a name too.
     if not set(name) & set("^=,:") and not any(known.startswith(name) for known in here):
-        raise ConfigError(f"--interface {name}: this machine has {', '.join(here) or 'none'}")
+        raise ConfigError(
+            f"--interface {name} does not exist here; there are: {', '.join(here) or 'none'}"
+        )
 
 
 def check_flash(stage: Stage, geometry: Geometry) -> None:
-    """ConfigError when FlashAttention 4 is asked for by name and a GPU here cannot have it."""
+    """ConfigError when flash_attention is fa4 and a GPU here does not support it."""
     if stage.flash_attention != "fa4":
         return
     report = gpus.probe(stage.gpu_ids)
     weakest = min(report["gpus"], default=None)
     if lacking := flash4.missing(geometry.head_dim, weakest):
         why = f" ({report['error']})" if "error" in report else ""
-        raise ConfigError(f"flash_attention fa4 needs {lacking}{why}; or set it to auto or torch")
+        raise ConfigError(f"flash_attention: fa4 needs {lacking}{why}; or set it to auto or torch")
 
 
 def check_trackers(stage: Stage) -> None:
-    """ConfigError when a tracker is asked for that is not installed."""
+    """ConfigError when a configured tracker is not installed."""
     if not stage.tensorboard:
         return
     try:
         import tensorboard as _  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "--tensorboard: the package is not installed; pip install 'llava-steps[tensorboard]'"
+            "--tensorboard: the package tensorboard is not installed; pip install "
+            "'llava-steps[tensorboard]'"
         ) from None
 
 

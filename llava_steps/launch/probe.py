@@ -1,9 +1,9 @@
 """python -m llava_steps.launch.probe --place store/.probe
 
-What a process of a job sees of its machine, and whether all of them reach each other: the doctor
-starts it where a training would run, one process on a node. The first one's note in --place tells
-the others where it listens, as in a training; a sum over all of them is taken twice and timed. It
-prints one line of JSON for each process.
+Reports the machine of each process of a job, and whether the processes reach each other. The doctor
+starts it where a training would run, one process per node. The first process writes its address to
+--place, as in a training. Then a sum over all processes is computed twice and timed. Each process
+prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ WORDS = 4 << 20
 
 
 def main() -> int:
-    """Meet, add up, tell; returns the exit code."""
+    """Connect, compute the sum, print the result; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--place", type=Path, required=True, help="directory that all can see")
+    parser.add_argument(
+        "--place", type=Path, required=True, help="directory that all processes can see"
+    )
     parser.add_argument("--interface", default="", help="network interface, as in a training")
     parser.add_argument("--master-addr", default="", help="address of the first node")
     parser.add_argument("--backend", choices=("auto", "nccl", "gloo"), default="auto")
     given = parser.parse_args()
     rank = int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")))
     world = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("WORLD_SIZE", "1")))
-    found = sees()
+    report = sees()
     try:
         if world > 1:
-            found |= meets(given, rank, world)
+            report |= meets(given, rank, world)
     except (OSError, RuntimeError, ConfigError) as error:
-        print(json.dumps(found | {"rank": rank, "error": str(error)}), flush=True)
+        print(json.dumps(report | {"rank": rank, "error": str(error)}), flush=True)
         return 1
-    print(json.dumps(found | {"rank": rank}), flush=True)
-    os._exit(0)  # a backend's threads are of no more interest
+    print(json.dumps(report | {"rank": rank}), flush=True)
+    os._exit(0)  # without waiting for threads of the backend
 
 
 def sees() -> dict[str, Any]:
@@ -66,7 +68,7 @@ def meets(given: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
     """Backend and speed of a sum over all processes.
 
     Raises:
-        RuntimeError: they do not meet, or the sum is wrong.
+        RuntimeError: they do not connect, or the sum is wrong.
     """
     import torch
     from torch import distributed
@@ -93,7 +95,7 @@ def meets(given: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
         total = float(numbers[-1])  # waits for a GPU
         seconds = time.monotonic() - begun
     if total != world * (world + 1) / 2:
-        raise RuntimeError(f"the sum of ranks is {total}, which is wrong")
+        raise RuntimeError(f"the sum of ranks is wrong: {total}")
     distributed.barrier()
     distributed.destroy_process_group()
     return {
@@ -112,10 +114,10 @@ def _where(given: argparse.Namespace, rank: int, world: int) -> tuple[str, int]:
             interface=given.interface, master_addr=given.master_addr,
         )  # fmt: skip
         with socket.create_server(("", 0)) as free:
-            found = (own_address(stage), free.getsockname()[1])
+            own = (own_address(stage), free.getsockname()[1])
         given.place.mkdir(parents=True, exist_ok=True)
-        filesystem.write_json(path, found)
-        return found
+        filesystem.write_json(path, own)
+        return own
     until = time.monotonic() + PATIENCE.total_seconds()
     while time.monotonic() < until:
         try:
@@ -123,7 +125,7 @@ def _where(given: argparse.Namespace, rank: int, world: int) -> tuple[str, int]:
             return address, port
         except FileNotFoundError:
             time.sleep(0.2)
-    raise RuntimeError(f"{path}, which the first process writes, is not seen here")
+    raise RuntimeError(f"{path}, which the first process writes, is not visible here")
 
 
 if __name__ == "__main__":

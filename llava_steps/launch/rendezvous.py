@@ -1,8 +1,8 @@
-"""The launchers of one training find each other.
+"""Connects the launchers of one training.
 
-The first one, the lead, holds the lease of the store entry and is the only one to write and seal
-it. It leaves a note in the entry's `.work` that says where it listens; the others read it there,
-say who they are and wait until all have come. From then on they are a group (group.py).
+The first one, the lead, holds the lease of the store entry, and only it writes and seals the entry.
+It writes its address to a note in the entry's `.work`. The others read it there, introduce
+themselves and wait until all are connected. From then on they are a group (group.py).
 
 Connections are authenticated with a key that only readers of the store know.
 """
@@ -35,20 +35,20 @@ from llava_steps.store.store import MANIFEST
 
 NOTE = "nodes.json"
 RENDEZVOUS = "LLAVA_STEPS_RENDEZVOUS"
-"""Environment variable of workers: URL at which they meet."""
+"""Environment variable of workers: URL where they meet."""
 LISTENING = "LLAVA_STEPS_LISTENING"
-"""Environment variable of rank 0: descriptor of the socket that listens there already, or empty."""
+"""Environment variable of rank 0: descriptor of the socket that already listens there, or empty."""
 MEET = 600.0
-"""Seconds in which all launchers must have come."""
+"""Seconds within which all launchers must connect."""
 
 
 def meet(stage: Stage, launcher: Launcher, work: Path, again: bool = False) -> LauncherGroup | None:
-    """Wait until all launchers of the training have come; None if meanwhile its value is sealed.
+    """Wait until all launchers are connected; None if the value is sealed meanwhile.
 
-    `again`: a value that is sealed already is to be replaced, the lead will set it aside.
+    `again`: replace a value that is already sealed; the lead sets it aside.
 
-    Raises StepError after `MEET` seconds without all of them, LockedError when the lead has this
-    launcher's part done by another one.
+    Raises StepError after `MEET` seconds without all of them, LockedError if another
+    launcher has the same number.
     """
     if launcher.count == 1:
         return LauncherGroup(launcher)
@@ -98,11 +98,12 @@ class _Lead(LauncherGroup):
         while len(self._by_index) < self.launcher.count - 1:
             for peer in list(self._by_index.values()):
                 if peer.lost:
-                    raise StepError(f"{peer.name} is gone before the training began; run again")
+                    raise StepError(f"{peer.name} ended before the training began; run again")
             if time.monotonic() > until:
                 missing = sorted({*range(1, self.launcher.count)} - self._by_index.keys())
                 raise StepError(
-                    f"launchers {missing} did not come within {MEET:.0f} seconds: start them with "
+                    f"launchers {missing} did not connect within {MEET:.0f} seconds: start them "
+                    f"with "
                     f"the same settings, --node {stage.nodes} and their --rank, on the same store"
                 )
             time.sleep(POLL)
@@ -112,7 +113,7 @@ class _Lead(LauncherGroup):
             try:
                 connection = self._listener.accept()
             except OSError:
-                return  # closed: all are here
+                return  # closed: all are connected
             threading.Thread(target=self._hear, args=(connection,), daemon=True).start()
 
     def _hear(self, connection: Connection) -> None:
@@ -125,7 +126,7 @@ class _Lead(LauncherGroup):
                 if launch != self.launcher.launch:
                     answer: dict[str, Any] = {"later": "another job leads this training"}
                 elif index in self._by_index or not 0 < index < self.launcher.count:
-                    answer = {"refused": f"launcher {index} is there already"}
+                    answer = {"refused": f"launcher {index} is already connected"}
                 else:
                     answer = {"welcome": index}
                 connection.send_bytes(json.dumps(answer).encode())
@@ -146,7 +147,7 @@ def _join(stage: Stage, launcher: Launcher, work: Path, again: bool) -> Launcher
             while "port" not in peer.said:
                 if peer.lost or "code" in peer.said:
                     raise Outcome(
-                        peer.said.get("code", 1), peer.said.get("message", "it is gone")
+                        peer.said.get("code", 1), peer.said.get("message", "it ended")
                     ).error(peer.name)
                 time.sleep(POLL)
             group = LauncherGroup(launcher, peer.said["address"], peer.said["port"])
@@ -157,18 +158,19 @@ def _join(stage: Stage, launcher: Launcher, work: Path, again: bool) -> Launcher
         to_be_replaced = to_be_replaced and sealed.exists()
         time.sleep(0.5)
     raise StepError(
-        f"the first node did not come within {MEET:.0f} seconds: start it with the same settings, "
+        f"the first node did not connect within {MEET:.0f} seconds: start it with the same "
+        f"settings, "
         f"--node {stage.nodes} --rank 0, on the same store as this one"
     )
 
 
 def _call(launcher: Launcher, work: Path) -> Connection | None:
-    """A connection to the lead that the note names, welcomed by it; None to try again."""
+    """A connection to the lead of the note, accepted by it; None to try again."""
     try:
         note = json.loads((work / NOTE).read_bytes())
         connection = Client((note["address"], note["port"]), authkey=bytes.fromhex(note["key"]))
     except (OSError, EOFError, AuthenticationError):
-        return None  # not there yet, or left by an attempt that is over
+        return None  # not written yet, or left by an earlier attempt
     hello = {"index": launcher.index, "launch": launcher.launch, "host": socket.gethostname()}
     try:
         connection.send_bytes(json.dumps(hello).encode())

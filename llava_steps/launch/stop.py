@@ -1,6 +1,6 @@
-"""Asking a training to stop: at the next step boundary, with everything saved.
+"""Requests to stop a training: at the next step boundary, with everything saved.
 
-Imports nothing heavy: a worker listens from its first moment on, before torch is there.
+Imports nothing slow: a worker handles signals from its start, before torch is loaded.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def age(pid: int) -> float:
 
 
 class StopRequest:
-    """`requested` turns true on SIGTERM, SIGINT and SIGUSR1, and when the time is nearly over."""
+    """`requested` becomes true on SIGTERM, SIGINT and SIGUSR1, and before the time limit."""
 
     def __init__(self) -> None:
         self.signalled = False
-        """Whether a signal asked for it."""
+        """Whether a signal requested it."""
         self._start = time.monotonic()
         self._limit = math.inf
         self._aside = 0.0
@@ -38,9 +38,9 @@ class StopRequest:
         self.signalled = True
 
     def limit(self, minutes: float, launcher: int | None = None) -> None:
-        """Be over this long after process `launcher`, or this request, began; 0 is no limit.
+        """Stop this long after process `launcher`, or this request, started; 0: no limit.
 
-        The launcher has read the inputs before it started us, which the time of a job has to pay.
+        The time of the launcher counts, because it read the inputs within the time of the job.
         """
         if not minutes:
             return
@@ -49,7 +49,7 @@ class StopRequest:
             self._start = time.monotonic() - age(launcher)
 
     def set_aside(self, seconds: float) -> None:
-        """A step or a save was seen to take so long: leave time for the longest of each, twice."""
+        """Reserve twice the time of the longest step or save so far."""
         self._aside = max(self._aside, 2.0 * seconds)
 
     @property

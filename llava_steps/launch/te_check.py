@@ -1,4 +1,4 @@
-"""Whether a GPU for FP8, and Transformer Engine, are there, asked before any process trains."""
+"""Checks for a GPU with FP8, and for Transformer Engine, before any process trains."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llava_steps.settings.stage.stage import Stage
 OLDEST = (2, 3)
 """The first Transformer Engine with both recipes."""
 CAPABILITY = (8, 9)
-"""Of the first GPUs with FP8 products (Ada); FP8 by blocks begins with Hopper, (9, 0)."""
+"""Compute capability of the first GPUs with FP8 products (Ada); blockwise needs Hopper, (9, 0)."""
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.3'"
 
 
 def check(stage: Stage, geometry: Geometry) -> None:
-    """ConfigError, with the fix, when `stage` asks for FP8 or Transformer Engine in vain."""
+    """ConfigError, with the fix, when FP8 or Transformer Engine of `stage` cannot run here."""
     engine = stage.transformer_engine
     if not (stage.fp8 or engine):
         return
@@ -35,38 +35,38 @@ def check(stage: Stage, geometry: Geometry) -> None:
 
 
 def without(stage: Stage, asked: str) -> str:
-    """What else can be done when Transformer Engine is missing."""
+    """The alternative to Transformer Engine."""
     if stage.fp8 and not stage.no_fp8_of_torch():
-        return f"or set layer_spec to local, whose FP8 needs torch alone, or leave {asked} out"
+        return f"or set layer_spec to local, whose FP8 needs only torch, or leave {asked} out"
     return f"or leave {asked} out"
 
 
-def refuse(stage: Stage, asked: str, found: dict[str, Any]) -> None:
-    """ConfigError unless what was found on this machine can do what is asked for."""
+def refuse(stage: Stage, asked: str, probed: dict[str, Any]) -> None:
+    """ConfigError unless the probed GPUs and packages support the stage."""
     fix = f"leave {asked} out"
-    if not found["gpus"]:
-        why = f" ({found['error']})" if "error" in found else ""
-        raise ConfigError(f"{asked} needs a GPU, and torch sees none here{why}; {fix}")
+    if not probed["gpus"]:
+        why = f" ({probed['error']})" if "error" in probed else ""
+        raise ConfigError(f"{asked} needs a GPU, but torch sees none here{why}; {fix}")
     if stage.transformer_engine:
-        _refuse_engine(found, asked, without(stage, asked))
-    weakest = tuple(min(found["gpus"]))
+        _refuse_engine(probed, asked, without(stage, asked))
+    weakest = tuple(min(probed["gpus"]))
     wanted = (9, 0) if stage.fp8_recipe == "blockwise" else CAPABILITY
     if stage.fp8 and weakest < wanted:
         has, needs = (".".join(map(str, pair)) for pair in (weakest, wanted))
         raise ConfigError(
             f"fp8 with fp8_recipe {stage.fp8_recipe} needs GPUs of compute capability {needs} "
-            f"(H100, H200 ...), and one here has {has}; {fix}"
+            f"(H100, H200 ...), but one here has {has}; {fix}"
         )
 
 
-def _refuse_engine(found: dict[str, Any], asked: str, otherwise: str) -> None:
-    if "error" in found:
+def _refuse_engine(probed: dict[str, Any], asked: str, otherwise: str) -> None:
+    if "error" in probed:
         raise ConfigError(
-            f"{asked} needs Transformer Engine, which is installed and cannot be imported: "
-            f"{found['error']}; install it for this torch ({INSTALL}), {otherwise}"
+            f"{asked} needs Transformer Engine, which is installed but cannot be imported: "
+            f"{probed['error']}; install it for this torch ({INSTALL}), {otherwise}"
         )
-    if tuple(int(part) for part in found["version"].split(".")[:2]) < OLDEST:
+    if tuple(int(part) for part in probed["version"].split(".")[:2]) < OLDEST:
         raise ConfigError(
-            f"{asked} needs Transformer Engine 2.3 or later, and {found['version']} is installed: "
+            f"{asked} needs Transformer Engine 2.3 or later, but {probed['version']} is installed: "
             f"{INSTALL}; {otherwise}"
         )

@@ -1,9 +1,9 @@
-"""Noticing that a job stands still: workers leave a beat, the launcher looks at all of them.
+"""Detects that a job hangs: workers leave beats, and the launcher checks them.
 
-A rank that hangs soon makes all others wait for it in a collective, so progress anywhere is
-progress; when there is none, the rank with the oldest beat is the one to look at. Its stack, and
-those of all others, go to `logs/stack-RANK.txt`. While a rank is busy with something that has no
-small steps (starting, saving) all are given longer.
+A rank that hangs soon makes all others wait for it in a collective, so progress of any rank counts.
+Without progress, the rank with the oldest beat is the suspect. Its stack, and those of all others,
+go to `logs/stack-RANK.txt`. While a rank is busy with a long task (starting, saving), the limit is
+longer for all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BEATS = "LLAVA_STEPS_BEATS"
 
 
 class Beat:
-    """A worker's sign of life; busy, with the start, until it is called `settled`."""
+    """A worker's sign of life; busy with the start until `settled` is called."""
 
     def __init__(self, rank: int, logs: Path) -> None:
         self._path = Path(os.environ[BEATS], f"beat-{rank:04d}")
@@ -31,7 +31,7 @@ class Beat:
         self._busy.touch()
         self._tasks = {"start"}
         logs.mkdir(parents=True, exist_ok=True)
-        # Written by C code in the signal handler: works while Python waits in a collective.
+        # Written by C code in the signal handler, so it works while Python waits in a collective.
         self._file = (logs / f"stack-{rank:04d}.txt").open("w")
         faulthandler.register(DUMP, self._file, all_threads=True)
 
@@ -44,7 +44,7 @@ class Beat:
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """Something that may take long without a beat."""
+        """A task that may take long without a beat."""
         self._tasks.add("busy")
         self._busy.touch()
         try:
@@ -54,7 +54,7 @@ class Beat:
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """What comes behind it may take long without a beat, to the end of this process."""
+        """From here to the end of this process it may take long without a beat."""
         try:
             yield
         finally:
@@ -69,7 +69,7 @@ class Beat:
 
 
 class Watch:
-    """The launcher's eye on `workers`, which leave their beats in `beats`."""
+    """The launcher's check of `workers`, which leave their beats in `beats`."""
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class Watch:
         self._beats, self._workers, self._limits = beats, workers, limits
         self._first = first  # rank of the first of them
         self.limit = 0.0
-        """Seconds that are granted at present: of `limits` the second while any rank is busy."""
+        """The present limit in seconds: the second of `limits` while any rank is busy."""
         self._newest, self._since = 0, time.monotonic()
 
     def stalled(self) -> int | None:
-        """The rank to look at when no rank has made progress for too long; else None."""
+        """The suspect when no rank has made progress for too long; else None."""
         ranks = range(self._first, self._first + len(self._workers))
         times = {rank: _touched(self._beats / f"beat-{rank:04d}") for rank in ranks}
         now = time.monotonic()
@@ -99,7 +99,7 @@ class Watch:
         return min(times, key=lambda rank: times[rank])
 
     def dump(self, logs: Path) -> str:
-        """Have every worker write its stack; what is known of each, a line a rank."""
+        """Have every worker write its stack; returns a line per rank."""
         states = []
         for worker in self._workers:
             if worker.poll() is None:
@@ -114,7 +114,7 @@ class Watch:
 
 
 def _touched(path: Path) -> int:
-    """When the file was touched, in ns; 0 when it is not there."""
+    """When the file was touched, in ns; 0 if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:

@@ -206,15 +206,15 @@ def test_a_second_of_the_same_number_is_refused(tmp_path: Path) -> None:
             assert time.monotonic() < end + 60
     assert lead() is not None and third() is not None
     refused = [result for result in results if isinstance(result, LockedError)]
-    assert len(refused) == 1 and "launcher 1 is there already" in str(refused[0])
+    assert len(refused) == 1 and "launcher 1 is already connected" in str(refused[0])
 
 
 def test_one_of_another_job_is_not_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "MEET", 3.0)
     other = aside(lambda: rendezvous.meet(STAGE, launcher(1, launch="8.0"), tmp_path))
-    with pytest.raises(StepError, match=r"launchers \[1\] did not come"):
+    with pytest.raises(StepError, match=r"launchers \[1\] did not connect"):
         rendezvous.meet(STAGE, launcher(0, launch="9.0"), tmp_path)
-    with pytest.raises(StepError, match="the first node did not come"):
+    with pytest.raises(StepError, match="the first node did not connect"):
         other()
 
 

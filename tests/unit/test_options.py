@@ -412,7 +412,9 @@ def test_interface(trial: SimpleNamespace) -> None:
     preflight.check_interface("")
     preflight.check_interface("lo")
     preflight.check_interface("^docker,veth")
-    with pytest.raises(ConfigError, match=r"--interface eth99: this machine has .*\blo\b"):
+    with pytest.raises(
+        ConfigError, match=r"--interface eth99 does not exist here; there are: .*\blo\b"
+    ):
         preflight.check_interface("eth99")
 
 

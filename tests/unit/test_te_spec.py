@@ -53,11 +53,11 @@ def test_contradictions(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "found", "message"),
     [
-        ({}, H200 | {"gpus": []}, "fp8 needs a GPU, and torch sees none here; leave fp8 out"),
+        ({}, H200 | {"gpus": []}, "fp8 needs a GPU, but torch sees none here; leave fp8 out"),
         ({}, {"gpus": [], "error": "no torch"}, r"sees none here \(no torch\)"),
-        ({}, H200 | {"gpus": [[9, 0], [8, 0]]}, "capability 8.9 .*, and one here has 8.0"),
+        ({}, H200 | {"gpus": [[9, 0], [8, 0]]}, "capability 8.9 .*, but one here has 8.0"),
         ({"fp8_recipe": "blockwise"}, H200 | {"gpus": [[8, 9]]}, "capability 9.0"),
-        ({}, H200 | {"version": "2.2.1"}, "2.3 or later, and 2.2.1 is installed"),
+        ({}, H200 | {"version": "2.2.1"}, "2.3 or later, but 2.2.1 is installed"),
         ({}, {"gpus": [[9, 0]], "error": "OSError: libcudnn"}, "cannot be imported: OSError: lib"),
     ],
 )
@@ -78,10 +78,10 @@ def test_fp8_of_torch_needs_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match=r"not installed: .* or set layer_spec to local"):
         te_check.check(Stage(fp8=True), GEOMETRY)
     monkeypatch.setattr(te_check, "probe", lambda gpu_ids, engine: {"gpus": [[8, 0]]})
-    with pytest.raises(ConfigError, match=r"capability 8.9 .*, and one here has 8.0"):
+    with pytest.raises(ConfigError, match=r"capability 8.9 .*, but one here has 8.0"):
         te_check.check(stage, GEOMETRY)
     monkeypatch.setattr(te_check, "probe", gpus.probe)
-    with pytest.raises(ConfigError, match="fp8 needs a GPU, and torch sees none here"):
+    with pytest.raises(ConfigError, match="fp8 needs a GPU, but torch sees none here"):
         te_check.check(stage, GEOMETRY)
 
 
