@@ -1,8 +1,8 @@
-"""The last part of a save, beside the training if asked for: digests, flushing, marker.
+"""The last part of a save, in parallel to the training if configured: digests, flushing, marker.
 
-When the ranks have written their files, rank 0 reads all of them once more for their digests and
-brings them to the disk; the training need not wait for that. What makes a checkpoint one stays as
-it is: the marker is written last, then the name is given.
+When the ranks have written their files, rank 0 reads them for their digests and flushes them to
+the disk; the training need not wait for that. As always, the marker is written last, then the
+directory gets its name.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from types import TracebackType
 
 
 class Commits:
-    """Commits one checkpoint at a time: at once, or with `beside` in a thread of its own.
+    """Commits one checkpoint at a time: at once, or with `beside` in a separate thread.
 
-    A context manager; leaving it waits for the commit that is under way.
+    A context manager; leaving it waits for the current commit.
     """
 
     def __init__(self, beside: bool = False) -> None:

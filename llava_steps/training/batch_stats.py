@@ -62,5 +62,6 @@ def by_dataset(losses: Tensor, batch: MicroBatch, datasets: Sequence[str]) -> Te
     counts = torch.stack([supervised[a:b].sum() for a, b in itertools.pairwise(borders)])
     numbers = torch.tensor([datasets.index(name) for name in batch.datasets])
     owners = F.one_hot(torch.repeat_interleave(numbers, counts), len(datasets)).T
-    sums = (upload(owners, losses.device) * losses.double()).sum(dim=1)
-    return torch.cat([sums, upload(owners.sum(dim=1).to(sums.dtype), sums.device)])
+    loss_sums = (upload(owners, losses.device) * losses.double()).sum(dim=1)
+    counted = upload(owners.sum(dim=1).to(loss_sums.dtype), loss_sums.device)
+    return torch.cat([loss_sums, counted])

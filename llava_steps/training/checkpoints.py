@@ -82,7 +82,7 @@ def save(
         filesystem.write_bytes(temporary / RNG / _rank_file(), to_bytes(_rng_state()))
     dist.barrier()
     if dist.get_rank() == 0:
-        info = asdict(counters)  # now: the counters go on
+        info = asdict(counters)  # now, because the counters change
         filesystem.write_json(temporary / STATE, info | {"loader": loader, "layout": layout(stage)})
 
         def complete() -> None:
@@ -96,7 +96,7 @@ def save(
 
 def check_space(root: Path, model: list[Llava], optimizer: Optimizer) -> None:
     """InputError unless the disk of `root` has room for one more checkpoint; a collective call."""
-    # Tensor-parallel ranks each count what they replicate, so this is never too little.
+    # Tensor-parallel ranks all count replicated tensors, so this is never too little.
     own = torch.tensor(optimizer.state_bytes(), device=parallel.device())
     if parallel_state.get_data_parallel_rank() == 0:
         parameters = [p for chunk in model for p in chunk.parameters()]
@@ -115,7 +115,7 @@ def find(root: Path, log: logging.Logger) -> Path | None:
     """The newest valid checkpoint of an unfinished training; None to start anew.
 
     Damaged ones that are newer are set aside in `.work/damaged`, with an error in the log. Raises
-    IntegrityError when all are damaged: a training that had begun never starts over unasked. A
+    IntegrityError if all are damaged: a begun training never silently starts over. A
     collective call.
     """
     outcome: list[Path | str | None] = [None]
@@ -136,7 +136,7 @@ def _newest_valid(root: Path, log: logging.Logger) -> Path | None:
     for _, path in reversed(commit.iterations(root)):
         try:
             commit.read_commit(path)
-        except (IntegrityError, InputError) as error:  # the second: its marker is lost
+        except (IntegrityError, InputError) as error:  # InputError: its marker is lost
             damaged.append((path, error))
             continue
         for bad, reason in damaged:
@@ -176,9 +176,9 @@ def load(
 ) -> tuple[Counters, dict[str, Any]]:
     """Restore a verified checkpoint of a training; returns (counters, loader state).
 
-    In the layout that it was saved in everything is as it was, bit for bit; in another one the
-    generators start anew from the seed. Raises InputError when it holds weights alone, ConfigError
-    when weights are trained here that were frozen there.
+    In the layout that it was saved in, everything is restored bit for bit; in another one the
+    generators start from the seed. Raises InputError if it has only weights, ConfigError if weights
+    are trained here that were frozen there.
     """
     for name in (STATE, OPTIMIZER):
         if not (path / name).exists():
@@ -187,7 +187,7 @@ def load(
                 "leave load_optim out to start from its weights"
             )
     state = json.loads((path / STATE).read_bytes())
-    optimizer.settle()  # nothing may arrive behind what is loaded
+    optimizer.settle()  # no update may arrive after the load
     load_weights(model, path / WEIGHTS)
     wanted = optimizer.sharded_state(sharded_weights(model), loading=True)
     _check_trained(path, wanted)
@@ -202,7 +202,7 @@ def load(
 def _check_trained(path: Path, wanted: dict[int, Any]) -> None:
     own = {shard.key for shard in nested_values(wanted)}
     gathered: list[set[str]] = [set()] * dist.get_world_size()
-    # All raise it: a rank that leaves alone has the others end with errors of their connections.
+    # All ranks raise it: if only one did, the others would end with connection errors.
     dist.all_gather_object(
         gathered, own - torch_dist_write.Reader(path / OPTIMIZER).shapes().keys()
     )

@@ -1,4 +1,4 @@
-"""What the ranks of one data-parallel replica give each other."""
+"""Exchange between the ranks of one data-parallel replica."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def compiles(stage: Stage) -> bool:
 
 
 def row_multiple(stage: Stage) -> int:
-    """What the length of every row is a multiple of."""
+    """The length of every row is a multiple of this."""
     if compiles(stage):
         return ROW
     parts = stage.tensor_model_parallel if stage.sequence_parallel else 1
@@ -66,8 +66,8 @@ def through(
 ) -> Tensor:
     """One row through one chunk: what `Llava.forward` makes of it.
 
-    The row stays on the host, which looks at it there and never waits for a GPU. `images` gives
-    the pixels of all images; it is asked on the first chunk alone.
+    The row stays on the host, which reads it there and never waits for a GPU. `images` gives the
+    pixels of all images; only the first chunk calls it.
     """
     output: Tensor = wrapped(
         row.tokens,

@@ -1,8 +1,8 @@
-"""Which steps update the weights: not those that were asked to be skipped, not those whose loss or
-gradient is not finite, or jumps.
+"""Decides which steps update the weights: not those that are configured to be skipped, nor those
+whose loss or gradient is not finite, or jumps.
 
-Either way the step is over: schedule and sample stream go on, weights and optimizer stay untouched.
-When that happens too often the training rolls back (see `start.roll_back`), and then gives up.
+Such a step is over all the same: schedule and sample stream continue, weights and optimizer do not
+change. If it happens too often the training rolls back (see `start.roll_back`), and finally ends.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from llava_steps.data.loader.batch import MicroBatch, sample_names
 from llava_steps.settings.stage.stage import Stage
 
 WINDOW = 64
-"""Updates that the running medians look back on."""
+"""Number of updates in the running medians."""
 ENOUGH = 8
-"""Updates without which nothing is called a spike."""
+"""Number of updates before a spike can be detected."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Guard:
         """Why the last step was rejected."""
 
     def skips(self) -> bool:
-        """Whether the settings ask to skip the coming step."""
+        """Whether the settings skip the coming step."""
         number = self._counters.step + 1
         return any(first <= number <= last for first, last in self._ranges)
 
@@ -83,7 +83,7 @@ class Guard:
             return not math.isfinite(total) or total > highest * max(1, batch.num_supervised)
 
         self._log.error(
-            "step %d: %s: loss %s, gradient norm %s; weights and optimizer stay as they are; "
+            "step %d: %s: loss %s, gradient norm %s; weights and optimizer do not change; "
             "samples %s; rejected %d of at most %d",
             c.step, self.reason, loss, norm, suspects(batch, losses, bad), c.rejected,
             self._stage.max_rejected_steps,
@@ -92,7 +92,7 @@ class Guard:
 
     @property
     def must_roll_back(self) -> bool:
-        """Whether too many steps were rejected; raises DivergedError when rolling back is spent."""
+        """Whether too many steps were rejected; raises DivergedError if no rollback is left."""
         c, s = self._counters, self._stage
         if c.rejected <= s.max_rejected_steps:
             return False

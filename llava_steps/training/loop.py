@@ -27,7 +27,7 @@ from llava_steps.training.prefetch import Prefetch
 from llava_steps.training.start import build, restore_or_start, roll_back
 
 SWITCH = 0.0005
-"""Seconds after which a thread gives the interpreter to another."""
+"""Seconds after which a thread yields the interpreter to another."""
 
 
 def train(job: Job, log: logging.Logger, stop: StopRequest, beat: Beat) -> None:
@@ -74,7 +74,7 @@ class Training:
         self._evaluations = Evaluations(job, self._wrapped, self._optimizer, beat)
         self._datasets = loader.datasets if len(loader.datasets) > 1 else []
         self._reports = Reports(job, self.done.step, self._datasets, log)
-        # Loader workers have a limit of their own, and name what they stand still at.
+        # Loader workers have a separate limit, whose error names the sample.
         busy = beat.busy if stage.num_workers else contextlib.nullcontext
         self._batches = Prefetch(loader, busy)
         self._commits = Commits(stage.async_save)
@@ -117,7 +117,7 @@ class Training:
     ) -> None:
         step = self.done.step
         lr = learning_rate(self._stage, step)
-        # Before the update, so that nobody waits for it.
+        # Before the update, so that no rank waits for it.
         waited, memory = parallel.highest([waited, peak_memory()])
         self._optimizer.step(lr, norm)
         self.done.updates += 1
@@ -168,11 +168,11 @@ def stopped(step: int, first: int, signalled: bool, stage: Stage) -> StepError:
     not a stop in order, or a caller that runs it again on code 75 would do so for ever.
     """
     if step > first:
-        kept = "saved; run me again" if stage.save else "and nothing saved, as configured"
+        kept = "saved; run again" if stage.save else "and nothing saved, as configured"
         return StoppedError(f"stopped on request after step {step}, {kept}")
     if signalled:
-        return StoppedError(f"stopped on request before step {step + 1}; run me again")
+        return StoppedError(f"stopped on request before step {step + 1}; run again")
     return ConfigError(
-        f"exit_before {stage.exit_before:g} minutes were over when the first step of this run "
-        "could have begun, and would be again: set it higher"
+        f"exit_before {stage.exit_before:g} minutes had passed before the first step of this run "
+        "could begin, and would again: set it higher"
     )

@@ -1,7 +1,7 @@
 """What a training step reports: one JSON line per step, sample ids, and how fast it was.
 
 `metrics.jsonl` has a line per optimizer step; a resumed training cuts off the lines of steps that
-it will do again, so the file always tells one history. `samples/dp_0000.jsonl` names the samples
+it will do again, so the file always has one history. `samples/dp_0000.jsonl` names the samples
 that each data-parallel replica consumed.
 """
 
@@ -39,7 +39,7 @@ class Lines:
                     break
                 kept.append(line)
         filesystem.write_bytes(path, b"".join(kept))
-        # Unbuffered: what a full disk did not take must not be tried again when it is closed.
+        # Unbuffered: bytes that a full disk refused must not be written again at closing.
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Speed:
         self._peak = peak * 1e12 * stage.world_size
 
     def __call__(self, stats: BatchStats, seconds: float) -> dict[str, float]:
-        """What a line of metrics says of a step that took `seconds`, waiting for data included."""
+        """The rates of a step that took `seconds`, waiting for data included."""
         row = {
             "supervised_tokens": int(stats.supervised),
             "tokens": int(stats.tokens),
@@ -106,7 +106,7 @@ class Speed:
 
 
 def peak_memory() -> float:
-    """GiB that this process has had at most: on its GPU, or without one altogether."""
+    """Peak memory of this process in GiB, on its GPU or, without one, in all."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

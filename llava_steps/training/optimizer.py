@@ -37,12 +37,12 @@ METADATA = {"distrib_optim_fully_reshardable_mem_efficient": False}
 
 
 def wrap(stage: Stage, chunks: Sequence[Llava]) -> list[DistributedDataParallel]:
-    """Data-parallel wrappers with fp32 gradient buffers, in which microbatches are summed up.
+    """Data-parallel wrappers with fp32 gradient buffers, which accumulate over microbatches.
 
     One bucket each, reduced after the backward; with `overlap_grad_reduce` several for the first
     chunk of the first pipeline rank (what waits for the others is hidden anyway), each on its way
-    as soon as its gradients are there. Layers that keep their weights from autograd say so by
-    calling a weight's `complete`.
+    as soon as its gradients are there. Layers whose weights autograd does not know
+    call a weight's `complete`.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -82,11 +82,11 @@ def _gather_head(wrapped: DistributedDataParallel, model: Llava) -> None:
 
 
 @contextlib.contextmanager
-def _places_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
-    """While it lasts, parameters have their places in a buffer whose buckets are not padded.
+def _offsets_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
+    """Within it, offsets of parameters are those in a buffer whose buckets are not padded.
 
     megatron-core 0.16.1 gathers the state of an optimizer without the padding between buckets and
-    then cuts the parameters out of it at the padded places: silently wrong from the second bucket.
+    then cuts the parameters out of it at the padded offsets: silently wrong from the second bucket.
     """
     padded = [buffer.param_index_map for buffer in buffers]
     for buffer in buffers:
@@ -101,12 +101,12 @@ def _places_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        for buffer, places in zip(buffers, padded, strict=True):
-            buffer.param_index_map = places
+        for buffer, index_map in zip(buffers, padded, strict=True):
+            buffer.param_index_map = index_map
 
 
 def rates(stage: Stage) -> dict[str, float]:
-    """Part of the model -> its learning rate as a multiple of `lr`, where it has one of its own."""
+    """Part of the model -> its learning rate as a multiple of `lr`, if it has its own."""
     own = {
         "vision_tower": stage.vision_lr,
         "mm_projector": stage.projector_lr,
@@ -122,7 +122,7 @@ class Optimizer:
     def __init__(
         self, stage: Stage, chunks: list[DistributedDataParallel], fused: bool | None = None
     ) -> None:
-        """`fused`: clip and update all parameters in one go; on CUDA unless told."""
+        """`fused`: clip and update all parameters in one go; default: on CUDA."""
         self._fused = torch.cuda.is_available() if fused is None else fused
         config = OptimizerConfig(
             optimizer="adam",
@@ -216,7 +216,7 @@ class Optimizer:
                 chunk.start_param_sync(force_sync=True)
 
     def reload_weights(self) -> None:
-        """Take the model's weights as the new fp32 masters, after weights were loaded alone."""
+        """Take the model's weights as the new fp32 masters, after only weights were loaded."""
         if not self.empty:
             self._inner.reload_model_params()
 
@@ -227,7 +227,7 @@ class Optimizer:
         # Before the first update there are no moments yet; zeros are what AdamW starts from.
         if loading or not self._inner.optimizer.state:
             self._allocate()
-        with _places_without_padding(self._inner.buffers):
+        with _offsets_without_padding(self._inner.buffers):
             state = self._inner.sharded_param_state_fully_reshardable(weights, loading, METADATA)
         assert state is not None
         return dict(state)

@@ -1,4 +1,4 @@
-"""Process groups, seeds and the questions "who am I" of a training process."""
+"""Process groups, seeds and the ranks of a training process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron.core import parallel_state as ps  # noqa: E402  (needs the shim fi
 from megatron.core import tensor_parallel  # noqa: E402
 
 TIMEOUT = timedelta(minutes=60)
-"""Of a collective. Long, because the launcher notices much earlier who stands still (watch.py)."""
+"""Of a collective. Long, because the launcher notices a hanging rank much earlier (watchdog.py)."""
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def processes(stage: Stage) -> Iterator[None]:
         lay_out(stage)
         yield
     finally:
-        # Only after success: a rank that failed must not wait for the others here.
+        # Only after success: a failed rank must not wait for the others here.
         if not _failing():
             ps.destroy_model_parallel()
             dist.destroy_process_group()
@@ -72,7 +72,7 @@ def _meeting_point(url: str, rank: int, world: int) -> dict[str, Any]:
     if not url.startswith("tcp:"):
         return {"init_method": url}
     # Not as an init_method: under torchrun that would ask for the store of its agent. The port
-    # listens since before the launchers met, so nobody can have taken it.
+    # listens since before the launchers met, so no other process can have taken it.
     where = urlsplit(url)
     listening = os.environ[LISTENING]
     store = TCPStore(
@@ -96,7 +96,7 @@ def _failing() -> bool:
 def choose_backend(wanted: str) -> str:
     """`auto` is nccl with GPUs and gloo without; nccl without GPUs is refused."""
     if wanted == "nccl" and not torch.cuda.is_available():
-        raise ConfigError("--backend nccl needs a GPU and none is visible; use auto or gloo")
+        raise ConfigError("--backend nccl needs a GPU, but none is visible; use auto or gloo")
     if wanted != "auto":
         return wanted
     return "nccl" if torch.cuda.is_available() else "gloo"
@@ -120,7 +120,7 @@ def make_deterministic() -> None:
     """Refuse kernels whose result differs from run to run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Else every new tensor is filled with NaN first, to show reads of what nobody wrote.
+    # Otherwise every new tensor is first filled with NaN, to show reads of unwritten values.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
@@ -141,7 +141,7 @@ def is_model_lead() -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device of this rank."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Which part of a job's data this rank reads."""
+"""The part of a job's data that this rank reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_steps.training.forward import row_multiple
 
 
 def loader_spec(job: Job, split: str) -> LoaderSpec:
-    """This rank's share of a split, prepared as the stage says."""
+    """This rank's share of a split, prepared as configured."""
     stage = job.stage
     return LoaderSpec(
         dataset=job.dataset,

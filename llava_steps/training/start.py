@@ -31,7 +31,7 @@ from llava_steps.training.share import loader_spec
 
 
 def build(job: Job, log: logging.Logger) -> list[Llava]:
-    """This rank's chunks of the model, with uninitialised weights, frozen as the stage says."""
+    """This rank's chunks of the model, with uninitialised weights, frozen as configured."""
     stage = job.stage
     geometry = Geometry.from_hf(json.loads((job.hf_dir / "config.json").read_bytes()))
     options = ModelOptions(
@@ -70,7 +70,7 @@ def build(job: Job, log: logging.Logger) -> list[Llava]:
     if options.compiled:
         log.info("layers are compiled; the first step takes longer")
     elif torch.cuda.is_available():
-        reason = "as asked" if stage.compile == "none" else stage.not_compiled() or "not bf16"
+        reason = "as configured" if stage.compile == "none" else stage.not_compiled() or "not bf16"
         log.info("layers are not compiled (%s)", reason)
     return [
         build_llava(
@@ -87,7 +87,7 @@ def build(job: Job, log: logging.Logger) -> list[Llava]:
 
 
 def adapters(stage: Stage) -> Lora | None:
-    """The LoRA adapters that the stage asks for."""
+    """The configured LoRA adapters."""
     if not stage.lora_rank:
         return None
     return Lora(stage.lora_rank, stage.lora_alpha, tuple(stage.lora_targets), stage.seed)
@@ -115,8 +115,8 @@ def restore_or_start(
     loader.check_state(kept)
     if continues and counters.step >= job.stage.train_steps:
         raise ConfigError(
-            f"train_steps {job.stage.train_steps}: {path} has done {counters.step} steps already; "
-            "load_optim goes on from there, so set train_steps higher"
+            f"train_steps {job.stage.train_steps}: {path} has already done {counters.step} steps; "
+            "load_optim continues from there, so set train_steps higher"
         )
     log.info("resuming after step %d from %s", counters.step, path.name)
     return counters, loader
@@ -129,32 +129,32 @@ def latest(job: Job) -> Path:
 
 
 def start_fresh(job: Job, model: list[Llava], log: logging.Logger) -> None:
-    """Draw all weights, with the deviation that the language model's config names."""
+    """Draw all weights, with the deviation of the language model's config."""
     config = json.loads((job.hf_dir / "config.json").read_bytes())
     deviation = float(config.get("text_config", {}).get("initializer_range", 0.02))
     draw_weights(model, job.stage.seed, deviation)
-    log.info("starting from weights drawn anew with deviation %g", deviation)
+    log.info("starting from random weights with deviation %g", deviation)
     names = {
         "vision tower": job.stage.freeze_vision,
         "projector": job.stage.freeze_projector,
         "language model": job.stage.freeze_lm,
     }
     if frozen := [name for name, is_frozen in names.items() if is_frozen]:
-        log.warning("init: frozen and therefore random to the end: %s", ", ".join(frozen))
+        log.warning("init: these parts are frozen and so stay random: %s", ", ".join(frozen))
 
 
 def roll_back(
     job: Job, done: Counters, model: list[Llava], optimizer: Optimizer, log: logging.Logger
 ) -> None:
-    """Weights, optimizer and generators as in the last checkpoint; schedule and stream go on.
+    """Weights, optimizer and generators as in the last checkpoint; schedule and stream continue.
 
-    Raises DivergedError when nothing was saved yet.
+    Raises DivergedError if nothing was saved yet.
     """
     path = checkpoints.find(job.entry, log)
     if path is None:
         raise DivergedError(
             f"step {done.step}: too many rejected steps, and no checkpoint yet to roll back to; "
-            "the log names the samples"
+            "the log names the samples; lower lr, or raise max_rejected_steps"
         )
     before, _ = checkpoints.load(path, job.stage, model, optimizer)
     done.updates, done.recent, done.rejected = before.updates, before.recent, 0

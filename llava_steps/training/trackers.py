@@ -1,8 +1,8 @@
-"""Weights & Biases and TensorBoard: copies of what metrics.jsonl says, for people who look there.
+"""Weights & Biases and TensorBoard: copies of metrics.jsonl.
 
-Each has a thread of its own, so that one that fails, hangs or waits for a network never holds
-training up: it is logged once and left alone. The API key comes from the environment and is never
-written by us.
+Each has a separate thread, so that one that fails, hangs or waits for a network never delays
+training: the failure is logged once, then it is not used any more. The API key comes from the
+environment and is never written.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from llava_steps.core import filesystem
 from llava_steps.settings.stage.stage import Stage
 
 PATIENCE = 60.0
-"""Seconds that a tracker gets to finish."""
+"""Seconds that a tracker has to finish."""
 WAITING = 10_000
 """Messages that may wait for a tracker."""
 RUN = "wandb.json"
-"""File in the entry's work directory: the id under which W&B knows this training."""
+"""File in the entry's work directory with the W&B id of this training."""
 
 
 class Sink(Protocol):
@@ -34,7 +34,7 @@ class Sink(Protocol):
     name: str
 
     def open(self) -> None:
-        """Begin, or go on after a restart."""
+        """Begin, or resume after a restart."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step."""
@@ -47,7 +47,7 @@ class Sink(Protocol):
 
 
 class Wandb:
-    """A W&B run, the same one after a restart; offline unless WANDB_MODE or the settings say."""
+    """A W&B run, the same one after a restart; offline by default."""
 
     name = "W&B"
 
@@ -95,7 +95,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in the entry's work directory; what a resumed training does again is purged."""
+    """Event files in the entry's work directory; a resumed training purges repeated steps."""
 
     name = "TensorBoard"
 
@@ -173,7 +173,7 @@ class _SinkThread(threading.Thread):
 
 
 class Trackers:
-    """All trackers that the settings ask for."""
+    """All configured trackers."""
 
     def __init__(self, sinks: Sequence[Sink], log: logging.Logger) -> None:
         self._sinks = [_SinkThread(sink, log) for sink in sinks]

@@ -60,9 +60,9 @@ def forward_only(wrapped: Sequence[Any], batch: Sequence[MicroBatch], step: forw
 def score_step(batches: Iterator[MicroBatch], wrapped: Any) -> tuple[Tensor, Any]:
     """One row through this stage; at its end float64 [3]: loss, right answers, targets."""
 
-    def sums(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def totals(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         losses, right = scores.double()
         count = forward.count(losses, losses.numel())
         return losses.sum(), count, torch.stack([losses.sum(), right.sum(), count.double()])
 
-    return forward.through(next(batches), wrapped, "score"), sums
+    return forward.through(next(batches), wrapped, "score"), totals

@@ -1,6 +1,6 @@
 """python -m llava_steps.training.worker JOB: one process of a training step.
 
-Started by `launch`. Ends with the exit code of the error it met, after leaving a report.
+Started by `launch`. On an error it writes a report and ends with the exit code of the error.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from llava_steps.launch.watchdog import Beat
 
 
 def follow_launcher() -> None:
-    """Have the kernel kill this process when its launcher dies, whatever kills the launcher.
+    """Have the kernel kill this process when its launcher dies, for whatever reason.
 
-    An orphan would train on beside the attempt that takes over its store entry.
+    Otherwise it would train beside the attempt that takes over its store entry.
     """
     die_with_parent()
     if os.getppid() != int(os.environ["LLAVA_STEPS_LAUNCHER"]):
-        sys.exit("the launcher is gone already")
+        sys.exit("the launcher has already ended")
 
 
 def leave_if_asked(stop: StopRequest) -> None:
-    """StoppedError after a stop signal. Not for ranks that have met: these agree on when to stop.
+    """StoppedError after a stop signal. Only before ranks connect: later they agree on a step.
 
-    To be noticed before the model is built, which takes longer than some clusters wait.
+    Called before the model is built, which takes longer than some clusters wait.
     """
     if stop.signalled:
-        raise StoppedError("stopped by a signal while the workers started; run me again")
+        raise StoppedError("stopped by a signal while the workers started; run again")
 
 
 def main() -> int:
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Threads of a broken collective may never end: leave without waiting for them.
+    # Threads of a broken collective may never end: exit without waiting for them.
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -188,7 +188,7 @@ def test_the_time_limit_stops_in_order(chain: Chain) -> None:
         if result.returncode == 75:
             break
         assert result.returncode == 2 and not commits, result.stderr
-        assert f"exit_before {minutes:g} minutes were over" in result.stderr, result.stderr
+        assert f"exit_before {minutes:g} minutes had passed" in result.stderr, result.stderr
     assert minutes > 0.0001 and "stopped on request after step" in result.stderr and commits
 
 

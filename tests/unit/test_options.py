@@ -285,8 +285,8 @@ def test_load_optim(chain: Chain, whole: SimpleNamespace, going_on: Path) -> Non
 
 
 def test_init(trial: SimpleNamespace) -> None:
-    assert "weights drawn anew with deviation 0.02" in trial.log
-    assert "frozen and therefore random to the end: vision tower" in trial.log
+    assert "starting from random weights with deviation 0.02" in trial.log
+    assert "these parts are frozen and so stay random: vision tower" in trial.log
     losses = [row["loss"] for row in metrics(trial.out) if "loss" in row]
     assert len(losses) == 3 and losses[0] == pytest.approx(6.0, abs=1.0), "that of a guess"
     with pytest.raises(ConfigError, match="give one of them"):
