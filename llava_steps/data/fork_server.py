@@ -13,10 +13,10 @@ def start(preload: Sequence[str]) -> None:
     """Start the fork server, if it is not there; returns at once.
 
     A fork server, because this process holds threads (of torch, of the process group, of a live
-    progress bar): a fork of it may inherit a lock that nobody will ever release. A stop is asked
+    progress bar): a fork of it may inherit a lock that no thread will ever release. A stop is asked
     of whole process groups, while the training still needs its workers for the last step: the
     server and its children block these signals from their first moment on, inherited from here,
-    whoever starts the server. Who wants its workers to hear them unblocks them there.
+    the caller of the server. A caller whose workers should receive them unblocks them there.
 
     Args:
         preload: modules that the server imports; of those that start it the first decides.

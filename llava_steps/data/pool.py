@@ -58,7 +58,7 @@ def ordered(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterato
 def _begin() -> None:
     """Have this worker hear of an interrupt, and end when the main process is gone.
 
-    Its pipes alone would keep it waiting.
+    Otherwise its pipes would keep it waiting.
     """
     stop_signals.listen()
     parent = multiprocessing.parent_process()

@@ -96,7 +96,7 @@ def test_other_archives_are_refused_with_a_reason(tmp_path: Path) -> None:
         list(tars.members(path))
     whole = write_tar(tmp_path / "y.tar", FILES).read_bytes()
     path.write_bytes(whole + whole)
-    with pytest.raises(InputError, match="data behind the end-of-archive"):
+    with pytest.raises(InputError, match="data after the end-of-archive"):
         list(tars.members(path))
     path.write_bytes(b"")
     with pytest.raises(InputError, match="empty"):

@@ -23,7 +23,7 @@ from llava_steps.data.shards import tars
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 _IGNORED = re.compile(r"__[^/]*__/")
-"""Members that energon never looks at."""
+"""Members that energon never reads."""
 _SHOWN = 10
 
 

@@ -1,7 +1,7 @@
 """The metadata of an energon dataset, read as data.
 
 energon lets `dataset.yaml` and the files beside it name Python objects, which it imports and calls.
-Nothing here does that: every file below `.nv-meta` is looked at first, and a dataset that names
+Nothing here does that: every file below `.nv-meta` is checked first, and a dataset that names
 anything outside a short list of energon's own classes, or brings Python files, is refused.
 """
 

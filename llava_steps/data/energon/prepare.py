@@ -99,7 +99,7 @@ def prepare(
         if known is not None:
             _compare(tar_dir, index, known[index.name])
         writer.add(number, index)
-        _place(tar_dir / index.name, entry / index.name)
+        _link_into(tar_dir / index.name, entry / index.name)
         filesystem.write_bytes(entry / f"{index.name}.idx", index.offsets())
         rows.append(
             {"name": index.name, "samples": len(index.samples), "size": index.size,
@@ -129,7 +129,7 @@ def _compare(tar_dir: Path, index: TarIndex, row: dict[str, Any]) -> None:
             )
 
 
-def _place(source: Path, target: Path) -> None:
+def _link_into(source: Path, target: Path) -> None:
     """Show a tar in the dataset."""
     target.parent.mkdir(parents=True, exist_ok=True)
     filesystem.link_or_copy(source, target)

@@ -141,7 +141,7 @@ class SampleReader:
 
 
 def _listed(path: Path) -> dict[str, str]:
-    """Name to sha256 of each tar in a `shards.json`; empty when there is none."""
+    """Name to sha256 of each tar in a `shards.json`; empty if that is missing."""
     if not path.is_file():
         return {}
     try:

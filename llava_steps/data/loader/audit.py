@@ -1,7 +1,7 @@
 """What training will see of a dataset: shares, lengths, and every rule that a sample breaks.
 
 Samples are read, tokenized and decoded by the classes that training uses. What comes out is then
-judged here from the ids and labels alone, without asking how they were made.
+judged here only from the ids and labels, independent of how they were made.
 """
 
 from __future__ import annotations

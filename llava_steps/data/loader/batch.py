@@ -21,17 +21,17 @@ class MicroBatch:
     position_ids: torch.Tensor
     """int64 [1, T], from 0 in every segment."""
     cu_seqlens: torch.Tensor
-    """int32 [segments + 1]: segment borders, 0 first, T last; padding is a segment of its own."""
+    """int32 [segments + 1]: segment borders, 0 first, T last; padding is a separate segment."""
     max_seqlen: int
     """Longest segment, padding included."""
     pixel_values: torch.Tensor | None
-    """float32 [n, 3, H, W], this rank's part of the row's images (`image_share`, possibly none of
-    them) in the order of the image tokens; None for a row without images, or when the spec says
+    """float32 [n, 3, H, W], this rank's part of the row's images (`image_share`, possibly of
+    no image) in the order of the image tokens; None for a row without images, or when the spec says
     that this rank needs no pixels."""
     num_images: int
-    """Images of the row, whoever decoded them."""
+    """Images of the row, whichever rank decoded them."""
     sample_ids: list[str]
-    """Ids that the data gives them; nobody promises that they are unique."""
+    """Ids from the data, which may not be unique."""
     keys: list[str]
     """Tar and key of each sample in its dataset."""
     slots: list[int]

@@ -1,6 +1,6 @@
 """Worker processes of the loader, and the watch over them.
 
-Each worker is at the other end of a socket of its own: it gets tasks as JSON, one more than it
+Each worker has its own socket: it gets tasks as JSON, one more than it
 works on, and answers with JSON and, for a row, the descriptor of a file in memory (wire.py). On a
 board that both see it notes which sample it has begun, so that a worker that dies or hangs can be
 reported with what it held. When the training ends, however it ends, the sockets close and the
@@ -132,7 +132,7 @@ class Workers:
         """(ticket, result) of tasks that are done; waits for one, or until `wake` can be read.
 
         Raises:
-            StepError: what a task raised (of its own class), or a worker died or hangs.
+            StepError: the error of a task (of its class), or a worker died or hangs.
         """
         lines: dict[Any, _Worker] = {worker.line: worker for worker in self.workers}
         ends = {worker.process.sentinel: worker for worker in self.workers}

@@ -25,7 +25,7 @@ def decode(data: bytes) -> Image.Image:
 def check_jpeg(data: bytes, max_pixels: int, full: bool = False) -> None:
     """Raise SampleError unless `decode` will give an image of at most `max_pixels` from a JPEG.
 
-    The header is looked at before anything is decoded. A plain JPEG is followed by its structure to
+    The header is read before anything is decoded. A plain JPEG is followed by its structure to
     its end (jpeg.py); any other is decoded, at an eighth of the size, where that is cheap.
 
     Args:

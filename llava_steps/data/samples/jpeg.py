@@ -26,17 +26,17 @@ def simple(data: bytes) -> tuple[int, int] | None:
     """(width, height) of a plain and whole JPEG; None for everything else."""
     if not data.startswith(_SOI):
         return None
-    place, size = 2, (0, 0)
+    offset, size = 2, (0, 0)
     quantisers: set[int] = set()
     huffman: set[int] = set()
     components: dict[int, int] = {}
     restarts = False
     while True:
-        if data[place : place + 1] != b"\xff" or place + 4 > len(data):
+        if data[offset : offset + 1] != b"\xff" or offset + 4 > len(data):
             return None
-        marker = data[place + 1]
-        body = place + 4
-        end = place + 2 + int.from_bytes(data[place + 2 : body])
+        marker = data[offset + 1]
+        body = offset + 4
+        end = offset + 2 + int.from_bytes(data[offset + 2 : body])
         if end < body or end > len(data):
             return None
         if marker == _DQT:
@@ -63,7 +63,7 @@ def simple(data: bytes) -> tuple[int, int] | None:
             return size if _entropy(data, end, restarts) else None
         elif marker not in _SKIPPED:
             return None
-        place = end
+        offset = end
 
 
 def _entropy(data: bytes, start: int, restarts: bool) -> bool:
@@ -85,11 +85,11 @@ def _frame(text: bytes) -> tuple[tuple[int, int], dict[int, int]] | None:
         return None
     height, width = int.from_bytes(text[1:3]), int.from_bytes(text[3:5])
     components, blocks = {}, 0
-    for place in range(6, len(text), 3):
-        across, down = text[place + 1] >> 4, text[place + 1] & 15
+    for offset in range(6, len(text), 3):
+        across, down = text[offset + 1] >> 4, text[offset + 1] & 15
         if not (1 <= across <= 4 and 1 <= down <= 4):
             return None
-        components[text[place]] = text[place + 2]
+        components[text[offset]] = text[offset + 2]
         blocks += across * down
     if (
         not (0 < width <= _LONGEST and 0 < height <= _LONGEST)
@@ -113,34 +113,34 @@ def _scan(text: bytes, components: dict[int, int], quantisers: set[int], huffman
 @lru_cache(maxsize=64)
 def _quantisers(text: bytes) -> frozenset[int] | None:
     """Numbers of the quantisation tables."""
-    found, place = set(), 0
-    while place < len(text):
-        length = 128 if text[place] >> 4 else 64
-        if text[place] >> 4 > 1 or text[place] & 15 > 3 or place + 1 + length > len(text):
+    numbers, offset = set(), 0
+    while offset < len(text):
+        length = 128 if text[offset] >> 4 else 64
+        if text[offset] >> 4 > 1 or text[offset] & 15 > 3 or offset + 1 + length > len(text):
             return None
-        found.add(text[place] & 15)
-        place += 1 + length
-    return frozenset(found)
+        numbers.add(text[offset] & 15)
+        offset += 1 + length
+    return frozenset(numbers)
 
 
 @lru_cache(maxsize=64)
 def _huffman(text: bytes) -> frozenset[int] | None:
     """Numbers of the Huffman tables, those of AC coefficients with 16 added."""
-    found, place = set(), 0
-    while place < len(text):
-        kind, number = text[place] >> 4, text[place] & 15
-        counts = text[place + 1 : place + 17]
-        values = text[place + 17 : place + 17 + sum(counts)]
+    numbers, offset = set(), 0
+    while offset < len(text):
+        kind, number = text[offset] >> 4, text[offset] & 15
+        counts = text[offset + 1 : offset + 17]
+        values = text[offset + 17 : offset + 17 + sum(counts)]
         if kind > 1 or number > 3 or len(counts) < 16 or len(values) < sum(counts):
             return None
         code = 0
         for length, count in enumerate(counts, 1):
             code += count
-            if count and code >= 1 << length:  # the code of ones alone is not to be used
+            if count and code >= 1 << length:  # the code of only ones is reserved
                 return None
             code <<= 1
         if len(values) > 256 or (kind == 0 and any(value > 15 for value in values)):
             return None
-        found.add(number + 16 * kind)
-        place += 17 + len(values)
-    return frozenset(found)
+        numbers.add(number + 16 * kind)
+        offset += 17 + len(values)
+    return frozenset(numbers)

@@ -81,7 +81,7 @@ class Template:
         return Rendered(text, tuple(self._spans(turns, messages, text)))
 
     def text(self, turns: Sequence[Turn]) -> str:
-        """The text of `render` alone, which is quicker.
+        """Only the text of `render`, which is quicker.
 
         Raises:
             SampleError: as `render`, but for what concerns answers.
@@ -91,8 +91,8 @@ class Template:
     def _whole(self, turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], str]:
         for number, turn in enumerate(turns):
             for piece in turn.content.split(PLACEHOLDER):
-                if found := self._control.search(piece):
-                    raise SampleError(f"control token {found[0]!r} in the text of turn {number}")
+                if match := self._control.search(piece):
+                    raise SampleError(f"control token {match[0]!r} in the text of turn {number}")
         messages = [self._message(turn) for turn in turns]
         text = self._apply(messages)
         images = sum(turn.content.count(PLACEHOLDER) for turn in turns)
@@ -113,7 +113,7 @@ class Template:
             if not after.startswith(before) or not text.startswith(after):
                 raise SampleError(
                     f"the chat template changes what it wrote before turn {number}: "
-                    "answers cannot be told from prompts"
+                    "answers cannot be separated from prompts"
                 )
             answer = turns[number].content.strip()
             start = len(before)

@@ -98,7 +98,7 @@ class Plan:
         """Take in the next part; returns its refused records in order.
 
         Samples may share an id: the mixes that people publish are full of them. They are counted,
-        and told apart by their keys.
+        and distinguished by their keys.
         """
         borders, start = array("Q"), 0
         for sample in part.samples:
@@ -129,7 +129,7 @@ class Plan:
             raise InputError(
                 f"{self.refused} of {self.records} samples of {source} cannot be used "
                 f"({share:.2%}, quarantine_limit is {limit:.2%}): {common}. Each is listed in "
-                f"{quarantine}; mend the data or raise quarantine_limit"
+                f"{quarantine}; correct the data or raise quarantine_limit"
             )
 
     def shards(self) -> Iterator[Shard]:

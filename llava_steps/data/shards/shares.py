@@ -1,4 +1,4 @@
-"""Shares of a source, made by jobs of their own, that a last call puts together.
+"""Shares of a source, made by separate jobs, that a last call joins.
 
 Share i of n takes every n-th chunk of records. Its result is one part file a chunk, byte for byte
 what the workers of an undivided call write, and `parts.json` with the books; so the shards are the

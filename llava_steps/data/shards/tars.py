@@ -2,7 +2,7 @@
 
 Written headers are USTAR with owner 0, time 0 and one mode. Reading walks the headers only and
 refuses what Python's tarfile and energon pass over in silence: a broken header in mid-file, a
-missing end of archive, bytes behind it, links and devices.
+missing end of archive, bytes after it, links and devices.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _check_end(path: Path, file: IO[bytes], offset: int) -> None:
     while chunk := file.read(1 << 20):
         if any(chunk):
             raise InputError(
-                f"{path} has data behind the end-of-archive mark at byte {offset}, which no reader "
+                f"{path} has data after the end-of-archive mark at byte {offset}, which no reader "
                 "will see; concatenated tars must be written again"
             )
         zeros += len(chunk)

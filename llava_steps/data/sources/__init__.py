@@ -23,7 +23,7 @@ def open_source(path: Path, format: str = "auto", options: Options | None = None
 
     Args:
         path: file or directory.
-        format: a name in `SOURCES`, or `auto`: told from the suffix and, for JSONL, from the
+        format: a name in `SOURCES`, or `auto`: detected from the suffix and, for JSONL, from the
             first record.
         options: how to read it.
 

@@ -45,7 +45,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def column(field: str, names: Collection[str], options: Options) -> str | None:
-    """Name of the column that holds `field`, None when there is none among `names`."""
+    """Name of the column that holds `field`, None if `names` has none."""
     wanted = options.columns.get(field)
     candidates = COLUMNS[field] if wanted is None else (wanted,)
     return next((name for name in candidates if name in names), None)
@@ -55,7 +55,7 @@ def column(field: str, names: Collection[str], options: Options) -> str | None:
 def _columns(
     names: tuple[str, ...], given: tuple[tuple[str, str], ...]
 ) -> Mapping[str, str | None]:
-    """Field -> its column, None where there is none."""
+    """Field -> its column, None if it has none."""
     return {field: column(field, names, Options(dict(given))) for field in COLUMNS}
 
 
@@ -197,7 +197,7 @@ def image_files(root: Path, names: Any) -> list[Path]:
             if path.is_file():
                 paths.append(path)
         except (SampleError, OSError):
-            continue  # whoever reads the sample refuses it whatever that file's content is
+            continue  # the reader of the sample refuses it, whatever that file contains
     return paths
 
 

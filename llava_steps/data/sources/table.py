@@ -92,7 +92,7 @@ def table_in(folder: Path) -> Path:
     """The one table of a folder.
 
     Raises:
-        InputError: there is none, or more than one.
+        InputError: it has no table, or more than one.
     """
     tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
     if len(tables) != 1:
