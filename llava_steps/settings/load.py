@@ -139,7 +139,9 @@ def _walk(
         if name_node.tag == "tag:yaml.org,2002:merge":
             problems.append(f"{path}:{line}: '<<' is not supported; write the keys out")
             continue
-        if name_node.tag != "tag:yaml.org,2002:str":
+        if name_node.tag == yaml_loader.FLOAT and yaml_loader.is_text_in_yaml_1_1(name_node):
+            name_node.tag = yaml_loader.TEXT  # a key is never a number
+        if name_node.tag != yaml_loader.TEXT:
             problems.append(f"{path}:{line}: key {name_node.value!r} is not text; quote it")
             continue
         name = str(name_node.value)
@@ -209,10 +211,26 @@ def _validate(source: Source) -> Config | None:
     try:
         return Config.model_validate(source.values)
     except ValidationError as error:
+        if _restore_texts(source.values, error):
+            return _validate(source)
         for problem in error.errors():
             key = tuple(str(part) for part in problem["loc"])
             source.blame(key, _explain(problem, key))
     return None
+
+
+def _restore_texts(values: Any, error: ValidationError) -> bool:
+    """Give settings that want text what was written where YAML 1.2 reads a number, as in 1e3."""
+    restored = False
+    for problem in error.errors():
+        number = problem["input"]
+        if problem["type"] == "string_type" and isinstance(number, yaml_loader.WrittenFloat):
+            holder = values
+            for part in problem["loc"][:-1]:
+                holder = holder[part]
+            holder[problem["loc"][-1]] = number.written
+            restored = True
+    return restored
 
 
 def _explain(problem: Any, key: Key) -> str:

@@ -148,6 +148,15 @@ def test_words_with_an_e_stay_text(write, text: str) -> None:
     assert load([SHIPPED, write("stage2: {name: '1e5'}\n")]).stage2.name == "1e5"
 
 
+def test_where_text_is_wanted_a_number_is_what_was_written(write) -> None:
+    text = "stage2: {name: 1e3}\nlmms_eval: {tasks: [2E5, b], model_args: {1e3: 3e-1}}\n"
+    config = load([SHIPPED, write(text)])
+    assert config.stage2.name == "1e3" and config.lmms_eval.tasks == ["2E5", "b"]
+    assert config.lmms_eval.model_args == {"1e3": "3e-1"}
+    with pytest.raises(ConfigError, match=r"expected text, got 1000\.0"):
+        load([SHIPPED, write("stage2: {name: 1.0e+3}\n")])
+
+
 def test_all_problems_at_once_and_only_once(write) -> None:
     overlay = write("stage2: {lr: x}\nstage1: {lr: y}\ntypo: 1\nrun: 'a/b'\ntar_shards: 3\n")
     told = problems(SHIPPED, overlay)

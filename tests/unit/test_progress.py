@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from llava_steps.core.log import PROGRESS
+from llava_steps.pipeline import workflow
 
 ROOT = Path(__file__).parents[2]
 STEP = """
@@ -65,5 +66,14 @@ def test_one_step_by_hand_has_a_bar() -> None:
 
 def test_the_workflow_asks_for_lines() -> None:
     text = (ROOT / "workflow/rules/common.smk").read_text(encoding="utf-8")
-    assert 'os.environ.setdefault(PROGRESS, "lines")' in text
+    assert "\nset_environment()\n" in text
+    kept = dict(os.environ)
+    try:
+        os.environ.pop(PROGRESS, None)
+        workflow.set_environment()
+        assert os.environ[PROGRESS] == "lines"
+        assert os.environ[f"APPTAINERENV_{PROGRESS}"] == "lines"
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
     assert PROGRESS == "LLAVA_STEPS_PROGRESS"

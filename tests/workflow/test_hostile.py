@@ -52,8 +52,8 @@ def test_labels_and_paths_too(fresh: Project) -> None:
 def test_what_cannot_be_carried_is_refused(fresh: Project) -> None:
     for key, text, reason in [
         ("results", "a{b}", "results: String should match pattern"),
-        ("store", "a\0b", "store: holds a NUL"),
-        ("image", "\ud800", "image: holds a NUL or half a surrogate"),
+        ("store", "a\0b", "store: contains a NUL"),
+        ("image", "\ud800", "image: contains a NUL or half a surrogate"),
         ("tar_shards", {"source": "a{b}.json"}, "a{b}.json"),
         ("run", "$(touch canary)", "run: String should match pattern"),
     ]:
