@@ -1,6 +1,7 @@
 """Convert a Hugging Face LLaVA directory to a Megatron checkpoint.
 
-llava-steps hf_to_megatron --hf-dir results/demo/hf_model --megatron-dir results/demo/...
+    llava-steps hf_to_megatron --hf-dir results/demo/hf_model \\
+        --megatron-dir results/demo/megatron_checkpoint
 
 Converts tensor by tensor; needs no GPU. The checkpoint loads at any tensor, pipeline and data
 parallel size; its files are split for --tp and --pp.

@@ -1,7 +1,7 @@
 """Convert a Megatron checkpoint to a Hugging Face LLaVA directory.
 
-llava-steps megatron_to_hf --megatron-dir results/demo/stage2_checkpoint \\
-    --tokenizer-dir results/demo/hf_model --hf-dir results/demo/hf_export
+    llava-steps megatron_to_hf --megatron-dir results/demo/stage2_checkpoint \\
+        --tokenizer-dir results/demo/hf_model --hf-dir results/demo/hf_export
 
 The newest committed iteration is converted. Config, tokenizer, processor, chat template and
 generation config are copied from --tokenizer-dir, whose weight files also give names, shards and

@@ -1,6 +1,6 @@
 """Index tar shards as a megatron-energon dataset, without prompts.
 
-    llava-steps prepare_energon --tar-dir results/x/tar_shards \
+    llava-steps prepare_energon --tar-dir results/x/tar_shards \\
         --save-dir results/x/energon_dataset
 
 Checks every tar (size, sha256, headers, end of archive, number of samples), links it into the

@@ -259,7 +259,8 @@ def _explain(problem: Any, key: Key) -> str:
                 right = right.replace("e", ".0e")
             return f"{given!r} is text in YAML, not {wanted}; write {right}"
         if isinstance(given, float):
-            return f"expected {wanted}, got {given!r}; write {given:.0f}"
+            advice = f"; write {given:.0f}" if given.is_integer() else ""
+            return f"expected {wanted}, got {given!r}{advice}"
         return f"expected {wanted}, got {given!r}"
     if kind == "int_from_float":
         return f"expected a whole number, got {given!r}"

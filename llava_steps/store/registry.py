@@ -4,6 +4,8 @@ Several results directories can share a store, and `clean` must know them all. T
 registers its `results`; a step whose `--save-dir` lies in none of those registers that directory
 itself. Each file is written once and never changed, so parallel writers need no lock. The paths
 are relative to the store, like the links in results: both survive a move of the whole project.
+Where the store was is kept as well, because a store that was moved without its project is elsewhere
+relative to the results that show it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from llava_steps.core import filesystem
@@ -27,7 +30,8 @@ def register(store: Path, directory: Path) -> None:
     file = _file(store, directory.resolve())
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.write_json(file, {"path": _relative(store, directory.resolve())})
+        path = _relative(store, directory.resolve())
+        filesystem.write_json(file, {"path": path, "store": str(store.resolve())})
 
 
 def register_result(store: Path, out: Path) -> None:
@@ -37,30 +41,44 @@ def register_result(store: Path, out: Path) -> None:
 
 
 def registered(store: Path) -> list[Path]:
-    """All registered directories, whether they exist or not."""
-    found = []
+    """All registered directories, whether they exist or not.
+
+    Of a store that was moved: those beside its new place and those beside its old one.
+    """
+    return [path for _, paths in _entries(store) for path in paths]
+
+
+def forget(store: Path, directory: Path) -> bool:
+    """Remove a directory from the registry; False when it was not registered."""
+    names = {directory.resolve(), directory.absolute()}
+    files = [file for file, paths in _entries(store) if names & {*paths}]
+    for file in files:
+        file.unlink()
+    return bool(files)
+
+
+def _entries(store: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Each file of the registry, and the directories that it may mean."""
     for file in sorted((store / FOLDER).glob("*.json")):
         if not _NAME.fullmatch(file.name):
             continue
         try:
-            path = json.loads(file.read_bytes())["path"]
-            found.append(Path(os.path.normpath(store.resolve() / path)))
+            entry = json.loads(file.read_bytes())
+            stores = dict.fromkeys([store.resolve(), _old_place(store, Path(entry["store"]))])
+            paths = [Path(os.path.normpath(each / entry["path"])) for each in stores]
         except FileNotFoundError:
             continue  # forgotten meanwhile
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
                 f"{file} is damaged: {error!r}; delete it and name its directory with --results"
             ) from None
-    return found
+        yield file, [path for path in paths if path.is_dir()] or paths[:1]
 
 
-def forget(store: Path, directory: Path) -> bool:
-    """Remove a directory from the registry; False when it was not registered."""
-    files = [_file(store, path) for path in (directory.resolve(), directory.absolute())]
-    known = [file for file in dict.fromkeys(files) if file.exists()]
-    for file in known:
-        file.unlink()
-    return bool(known)
+def _old_place(store: Path, recorded: Path) -> Path:
+    """Where a store was before it was moved; a copy of a store that still exists has no such."""
+    moved = not recorded.exists() or recorded.resolve() == store.resolve()
+    return recorded if moved else store.resolve()
 
 
 def _relative(store: Path, directory: Path) -> str:

@@ -263,6 +263,21 @@ def test_a_project_that_moved_as_a_whole_is_still_known(tmp_path: Path, root: Pa
     }
 
 
+def test_results_of_a_store_that_moved_without_them_are_still_known(
+    tmp_path: Path, root: Path, cleaned: Callable[..., Any]
+) -> None:
+    big = tmp_path / "big"
+    (big / "results/other").mkdir(parents=True)
+    (big / "results/other/x").write_text("of somebody else")
+    root.rename(big / "store")
+    root.symlink_to(big / "store")
+    known = registry.registered(big / "store")
+    assert set(known) == {big / "results", tmp_path / "results"}
+    assert shown(big / "store", known).values == {("model", name(0))}
+    assert registry.forget(big / "store", tmp_path / "results")
+    assert registry.registered(big / "store") == []
+
+
 def test_directories_are_registered_once(tmp_path: Path) -> None:
     made = tmp_path / "store"
     registry.register(made, tmp_path / "results")

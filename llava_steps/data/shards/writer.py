@@ -3,7 +3,7 @@
 Worker k turns the records [k * N, (k + 1) * N) into one file of tar members and reports where each
 sample lies in it. As long as nothing was refused such a file is shard k and only gets its name;
 from the first refused sample on, shards are put together from ranges of these files
-(shardplan.py), so that shard k always holds the accepted samples [k * N, (k + 1) * N) and the
+(plan.py), so that shard k always holds the accepted samples [k * N, (k + 1) * N) and the
 number of workers leaves no trace. A sample's key is the number of its record in the source: it
 leads back to the data.
 """
