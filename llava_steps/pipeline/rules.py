@@ -10,11 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core import filesystem
 from llava_steps.pipeline import slurm
 from llava_steps.settings import cli
 from llava_steps.settings.blend import read_blend
@@ -25,7 +23,6 @@ from llava_steps.settings.load import DEMO
 from llava_steps.settings.report import Report
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.settings.steps import STEPS, StepDeclaration, section_of
-from llava_steps.store.code_version import code_version
 from llava_steps.store.store import MANIFEST, read_manifest
 
 AUDITED = ("tokenizer_load_dir", "data_path", "seq_length", "too_long")
@@ -108,13 +105,6 @@ class Rule:
         if isinstance(self.settings, Stage):
             start = slurm.launchers(self.settings, self.module, gres, container)
         return [*start, *self.flags, *self.quiet]
-
-    @cached_property
-    def version(self) -> str:
-        """Stands for the step's code and for every setting, defaults included."""
-        fields = type(self.settings).model_fields
-        values = {k: getattr(self.settings, k) for k in fields if cli.role(fields[k]) == "value"}
-        return f"{code_version(self.module)} {filesystem.sha256_json(values)[:16]}"
 
 
 def chain(config: Config, image: str = "") -> dict[str, Rule]:
