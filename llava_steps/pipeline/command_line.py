@@ -13,7 +13,7 @@ from llava_steps.store import run
 
 PACKAGE = Path(llava_steps.__file__).parent
 TOOLS = "commands"
-"""Room whose modules are the tools."""
+"""Package whose modules are the tools."""
 
 
 def steps() -> dict[str, str]:
@@ -23,8 +23,8 @@ def steps() -> dict[str, str]:
 
 def tools() -> dict[str, str]:
     """Name -> module of every tool."""
-    found = pkgutil.iter_modules([str(PACKAGE / TOOLS)])
-    return {item.name: f"{llava_steps.__name__}.{TOOLS}.{item.name}" for item in found}
+    tool_modules = pkgutil.iter_modules([str(PACKAGE / TOOLS)])
+    return {item.name: f"{llava_steps.__name__}.{TOOLS}.{item.name}" for item in tool_modules}
 
 
 def commands() -> dict[str, str]:

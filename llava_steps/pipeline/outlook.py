@@ -24,7 +24,7 @@ LISTED = 4
 @dataclass(frozen=True)
 class State:
     """A rule's outlook. done: its value is in the store. run: it will be computed. after: it
-    depends on what is computed before; should that come out as once before, it is found then.
+    depends on what is computed before, so its value may turn out to exist already.
     """
 
     rule: str
@@ -70,20 +70,20 @@ def _state(
     shown = store.read_manifest(rule.out)
     lost = shown is not None and not store.is_held(rule.out, shown)
     step = importlib.import_module(rule.module).STEP
-    place = root / step.named(settings)
-    if not any(place.glob(f"*/{store.MANIFEST}")):
-        return State(rule.name, "run", _begun(place), lost=lost), None
+    directory = root / step.named(settings)
+    if not any(directory.glob(f"*/{store.MANIFEST}")):
+        return State(rule.name, "run", _begun(directory), lost=lost), None
     if waits:
         why = "reads the result of " + ", ".join(waits)
         return State(rule.name, "after", why, lost=lost), None
     try:
         recorded = shown["inputs"] if shown else {}
-        found = identity.identify(step, rule.module, settings, digests, image, recorded)
-        entry = root / found.name / found.fingerprint
+        computation = identity.identify(step, rule.module, settings, digests, image, recorded)
+        entry = root / computation.name / computation.fingerprint
         manifest = store.read_manifest(entry)
         if manifest is None:
-            goes_on = [path.name for _, path in committed(entry)] if entry.is_dir() else []
-            why = f"goes on after {goes_on[-1]}" if goes_on else _difference(shown, found)
+            saved = [path.name for _, path in committed(entry)] if entry.is_dir() else []
+            why = f"resumes after {saved[-1]}" if saved else _difference(shown, computation)
             return State(rule.name, "run", why, lost=lost), None
         store.check(entry, manifest, sha256=None)
         shows = _shows(rule, entry, shown)
@@ -111,7 +111,7 @@ def outlook(config: Config, rules: Mapping[str, Rule], image: str) -> dict[str, 
 
 
 def demanded(
-    rules: Mapping[str, Rule], found: Mapping[str, State], forced: Collection[str] = ()
+    rules: Mapping[str, Rule], outlooks: Mapping[str, State], forced: Collection[str] = ()
 ) -> dict[str, str]:
     """Rules whose jobs must run, each with the reason: the run does not show their value.
 
@@ -121,7 +121,7 @@ def demanded(
     reasons: dict[str, str] = {}
     renewed: set[str] = set()
     for name, rule in rules.items():
-        state = found[name]
+        state = outlooks[name]
         waits = [other for other in rule.upstream if other in renewed]
         missing = [other for other in rule.before if not os.path.exists(rules[other].manifest)]
         if name in forced:
@@ -135,25 +135,25 @@ def demanded(
         elif not state.shown:
             reasons[name] = "its value is in the store, not in the results of this run"
         elif missing:
-            reasons[name] = "there is no result of " + ", ".join(missing)
+            reasons[name] = "missing: the result of " + ", ".join(missing)
     return reasons
 
 
 def nearest(rules: Mapping[str, Rule], name: str, demand: Collection[str]) -> list[str]:
     """The demanded rules before a rule that no other demanded rule separates from it."""
-    found: dict[str, None] = {}
+    nearest_rules: dict[str, None] = {}
     todo = [*rules[name].before]
     while todo:
         other = todo.pop()
         if other in demand:
-            found[other] = None
+            nearest_rules[other] = None
         else:
             todo += rules[other].before
-    return [*found]
+    return [*nearest_rules]
 
 
-def _begun(place: Path) -> str:
-    return "was begun, never finished" if place.is_dir() else "never computed"
+def _begun(directory: Path) -> str:
+    return "was begun, never finished" if directory.is_dir() else "never computed"
 
 
 def _pinned(
@@ -174,34 +174,34 @@ def _pinned(
     return rule.settings.model_copy(update=pinned), named
 
 
-def _difference(shown: Mapping[str, Any] | None, found: identity.Identity) -> str:
-    """Why the value that the run shows is not the one that is asked for."""
+def _difference(shown: Mapping[str, Any] | None, computation: identity.Identity) -> str:
+    """Why the value that the run shows is not the requested one."""
     if shown is None:
         return "not computed with these settings and inputs yet"
     old = shown["config"]
     changed = [
         f"{key} {old.get(key)!r} -> {value!r}"
-        for key, value in found.settings.items()
+        for key, value in computation.settings.items()
         if old.get(key) != value
     ]
     before = {key: item["digest"] for key, item in shown["inputs"].items()}
     changed += [
         f"{key} has other content"
-        for key, item in found.inputs.items()
+        for key, item in computation.inputs.items()
         if before.get(key) != item.digest
     ]
-    changed += [f"{key} is not read any more" for key in before if key not in found.inputs]
-    if shown["code"] != found.code:
+    changed += [f"{key} is no longer read" for key in before if key not in computation.inputs]
+    if shown["code"] != computation.code:
         changed.append("code of the step")
     if not changed:
-        gone = shown["fingerprint"] == found.fingerprint
-        return "its value is not in the store any more" if gone else "changed: the container image"
+        gone = shown["fingerprint"] == computation.fingerprint
+        return "its value is no longer in the store" if gone else "changed: the container image"
     more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
     return "changed: " + ", ".join(changed[:LISTED]) + more
 
 
-def audit_of(found: Mapping[str, State], stage: int) -> Mapping[str, Any] | None:
+def audit_of(outlooks: Mapping[str, State], stage: int) -> Mapping[str, Any] | None:
     """Figures of the stage's audit, if that is done."""
-    state = found.get(f"stage{stage}_audit")
+    state = outlooks.get(f"stage{stage}_audit")
     metrics = state.manifest["metrics"] if state and state.manifest else {}
     return metrics if metrics.get("usable") else None

@@ -116,7 +116,7 @@ def chain(config: Config, image: str = "") -> dict[str, Rule]:
             continue
         feeds = step.feeds
         if step.rule == "report":
-            # It shows the results and every rule before them, and asks for no other.
+            # It shows the results and every rule before them, and needs no other.
             shown = before(rules, results(rules))
             feeds = {key: rule for key, rule in feeds.items() if rule in shown}
         rules[step.rule] = _rule(step, config, run, image, feeds, rules)
@@ -129,11 +129,11 @@ def results(rules: Iterable[str]) -> list[str]:
 
 
 def lost(rules: Mapping[str, Rule]) -> list[str]:
-    """Files of the user that are not there, as messages, where a result was made from others.
+    """A message for each missing file of the user, where a result was made from another file.
 
-    Snakemake would keep such a result without a word: what cannot be made again, it leaves.
+    Snakemake would keep such a result silently, because it cannot make it again.
     """
-    found = []
+    messages = []
     for rule in rules.values():
         shown = read_manifest(rule.out)
         for key in DATA_FILES:
@@ -143,12 +143,12 @@ def lost(rules: Mapping[str, Rule]) -> list[str]:
                 if before != text:
                     section = section_of(rule.name)
                     made = f"{rule.out} was made from {before}" if before else "was empty before"
-                    found.append(f"{section}.{key}: {text} does not exist; {made}")
-    return found
+                    messages.append(f"{section}.{key}: {text} does not exist; {made}")
+    return messages
 
 
 def shares(config: Config, rules: Mapping[str, Rule]) -> dict[str, Rule]:
-    """The calls that share the work of `tar_shards`, by name; none where it is one job.
+    """The calls that share the work of `tar_shards`, by name; empty when it is one job.
 
     Each has the name of the rule whose work it shares: it is forced with it.
     """
@@ -169,7 +169,7 @@ def shares(config: Config, rules: Mapping[str, Rule]) -> dict[str, Rule]:
 
 
 def share_out(whole: Rule, name: str) -> Path:
-    """Directory that shows a share of a rule's work until the whole is there."""
+    """Directory that shows a share of a rule's work until the whole is sealed."""
     return _parts(whole.out) / name
 
 
@@ -186,14 +186,14 @@ def _asked(config: Config, name: str) -> bool:
 
 def before(rules: Mapping[str, Rule], names: Iterable[str]) -> set[str]:
     """`names` and every rule whose result they need, directly or not."""
-    found: set[str] = set()
+    needed: set[str] = set()
     todo = [*names]
     while todo:
         name = todo.pop()
-        if name not in found:
-            found.add(name)
+        if name not in needed:
+            needed.add(name)
             todo += rules[name].before
-    return found
+    return needed
 
 
 def _rule(

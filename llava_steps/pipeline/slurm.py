@@ -1,6 +1,6 @@
 """What a rule asks Slurm for, and the command that starts a training on several nodes.
 
-Words, never a line: whoever runs them in a shell quotes each one.
+Commands are lists of words: the caller quotes each word before a shell runs them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ TASK = (
     "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURMD_NODENAME",
     "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
-"""What srun tells each task about its place."""
+"""Variables that srun sets in each task."""
 HAND_ON = (
     f'for name in {" ".join(TASK)}; do value=$(printenv "$name") && '
     'export "APPTAINERENV_$name=$value"; done; exec "$@"'
 )
 """Slurm knows TASK inside the task only, so this fixed line of shell hands it to the container;
-everything that comes from the configuration is an argument behind it."""
+everything that comes from the configuration is an argument after it."""
 
 
 def launchers(stage: Stage, module: str, gres: str, container: Sequence[str] = ()) -> list[str]:
@@ -78,12 +78,12 @@ def asks(name: str, settings: StepConfig, cluster: Cluster) -> dict[str, Any]:
     return wanted
 
 
-def wait_for_jobs(places: Mapping[str, Path]) -> None:
+def wait_for_jobs(directories: Mapping[str, Path]) -> None:
     """Wait for the jobs that a killed controller left running and that write these results.
 
-    `places` are the directories that show the results, by rule.
+    `directories` show the results, by rule.
     """
-    for name, out in places.items():
+    for name, out in directories.items():
         lease = out / "work/.work/lease.json"
         try:
             job = json.loads(lease.read_bytes())["slurm_job_id"]

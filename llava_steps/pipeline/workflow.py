@@ -1,4 +1,4 @@
-"""A run in the hands of Snakemake: what the Snakefile asks for its rules, and what is checked.
+"""A run under Snakemake: what the rules of the Snakefile use, and the checks around the jobs.
 
 Fingerprints decide what runs. Before Snakemake builds its graph, `Run.build` computes which rules
 are demanded and forces them; afterwards it compares the jobs of the graph with the demand. Errors
@@ -136,7 +136,7 @@ class Run:
         """Manifest of a share of sharding by its name."""
         return str(rules.share_out(self.rules["tar_shards"], share) / MANIFEST)
 
-    def places(self) -> dict[str, Path]:
+    def directories(self) -> dict[str, Path]:
         """Directories that show results, those of shares included."""
         return {name: rule.out for name, rule in self._all().items()}
 
@@ -167,7 +167,7 @@ class Run:
         return str(Path(image).absolute())
 
     def container(self, name: str) -> str | None:
-        """Image that Snakemake runs a rule in; None where there is none, or its tasks enter it."""
+        """Image that Snakemake runs a rule in; None without one, or when its tasks enter it."""
         return None if self.rules[name].nodes > 1 else self.config.image or None
 
     def resources(self, name: str) -> dict[str, Any]:
@@ -183,9 +183,9 @@ class Run:
     def build(self) -> None:
         """Build Snakemake's graph such that it holds exactly the demanded jobs.
 
-        Snakemake alone can plan less: it does not look at the params of a job after one that must
-        run, nor at those of a result that it has no record of. So each demanded rule is forced
-        before the graph is built, and the graph is compared with the demand afterwards.
+        Snakemake by itself can plan less: it ignores the params of a job after one that must run,
+        and those of a result that it has no record of. So each demanded rule is forced before the
+        graph is built, and the graph is compared with the demand afterwards.
 
         Raises:
             ConfigError: the jobs of the graph are not those that are demanded.
@@ -264,7 +264,7 @@ class Run:
                 request.parent.mkdir(parents=True, exist_ok=True)
                 request.touch()
             else:
-                request.unlink(missing_ok=True)  # of a run that ended before it got there
+                request.unlink(missing_ok=True)  # of a run that ended before this step
 
     def refuse_host_for_image(self) -> None:
         """ConfigError when the configured image, which is in every fingerprint, is not used."""
@@ -326,8 +326,8 @@ class Run:
 
     def check_results(self) -> None:
         """ConfigError unless the results are what the configuration asks for, by fingerprint."""
-        found = outlook.outlook(self.config, self.rules, self.image)
-        wrong = outlook.demanded(self.rules, found)
+        outlooks = outlook.outlook(self.config, self.rules, self.image)
+        wrong = outlook.demanded(self.rules, outlooks)
         concerned = self._concerned()
         lines = [f"{name}: {why}" for name, why in wrong.items() if name in concerned]
         if lines:

@@ -216,7 +216,7 @@ def test_the_plan_says_what_a_result_no_longer_reads(finished: Project) -> None:
         if entry.name != shown:
             shutil.rmtree(entry)
     text = finished.snakemake("-n", "--cores", "1")
-    assert re.search(r"run +report +changed: llm_jp_eval_mm is not read any more\n", text)
+    assert re.search(r"run +report +changed: llm_jp_eval_mm is no longer read\n", text)
 
 
 def test_files_are_named_behind_one_configfile(fresh: Project) -> None:

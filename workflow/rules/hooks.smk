@@ -18,19 +18,19 @@ if workflow.is_main_process:
 def before_jobs():
     this_run.refuse_host_for_image()
     this_run.refuse_nodes_without_slurm()
-    # A layout that stage 2 cannot have is reported before stage 1 has cost its time.
+    # Report a layout that stage 2 cannot have before stage 1 has spent its time.
     plan.refuse(this_run.config, this_run.stages_to_train())
     lease = this_run.hold()
     atexit.register(lease.__exit__, None, None, None)
     atexit.register(filesystem.remove, this_run.claim_values())
-    slurm.wait_for_jobs(this_run.places())
+    slurm.wait_for_jobs(this_run.directories())
     this_run.request_forced()
     print("What runs, and why:", *this_run.reasons(), sep="\n", file=sys.stderr)
 
 
 @atexit.register
 def show_plan():
-    """After a dry run: what the run would take. It never fails the dry run itself."""
+    """After a dry run, show what the run would take. This never fails the dry run itself."""
     planned = (
         workflow.scheduler is not None
     )  # not where Snakemake ended with an error before

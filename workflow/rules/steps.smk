@@ -16,7 +16,7 @@ for step in this_run.rules.values():
             this_run.share_manifests(step.name),
         output:
             step.manifest,
-        # What a stage cannot read is reported before another stage has cost its time.
+        # Report what a stage cannot read before another stage has spent its time.
         priority: 1 if step.declared.module == "audit" else 0
         container:
             this_run.container(step.name)
