@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.pipeline.rules import Rule
-from llava_steps.settings import cli
+from llava_steps.settings import paths
 from llava_steps.settings.config import Config
 from llava_steps.settings.fields import StepConfig
 from llava_steps.store import identity, store
@@ -163,15 +163,13 @@ def _pinned(
     rules whose results are named so."""
     pinned: dict[str, str] = {}
     named: set[str] = set()
-    for key, info in type(rule.settings).model_fields.items():
-        if cli.role(info) != "source" or not (text := getattr(rule.settings, key)):
-            continue
-        for name in rule.upstream:
-            inside = rules[name].holds(text)
+    for item in paths.given(rule.settings):
+        for name in rule.upstream if item.text else ():
+            inside = rules[name].holds(item.text)
             if inside is not None and name in entries:
-                pinned[key] = str(entries[name] / inside)
+                pinned[item.key] = str(entries[name] / inside)
                 named.add(name)
-    return rule.settings.model_copy(update=pinned), named
+    return paths.replaced(rule.settings, pinned), named
 
 
 def _difference(shown: Mapping[str, Any] | None, computation: identity.Identity) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.settings import cli
+from llava_steps.settings import cli, paths
 from llava_steps.settings.fields import may_be_empty
 from llava_steps.store import store
 from llava_steps.store.code_version import code_version
@@ -72,15 +72,13 @@ def _inputs(
 ) -> dict[str, Input]:
     """Every input that is given, compared with its manifest and pinned to its sealed entry."""
     inputs: dict[str, Input] = {}
-    for key, info in step.config.model_fields.items():
-        if cli.role(info) != "source":
-            continue
-        text: str = getattr(config, key)
+    for given in paths.given(config):
+        key, name, info, text = given.key, given.field, given.info, given.text
         if not text:
             if may_be_empty(info):
                 continue
-            raise ConfigError(f"{cli.flag_name(key, info)} is needed: {info.description}")
-        named = key in step.resolve and not Path(text).exists()
+            raise ConfigError(f"{cli.flag_name(name, info)} is needed: {info.description}")
+        named = name in step.resolve and not Path(text).exists()
         if recorded is not None and not Path(text).exists():
             known = digests.of_name(text) if named else None
             if recorded.get(key, {}).get("path") == text:
@@ -88,9 +86,9 @@ def _inputs(
             if known is not None:
                 inputs[key] = Input(Path(text), known, shown=text)
                 continue
-        path = step.resolve[key](text, recorded is None) if key in step.resolve else Path(text)
+        path = step.resolve[name](text, recorded is None) if name in step.resolve else Path(text)
         if not path.exists():
-            raise InputError(f"{cli.flag_name(key, info)}: {path} does not exist")
+            raise InputError(f"{cli.flag_name(name, info)}: {path} does not exist")
         artefact = store.artefact_of(path)
         if artefact is not None:
             directory, manifest = artefact
@@ -98,9 +96,11 @@ def _inputs(
             store.check(entry, manifest, digests.file if recorded is None else None)
             inside = path.relative_to(directory).as_posix()
             digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
+            if named_files := _named_by(step, name, entry / inside, digests):
+                digest = filesystem.sha256_json([digest, named_files])
             inputs[key] = Input(entry / inside, digest, manifest, entry, text)
         else:
-            digest = _digest(step, config, key, path, digests)
+            digest = _digest(step, config, name, path, digests)
             if named:
                 digests.keep_name(text, digest)
             inputs[key] = Input(path, digest, shown=text)
@@ -111,10 +111,16 @@ def _inputs(
 def _digest(step: Step[C], config: C, key: str, path: Path, digests: Digests) -> str:
     if key in step.parts:
         return digests.files(*step.parts[key](path, config))
-    if key in step.members and path.is_file():
-        named = [_member_digest(member, digests) for member in step.members[key](path)]
+    if named := _named_by(step, key, path, digests):
         return filesystem.sha256_json([digests.file(path), named])
     return digests.path(path)
+
+
+def _named_by(step: Step[C], key: str, path: Path, digests: Digests) -> list[str]:
+    """Digests of what a file names that counts as content of the field `key`."""
+    if key not in step.members or not path.is_file():
+        return []
+    return [_member_digest(member, digests) for member in step.members[key](path)]
 
 
 def _member_digest(path: Path, digests: Digests) -> str:
@@ -137,6 +143,6 @@ def changed_input(
     for key, item in inputs.items():
         if item.entry is not None and item.manifest is not None:
             store.check(item.entry, item.manifest, digests.file)
-        elif _digest(step, config, key, item.path, digests) != item.digest:
+        elif _digest(step, config, key.partition(".")[0], item.path, digests) != item.digest:
             return item.path
     return None

@@ -32,7 +32,7 @@ from llava_steps.core.errors import (
     environment_error,
 )
 from llava_steps.core.log import ignore_known_warnings, logger
-from llava_steps.settings import cli
+from llava_steps.settings import cli, paths
 from llava_steps.store import container, registry, store
 from llava_steps.store.digest import Digests
 from llava_steps.store.identity import Identity, changed_input, identify, values
@@ -73,12 +73,9 @@ def execute(step: Step[C], arguments: Sequence[str]) -> int:
 
 def _named_paths(step: Step[C], given: Mapping[str, Any]) -> list[Path]:
     """What a container must see: where the value goes, and the inputs on the command line."""
-    inputs = [
-        Path(given[key])
-        for key, info in step.config.model_fields.items()
-        if cli.role(info) == "source" and given.get(key)
-    ]
-    return [given["save_dir"], given["store"], *inputs]
+    settings = cli.settings(step.config, dict(given))
+    named = [Path(item.text) for item in paths.given(settings) if item.text]
+    return [given["save_dir"], given["store"], *named]
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -306,11 +303,12 @@ def _not_in_place_of_an_input(step: Step[C], config: C, out: Path) -> None:
     """ConfigError when the result is to be shown where an input is: it would be gone for whoever
     gives the same command again, after a stop for one.
     """
-    for key, info in step.config.model_fields.items():
-        text = getattr(config, key) if cli.role(info) == "source" else ""
+    for item in paths.given(config):
+        text = item.text
         if text and Path(os.path.abspath(text)).is_relative_to(os.path.abspath(out)):
+            flag = cli.flag_name(item.field, item.info)
             raise ConfigError(
-                f"--save-dir {out} would take the place of {cli.flag_name(key, info)} {text}, "
+                f"--save-dir {out} would take the place of {flag} {text}, "
                 "which the same command needs to go on; choose another directory"
             )
 
