@@ -21,6 +21,7 @@ class Several(StepConfig):
 
 
 def _inputs(config: Several, store: Path) -> dict[str, str]:
+    store.mkdir(exist_ok=True)
     step = Step(name="several", config=Several, run=lambda ctx, cfg: {})
     found = identify(step, "llava_steps.settings.paths", config, Digests(store))
     return {key: item.digest for key, item in found.inputs.items()}
