@@ -2,7 +2,7 @@
 
 Comments, docstrings and formatting do not count, so that editing them recomputes nothing; any
 other edit of a module that the step imports, directly or not, does. So does an edit of a file
-beside such a module that is no module (a template, a style sheet).
+beside such a module that is not one itself (a template, a style sheet).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _read(module: str) -> tuple[str, frozenset[str]]:
     """(digest of the module's code, modules of this package that it imports anywhere)."""
     path = _file_of(module)
     if path is None:
-        raise InputError(f"module {module} is not there; is the installation complete?")
+        raise InputError(f"module {module} is missing; is the installation complete?")
     tree = ast.parse(path.read_bytes())
     imported: set[str] = set()
     for node in ast.walk(tree):

@@ -30,7 +30,7 @@ def iteration_name(step: int) -> str:
 def commit_dir(temporary: Path, final: Path, info: dict[str, Any] | None = None) -> None:
     """Seal the files below `temporary` and give them the name `final`.
 
-    Everything is on stable storage before the rename; `final` must not be committed already.
+    Everything is on stable storage before the rename; `final` must not be committed yet.
     """
     remove_uncommitted(final)
     files = {
@@ -51,7 +51,7 @@ def _marker(files: dict[str, Any], info: dict[str, Any]) -> bytes:
 def remove_uncommitted(path: Path) -> None:
     """Delete `path` if it is a directory that was never committed."""
     if (path / MARKER).exists():
-        raise IntegrityError(f"{path} is committed already; refusing to write over it")
+        raise IntegrityError(f"{path} is already committed; refusing to overwrite it")
     filesystem.remove(path)
 
 
@@ -121,7 +121,7 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
     checkpoints = committed(root)
     for iteration, path in checkpoints[: max(0, len(checkpoints) - keep)]:
         if not (keep_every and iteration % keep_every == 0):
-            # Without its marker the directory is no checkpoint any more, however far the rest gets.
+            # Without its marker the directory no longer counts, even if the rest is not deleted.
             (path / MARKER).unlink()
     for path in root.iterdir():
         if _ITERATION.match(path.name) and not (path / MARKER).exists():

@@ -1,4 +1,4 @@
-"""`--sif-path`: a step called by hand runs in a container image.
+"""`--sif-path`: a step that is called directly runs in a container image.
 
 The whole step goes into the image, its worker processes with it: the same command is run again by
 apptainer (or singularity), with this checkout's code on the path. In the workflow the key `image`
@@ -18,7 +18,7 @@ from llava_steps.store.digest import Digests
 
 RUNTIMES = ("apptainer", "singularity")
 INSIDE = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
-"""Variables that name the image to whoever runs in one."""
+"""Variables that name the image to a process that runs in one."""
 ROOT = Path(__file__).resolve().parents[2]
 NVIDIA = Path("/proc/driver/nvidia")
 
@@ -39,23 +39,23 @@ def image_digest(image: str, store: Path) -> str:
         )
     store.mkdir(parents=True, exist_ok=True)
     digests = Digests(store)
-    found = "sha256:" + digests.file(Path(image))
+    digest = "sha256:" + digests.file(Path(image))
     digests.save()
-    return found
+    return digest
 
 
 def enter(sif: Path, module: str, arguments: Sequence[str], named: Iterable[Path]) -> None:
     """Return when this process runs in `sif`; otherwise become `python -m module` inside it.
 
     Raises:
-        InputError: there is no such image.
-        ConfigError: this is another image, or there is neither apptainer nor singularity.
+        InputError: the image does not exist.
+        ConfigError: this is another image, or neither apptainer nor singularity is installed.
     """
     around = next((os.environ[name] for name in INSIDE if os.environ.get(name)), "")
     if around:
         if os.path.realpath(around) != os.path.realpath(sif):
             raise ConfigError(
-                f"--sif-path {sif}: this runs in the image {around} already; leave the option out"
+                f"--sif-path {sif}: this already runs in the image {around}; leave the option out"
             )
         return
     if not sif.is_file():
@@ -96,11 +96,12 @@ def command(
 
 def _directories(paths: Iterable[Path]) -> list[str]:
     """The directories that hold `paths`, links followed, without those inside another."""
-    found: set[Path] = set()
+    directories: set[Path] = set()
     for path in paths:
-        for place in (path.absolute(), path.resolve()):
-            while not place.is_dir():
-                place = place.parent
-            found.add(place)
-    found.discard(Path("/"))
-    return [str(p) for p in sorted(found) if not any(p.is_relative_to(q) for q in found - {p})]
+        for directory in (path.absolute(), path.resolve()):
+            while not directory.is_dir():
+                directory = directory.parent
+            directories.add(directory)
+    directories.discard(Path("/"))
+    covered = {p for p in directories if any(p.is_relative_to(q) for q in directories - {p})}
+    return [str(p) for p in sorted(directories - covered)]

@@ -67,6 +67,6 @@ class Digests:
         try:
             known = json.loads(self._path.read_bytes())
         except (FileNotFoundError, ValueError):
-            # Only a cache: whatever is in it can be computed again.
+            # Only a cache: its contents can be computed again.
             return {}
         return known if isinstance(known, dict) else {}

@@ -1,12 +1,12 @@
 """One writer per directory: `lease.json` names the process that works in it.
 
-Who took it, gave it back or lost it, and when, stands in `lease.log`, a line of JSON each.
+`lease.log` records who took it, gave it back or lost it, and when: a line of JSON each.
 
-A lease is alive while its process is. On the same machine (boot id and pid namespace) that is
-asked of the kernel, by pid and process start time. For another machine, or another container, the
-heartbeat decides, an mtime renewed every few seconds: whoever meets such a lease watches it, is
-refused when it is renewed and takes it over after `STALE_AFTER` seconds without. A process that
-finds its own lease taken over ends at once.
+A lease is alive while its process is. On the same machine (boot id and pid namespace) the
+kernel knows that, by pid and process start time. For another machine, or another container, the
+heartbeat decides: an mtime that is renewed every few seconds. A process that meets such a
+lease watches it: it is refused when the lease is renewed, and takes it over after `STALE_AFTER`
+seconds without a renewal. A process that finds its own lease taken over ends at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEARTBEAT = 5.0
 STALE_AFTER = 120.0
 """Seconds without a renewal after which a lease of another machine counts as dead."""
 LONG_DEAD = 10 * STALE_AFTER
-"""Age in seconds beyond which nobody watches first: more than clocks of two machines differ."""
+"""Age in seconds at which a lease is dead without a watch: clocks of machines differ by less."""
 
 
 def _boot_id() -> str:
@@ -80,7 +80,7 @@ def _lives(beat: tuple[bytes, int]) -> bool | None:
 
 
 def alive(directory: Path) -> bool:
-    """Whether somebody may hold the lease of `directory`, without waiting for a beat."""
+    """Whether a process may hold the lease of `directory`, without waiting for a beat."""
     beat = _beat(directory / FILE)
     return beat is not None and _lives(beat) is not False
 
@@ -144,7 +144,7 @@ class Lease:
     def _taken(self, watched: tuple[bytes, int] | None, seconds: float) -> bool:
         """Take the lease if it is free, dead, or was watched for so many seconds without a beat.
 
-        Raises LockedError if its holder is alive for certain.
+        Raises LockedError if its holder is certainly alive.
         """
         # The lock only orders takers on one file system; the lease itself decides.
         with open(self._lock, "w") as lock:
@@ -179,7 +179,7 @@ class Lease:
     def _renew(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             if not self.is_ours():
-                # Suspended for so long that somebody else works here now.
+                # Suspended for so long that another process works here now.
                 print(f"{self.path} was taken over by another process; ending", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(LockedError.exit_code)

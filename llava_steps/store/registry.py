@@ -26,7 +26,7 @@ DEPTH = 3
 
 
 def register(store: Path, directory: Path) -> None:
-    """Register a results directory; nothing is written when that was done before."""
+    """Register a results directory; nothing is written when it is registered."""
     file = _file(store, directory.resolve())
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def register_result(store: Path, out: Path) -> None:
 def registered(store: Path) -> list[Path]:
     """All registered directories, whether they exist or not.
 
-    Of a store that was moved: those beside its new place and those beside its old one.
+    Of a store that was moved: those beside its new location and those beside its old one.
     """
     return [path for _, paths in _entries(store) for path in paths]
 
@@ -64,7 +64,7 @@ def _entries(store: Path) -> Iterator[tuple[Path, list[Path]]]:
             continue
         try:
             entry = json.loads(file.read_bytes())
-            stores = dict.fromkeys([store.resolve(), _old_place(store, Path(entry["store"]))])
+            stores = dict.fromkeys([store.resolve(), _old_location(store, Path(entry["store"]))])
             paths = [Path(os.path.normpath(each / entry["path"])) for each in stores]
         except FileNotFoundError:
             continue  # forgotten meanwhile
@@ -75,8 +75,8 @@ def _entries(store: Path) -> Iterator[tuple[Path, list[Path]]]:
         yield file, [path for path in paths if path.is_dir()] or paths[:1]
 
 
-def _old_place(store: Path, recorded: Path) -> Path:
-    """Where a store was before it was moved; a copy of a store that still exists has no such."""
+def _old_location(store: Path, recorded: Path) -> Path:
+    """Where a store was before it was moved; a copy of a store that still exists was not moved."""
     moved = not recorded.exists() or recorded.resolve() == store.resolve()
     return recorded if moved else store.resolve()
 

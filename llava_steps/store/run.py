@@ -41,7 +41,7 @@ from llava_steps.store.step import C, Context, Step
 from llava_steps.store.store import Input
 
 FORCE_REQUEST = ".force"
-"""File in the published directory that asks the next run of the step to recompute its value."""
+"""File in the published directory that makes the next run of the step recompute its value."""
 
 
 def main(step: Step[C], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -80,7 +80,7 @@ def _named_paths(step: Step[C], given: Mapping[str, Any]) -> list[Path]:
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """End the step in order, with exit code 75."""
-    raise StoppedError(f"stopped by {signal.Signals(number).name}; run me again to go on")
+    raise StoppedError(f"stopped by {signal.Signals(number).name}; run it again to resume")
 
 
 class _ResultDirectory(argparse.Action):
@@ -127,7 +127,9 @@ def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
     where.add_argument(
         "--sif-path", type=Path, help="run in this container image, with apptainer or singularity"
     )
-    where.add_argument("--force", action="store_true", help="compute again although it is there")
+    where.add_argument(
+        "--force", action="store_true", help="compute again although it is up to date"
+    )
     return made
 
 
@@ -154,7 +156,7 @@ def _evaluate(
         whole = _sealed_whole(step, config, identity, image, root)
         if whole is not None and _publish_whole(whole, out):
             log.info(
-                "%s %s, the whole, is there already; no share of it is needed",
+                "%s %s, the whole value, is up to date; no share of it is needed",
                 identity.name,
                 whole.name,
             )
@@ -165,7 +167,7 @@ def _evaluate(
         (entry / store.WORK / "logs").mkdir(parents=True, exist_ok=True)
         if not (entry / store.MANIFEST).exists():
             stack.enter_context(Lease(entry / store.WORK))
-        # Asked again under the lease: its last holder may just have finished this very value.
+        # Read again under the lease: its last holder may just have finished this very value.
         manifest = store.read_manifest(entry)
         if manifest is not None:
             store.check(entry, manifest, known.file)
@@ -178,14 +180,14 @@ def _evaluate(
                 # What was read from both versions is of no use to the next attempt either.
                 clear(entry)
                 raise InputError(
-                    f"{changed} changed while the step read it; nothing was kept, run again"
+                    f"{changed} changed while the step read it; nothing was kept, so run it again"
                 )
             store.seal(entry, description, step.volatile, known.file)
         known.save()
         store.publish(entry, out)
         step.published(config)
         if manifest is not None:
-            log.info("%s %s is there already; nothing to compute", identity.name, entry.name)
+            log.info("%s %s is up to date; nothing to compute", identity.name, entry.name)
         else:
             log.info("%s is done: %s", identity.name, out)
 
@@ -260,14 +262,14 @@ def _sealed_whole(
 
 
 def _register(root: Path, out: Path, log: logging.Logger) -> None:
-    """Have `clean` find what `out` shows; a store that is only read cannot be cleaned either."""
+    """Register `out` for `clean`; a user who cannot write to the store cannot clean it either."""
     try:
         registry.register_result(root, out)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         log.warning(
-            "%s: %s; `llava-steps clean` by its owner needs --results for what %s shows",
+            "%s: %s; to clean this store, its owner must name %s with --results",
             error.filename,
             error.strerror,
             out,
@@ -300,16 +302,17 @@ def _note_inputs(entry: Path, inputs: Mapping[str, Input]) -> None:
 
 
 def _not_in_place_of_an_input(step: Step[C], config: C, out: Path) -> None:
-    """ConfigError when the result is to be shown where an input is: it would be gone for whoever
-    gives the same command again, after a stop for one.
+    """ConfigError when the result is to be shown where an input is.
+
+    It would replace the input, so the same command could not run again, for example to resume.
     """
     for item in paths.given(config):
         text = item.text
         if text and Path(os.path.abspath(text)).is_relative_to(os.path.abspath(out)):
             flag = cli.flag_name(item.field, item.info)
             raise ConfigError(
-                f"--save-dir {out} would take the place of {flag} {text}, "
-                "which the same command needs to go on; choose another directory"
+                f"--save-dir {out} would replace {flag} {text}, "
+                "which the same command needs to resume; choose another directory"
             )
 
 
@@ -322,7 +325,7 @@ def _follow(
     force: bool,
 ) -> None:
     """Take part in the computation of a value that another process leads."""
-    # Asked in this order: the lead sets a value aside before it takes back the request to.
+    # In this order: the lead sets a value aside before it takes back the request to.
     if not force and (entry / store.MANIFEST).exists():
         return
     work = entry / store.WORK
@@ -357,7 +360,7 @@ def _image(given: Mapping[str, Any], digests: Digests) -> str:
     stated: str = given["image"]
     if not given["sif_path"]:
         return stated
-    found = "sha256:" + digests.file(given["sif_path"])
-    if stated and stated != found:
-        raise ConfigError(f"--image {stated}: --sif-path {given['sif_path']} has {found}")
-    return found
+    digest = "sha256:" + digests.file(given["sif_path"])
+    if stated and stated != digest:
+        raise ConfigError(f"--image {stated}: --sif-path {given['sif_path']} has {digest}")
+    return digest

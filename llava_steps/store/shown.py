@@ -32,15 +32,15 @@ def shown(store: Path, directories: Iterable[Path]) -> Shown:
     Raises:
         OSError: a directory cannot be read, so what it shows is not known.
     """
-    found, root = Shown(), store.resolve()
+    result, root = Shown(), store.resolve()
     for directory in directories:
         for path in _files(directory.resolve(), root, DEPTH):
             if path.is_symlink():
                 for key, whole in targets(root, path):
-                    (found.works if whole else found.values).add(key)
+                    (result.works if whole else result.values).add(key)
             elif path.name == MANIFEST and (named := _named(path)):
-                found.values.add(named)
-    return found
+                result.values.add(named)
+    return result
 
 
 def targets(root: Path, link: Path) -> Iterator[tuple[Key, bool]]:

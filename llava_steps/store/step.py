@@ -55,7 +55,7 @@ class Step(Generic[C]):
     """Glob patterns of payload files that differ between equal runs (timings)."""
     resolve: Mapping[str, Callable[[str, bool], Path]] = field(default_factory=dict)
     """For a source field: from the given text (a hub id, say) to a local path; False as the second
-    argument forbids to fetch it."""
+    argument forbids fetching it."""
     parts: Mapping[str, Callable[[Path, C], tuple[Path, Iterable[Path]]]] = field(
         default_factory=dict
     )
@@ -66,7 +66,7 @@ class Step(Generic[C]):
     """Value fields that decide nothing with these settings: not part of the fingerprint."""
     whole: Callable[[C], C | None] = lambda config: None
     """For settings that make a share of a value, those of the whole one: once it is sealed, a share
-    that was not begun is not computed, and the whole is shown in its place."""
+    that was not begun is not computed, and the whole value is shown instead."""
     published: Callable[[C], None] = lambda config: None
     """Called after the value was published, whether it was computed or found."""
     follows: Callable[[C], bool] = lambda config: False

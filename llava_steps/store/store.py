@@ -85,7 +85,7 @@ def content_digest(files: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a sealed entry or of a published result; None when there is none."""
+    """The manifest of a sealed entry or of a published result; None when it is missing."""
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -160,7 +160,7 @@ def seal(
 
 def package_versions() -> dict[str, str]:
     """Versions of python and of the installed packages that can decide a value."""
-    # Late: `--help` and whoever only reads the store have no need of them.
+    # Late: `--help` and commands that only read the store do not need them.
     import importlib.metadata
     import platform
 
@@ -177,7 +177,7 @@ def publish(entry: Path, out: Path) -> None:
     """Show a sealed entry at `out`: links to the payload, then a copy of the manifest.
 
     Only links, empty directories and a manifest are ever removed from `out`; anything else there
-    is an InputError, because it is not ours.
+    is an InputError, because this step did not write it.
     """
     unpublish(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def publish(entry: Path, out: Path) -> None:
 
 
 def shows(out: Path, entry: Path) -> bool:
-    """Whether `out` shows the entry; files of others beside it do not count."""
+    """Whether `out` shows the entry; other files beside it do not count."""
     if (out / MANIFEST).read_bytes() != (entry / MANIFEST).read_bytes():
         return False
     return all((out / item.name).resolve() == item.resolve() for item in _payload(entry))
@@ -208,7 +208,7 @@ def claimed(entry: Path, out: Path) -> Iterator[None]:
     """While it lasts, a temporary link in `out` shows `entry`, sealed or not.
 
     `clean` removes what nothing shows. It takes the lease of an entry before it looks for links;
-    who publishes sets the link before it waits for the lease. So one of them sees the other.
+    a step that publishes sets the link before it waits for the lease. So one sees the other.
     """
     out.mkdir(parents=True, exist_ok=True)
     claim = out / CLAIM
@@ -265,8 +265,8 @@ def entry_of(directory: Path, manifest: Mapping[str, Any]) -> Path:
     entry = _entry_behind(directory, manifest)
     if not (entry / MANIFEST).is_file():
         raise IntegrityError(
-            f"{directory} shows a value that is not in its store any more; run again what makes "
-            f"it: step {manifest.get('step')}"
+            f"{directory} shows a value that is no longer in its store; make it again with "
+            f"step {manifest.get('step')}"
         )
     sealed_now = read_manifest(entry)
     if sealed_now is None or sealed_now["content"] != manifest["content"]:
@@ -277,7 +277,7 @@ def entry_of(directory: Path, manifest: Mapping[str, Any]) -> Path:
 def artefact_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """The sealed artefact that `path` is or lies in: (its directory, its manifest), or None.
 
-    A `manifest.json` of some other tool further up the tree is not ours to judge.
+    A `manifest.json` of another tool further up the tree is ignored.
     """
     for directory in (path, *path.parents):
         if not (directory / MANIFEST).is_file():

@@ -1,7 +1,7 @@
 """What in a store nothing needs, and how to remove it while steps run.
 
 Needed is what a results directory shows, what a live lease holds, and what these read from other
-entries. All else is found here with the reason why it can go.
+entries. All else is listed with the reason why it can go.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Unused:
     """`value`, `replaced`, `unfinished`, `temporary` or `leftover`."""
     why: str
     size: int = 0
-    """Bytes that are free once everything that was found with it is removed."""
+    """Bytes that are free once everything listed with it is removed."""
 
     @property
     def is_entry(self) -> bool:
@@ -58,7 +58,7 @@ def find(
         store: the store.
         shown: what results directories show.
         unfinished: also young unfinished work, and work that a run shows and would resume.
-        ours: entries whose lease the caller took because they were found before.
+        ours: entries whose lease the caller took because an earlier search listed them.
     """
     root = store.resolve()
     entries = dict(_entries(root))
@@ -73,10 +73,10 @@ def find(
             if judged.get(other) is not None:
                 judged[other] = None
                 needed.append(other)
-    found = [item for item in judged.values() if item is not None]
+    items = [item for item in judged.values() if item is not None]
     for key in needed:
-        found += _leftovers(entries[key])
-    return _measured(sorted([*found, *_temporaries(root, unfinished)], key=lambda i: i.path))
+        items += _leftovers(entries[key])
+    return _measured(sorted([*items, *_temporaries(root, unfinished)], key=lambda i: i.path))
 
 
 def remove(
@@ -85,8 +85,8 @@ def remove(
     """Remove what is still unused once the leases are taken; returns it.
 
     An entry gets a temporary name under its lease, so a process that is killed while it deletes
-    leaves nothing that looks like a value. `again` finds anew, given the entries whose lease this
-    process holds.
+    leaves nothing that looks like a value. `again` searches again, given the
+    entries whose lease this process holds.
     """
     doomed = []
     with contextlib.ExitStack() as leases:
@@ -121,7 +121,7 @@ def is_store(root: Path) -> bool:
 
 
 def _entries(root: Path) -> Iterator[tuple[Key, Path]]:
-    """Entries and replaced values. Links are no entries: what they lead to is not in the store."""
+    """Entries and replaced values. Links do not count: what they lead to is not in the store."""
     for step in _folders(root):
         for path in _folders(step):
             if _ENTRY.fullmatch(path.name):
@@ -140,7 +140,7 @@ def _judge(key: Key, path: Path, shown: Shown, unfinished: bool, ours: bool) -> 
     if replaced:
         new = path.with_name(fingerprint)
         if key in shown.works or (new.exists() and not (new / MANIFEST).exists()):
-            return None  # the only whole value until the new one is sealed
+            return None  # the only complete value until the new one is sealed
         return Unused(path, "replaced", "computed again with --force")
     if (path / MANIFEST).exists():
         return None if key in shown.works else Unused(path, "value", "no run shows it")
@@ -157,15 +157,15 @@ def _days(age: float) -> str:
 
 def _newest(path: Path) -> float:
     """Time of the last change at or below `path`."""
-    return max((found.st_mtime for _, found in _below(path)), default=0.0)
+    return max((status.st_mtime for _, status in _below(path)), default=0.0)
 
 
 def _below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """`path` and all below it, no link followed; a running step may remove some meanwhile."""
     with contextlib.suppress(FileNotFoundError):
-        found = path.lstat()
-        yield path, found
-        if stat.S_ISDIR(found.st_mode):
+        status = path.lstat()
+        yield path, status
+        if stat.S_ISDIR(status.st_mode):
             for item in sorted(path.iterdir()):
                 yield from _below(item)
 
@@ -173,8 +173,8 @@ def _below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 def _reads(root: Path, entry: Path) -> Iterator[Key]:
     """Entries that this one needs: its links lead there, or its unfinished attempt reads them."""
     sealed = (entry / MANIFEST).exists()
-    for path, found in _below(entry):
-        if stat.S_ISLNK(found.st_mode) and not (sealed and path.is_relative_to(entry / WORK)):
+    for path, status in _below(entry):
+        if stat.S_ISLNK(status.st_mode) and not (sealed and path.is_relative_to(entry / WORK)):
             yield from (key for key, _ in targets(root, path))
     with contextlib.suppress(FileNotFoundError, ValueError):
         for other in [] if sealed else json.loads((entry / WORK / READS).read_bytes()):
@@ -183,7 +183,7 @@ def _reads(root: Path, entry: Path) -> Iterator[Key]:
 
 
 def _leftovers(entry: Path) -> Iterator[Unused]:
-    """What a sealed entry that nobody writes holds beside its value."""
+    """What a sealed entry without a writer holds beside its value."""
     if not (entry / MANIFEST).exists() or lease.alive(entry / WORK):
         return
     damaged = entry / WORK / "damaged"
@@ -212,10 +212,10 @@ def _measured(items: list[Unused]) -> list[Unused]:
     measured = []
     for item in items:
         size = 0
-        for _, found in _below(item.path):
-            if not stat.S_ISDIR(found.st_mode):
-                names[found.st_dev, found.st_ino] += 1
-                if names[found.st_dev, found.st_ino] == found.st_nlink:
-                    size += found.st_size
+        for _, status in _below(item.path):
+            if not stat.S_ISDIR(status.st_mode):
+                names[status.st_dev, status.st_ino] += 1
+                if names[status.st_dev, status.st_ino] == status.st_nlink:
+                    size += status.st_size
         measured.append(replace(item, size=size))
     return measured

@@ -44,7 +44,7 @@ def test_nothing_committed_is_an_input_error(tmp_path: Path) -> None:
 
 def test_a_commit_is_never_overwritten(tmp_path: Path) -> None:
     make(tmp_path, 1)
-    with pytest.raises(IntegrityError, match="committed already"):
+    with pytest.raises(IntegrityError, match="already committed"):
         make(tmp_path, 1)
 
 

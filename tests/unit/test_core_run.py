@@ -260,5 +260,5 @@ def test_a_result_does_not_take_the_place_of_its_input(place: Path) -> None:
     for given in ("out", "out/out.txt", "./x/../out"):
         result = call("--data", given, "--times", "3")
         assert result.returncode == 2, result.stderr
-        assert f"--save-dir out would take the place of --data {given}" in result.stderr
+        assert f"--save-dir out would replace --data {given}" in result.stderr
     assert (place / "out/out.txt").read_text() == "hello" and calls(place) == 1

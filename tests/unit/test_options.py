@@ -257,7 +257,7 @@ def test_sif_path(trial: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(ConfigError, match="neither apptainer nor singularity"):
         container.enter(trial.sif, "llava_steps.train", [], [])
     monkeypatch.setenv("APPTAINER_CONTAINER", "/other.sif")
-    with pytest.raises(ConfigError, match=r"runs in the image /other\.sif already"):
+    with pytest.raises(ConfigError, match=r"already runs in the image /other\.sif"):
         container.enter(trial.sif, "llava_steps.train", [], [])
     (tmp_path / "a:b").mkdir()
     with pytest.raises(ConfigError, match="cannot be bound"):

@@ -108,7 +108,7 @@ def test_what_the_store_knows_is_computed_by_no_share(shared: Shared) -> None:
     text = shared.run(*shared.options(2, decode_images=True))
     assert parts(text) == ["1/2", "2/2"] and len(shared.entries()) == 2
     text = shared.run(*shared.options(2))
-    assert text.count("the whole, is there already; no share of it is needed") == 2
+    assert text.count("the whole value, is up to date; no share of it is needed") == 2
     assert shared.value() == before and len(shared.entries()) == 2 and not shared.left()
 
 
@@ -140,7 +140,7 @@ def test_too_many_refused_samples_end_the_run_and_the_shares_are_of_use(shared: 
     assert re.search(r"2 of 17 samples", text) and "quarantine" in text and "Traceback" not in text
     assert len(list((shared.root / "results/demo/tar_shards_parts").iterdir())) == 2
     text = shared.run(*shared.options(2, quarantine_limit=0.2))
-    assert text.count("is there already; nothing to compute") == 2
+    assert text.count("is up to date; nothing to compute") == 2
     assert len(shared.entries()) == 2 and not shared.left(), "the try that failed, and the value"
 
 
