@@ -2,9 +2,9 @@
 
     llava-steps chat results/demo/hf_export image.jpg "What digit is this?"
 
-Several images are numbered as they are given; with none the question is about text alone. The
+Several images are numbered in the given order; the question may also come without an image. The
 answer appears while it is generated. --page opens a page in the browser instead, on this machine
-only; it needs gradio (pip install gradio).
+only. It needs gradio (pip install gradio).
 """
 
 from __future__ import annotations
@@ -63,10 +63,17 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face LLaVA directory")
     # One list: argparse would give all words to the images and none to the question.
-    made.add_argument("words", nargs="*", metavar="IMAGE|QUESTION", help="files; the question")
-    made.add_argument("--max-new-tokens", type=int, default=256, help="at most (default: 256)")
-    made.add_argument("--page", action="store_true", help="a page to ask in, with gradio")
-    made.add_argument("--port", type=int, default=7860, help="of the page (default: 7860)")
+    made.add_argument(
+        "words", nargs="*", metavar="IMAGE|QUESTION", help="image files, then the question"
+    )
+    made.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        help="length of the answer (default: at most 256)",
+    )
+    made.add_argument("--page", action="store_true", help="serve a page to ask on, with gradio")
+    made.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     return made
 
 
@@ -76,7 +83,7 @@ def answer(
     """The model's greedy answer in pieces, without white space at its ends.
 
     Raises:
-        InputError: a file that is not there or no image, or a question that says `<image>`.
+        InputError: a file that is missing or not an image, or a question that says `<image>`.
     """
     refuse_absent(model)
     asked = as_question(images, question)
@@ -91,18 +98,18 @@ def refuse_absent(model: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise InputError(f"{path} leads to {path.readlink()}, which is gone: was the store moved?")
     if not path.is_file():
-        raise InputError(f"{path} is not there")
+        raise InputError(f"{path} is missing: MODEL is a Hugging Face LLaVA directory")
 
 
 def as_question(images: Sequence[Path], question: str) -> Question:
     """A question about image files, checked.
 
     Raises:
-        InputError: a file that is not there or no image, or a question that says `<image>`.
+        InputError: a file that is missing or not an image, or a question that says `<image>`.
     """
     for path in images:
         if not os.path.isfile(path):  # Path.is_file raises for a text too long for a name
-            raise InputError(f"{path} is no file; the question is the last word, in quotes")
+            raise InputError(f"{path} is not a file; the question is the last word, in quotes")
     from llava_steps.data.samples.decode import check_image
     from llava_steps.data.samples.sample import PLACEHOLDER, SampleError, images_first
     from llava_steps.evaluation.ask import Question
@@ -131,18 +138,18 @@ def _pieces(model: Model, asked: Question, max_new_tokens: int) -> Iterator[str]
     import queue
     import threading
 
-    found: queue.Queue[str | BaseException | None] = queue.Queue()
+    pieces: queue.Queue[str | BaseException | None] = queue.Queue()
 
     def work() -> None:
         end: BaseException | None = None
         try:
-            model.stream(asked, max_new_tokens, found.put)
+            model.stream(asked, max_new_tokens, pieces.put)
         except BaseException as error:  # handed over, and raised where the answer is read
             end = error
-        found.put(end)
+        pieces.put(end)
 
     threading.Thread(target=work, daemon=True).start()
-    while isinstance(piece := found.get(), str):
+    while isinstance(piece := pieces.get(), str):
         yield piece
     if piece is not None:
         raise piece
@@ -164,8 +171,8 @@ def page(model: Path, max_new_tokens: int, port: int) -> None:
     """Serve a page on this machine until it is interrupted.
 
     Raises:
-        ConfigError: gradio is not installed, or the port cannot be had.
-        InputError: the directory is no LLaVA model.
+        ConfigError: gradio is not installed, or the port cannot be opened.
+        InputError: the directory does not hold a LLaVA model.
     """
     try:
         import gradio
@@ -190,7 +197,7 @@ def page(model: Path, max_new_tokens: int, port: int) -> None:
 
 
 def replier(model: Model, max_new_tokens: int) -> Callable[[dict[str, Any], Any], Iterator[str]]:
-    """What gradio calls with {"text": ..., "files": [...]}; gives the answer as far as it is."""
+    """What gradio calls with {"text": ..., "files": [...]}; yields the growing answer."""
 
     def reply(message: dict[str, Any], history: Any) -> Iterator[str]:
         text = ""

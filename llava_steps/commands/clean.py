@@ -25,7 +25,7 @@ from pathlib import Path
 
 from llava_steps.core.errors import ConfigError, InputError, report_error
 from llava_steps.core.format import size
-from llava_steps.settings import load
+from llava_steps.settings import cli, load
 from llava_steps.store import registry, unused
 from llava_steps.store.shown import shown
 from llava_steps.store.unused import Unused
@@ -60,9 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--yes", action="store_true", help="remove what is listed")
     made.add_argument("--store", type=Path, help="store (default: that of the configuration)")
-    made.add_argument(
-        "--configfile", type=Path, nargs="+", action="extend", default=[], help="overlays"
-    )
+    cli.add_configfile(made)
     made.add_argument(
         "--results", type=Path, nargs="+", action="extend", default=[], metavar="DIR",
         help="more directories that show values: copies, moved ones, links made by hand",

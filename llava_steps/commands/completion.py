@@ -3,8 +3,8 @@
     source <(llava-steps completion bash)     for this shell
     source <(llava-steps completion zsh)      the same in zsh, after compinit
 
-The script holds all there is to know, so that TAB starts no Python: keep it in a file that
-~/.bashrc, ~/.zshrc or ~/.tcshrc sources, and print it again after an update.
+The script is complete, so TAB starts no Python. Keep it in a file that ~/.bashrc, ~/.zshrc or
+~/.tcshrc sources, and print it again after an update.
 """
 
 from __future__ import annotations

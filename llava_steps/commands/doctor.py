@@ -1,15 +1,15 @@
-"""Is this machine, or this cluster, ready for a run? Looked at before it costs a night.
+"""Is this machine, or this cluster, ready for a run? Checked before it costs a night.
 
     llava-steps doctor --configfile mine.yaml
     llava-steps doctor --configfile mine.yaml --profile workflow/profiles/slurm
     llava-steps doctor --configfile mine.yaml --profile workflow/profiles/slurm --on-nodes
 
-Looks at the image and its digest; two processes that meet on this machine, inside the image; what
-the file systems of results and store do, and their room; what jobs ask for against Slurm's
-partitions (with --profile); W&B; the harnesses of benchmarks. --on-nodes asks Slurm for the nodes
-of each stage, waits for them, and has a process on each see its GPUs and reach the others.
+Checks the image and its digest; two processes that meet on this machine, inside the image; the file
+systems of results and store, and their free space; what jobs request against Slurm's partitions
+(with --profile); W&B; the harnesses of benchmarks. --on-nodes asks Slurm for the nodes of each
+stage and waits for them. A process on each then checks its GPUs and reaches the others.
 
-Exit codes: 0 nothing is in the way · 3 something is; the line says what to do about it.
+Exit codes: 0 ready · 3 a check failed; its line says what to do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llava_steps.evaluation import harness
 from llava_steps.pipeline.rules import chain
 from llava_steps.planning import stages
 from llava_steps.planning.models import model_of
-from llava_steps.settings import load
+from llava_steps.settings import cli, load
 from llava_steps.settings.config import Config
 
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         return report_error("doctor", error)
     if not given.json:
-        print(f"in the way: {failed or 'nothing'}")
+        print(f"failed checks: {failed or 'none'}")
     return InputError.exit_code if failed else 0
 
 
@@ -55,11 +55,12 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    cli.add_configfile(made)
     made.add_argument(
-        "--configfile", type=Path, nargs="+", action="extend", default=[], help="overlays"
-    )
-    made.add_argument(
-        "--profile", type=Path, metavar="DIR", help="profile whose jobs Slurm would get"
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="Snakemake profile that submits the jobs to Slurm",
     )
     made.add_argument(
         "--on-nodes", action="store_true", help="ask Slurm for the nodes of each stage, and wait"
@@ -100,21 +101,23 @@ def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
 
 
 def harnesses(config: Config) -> Iterator[Finding]:
-    """Whether the harnesses of the benchmarks that a run asks for are there: it needs them last."""
+    """Whether the harnesses of the requested benchmarks are installed: a run needs them last."""
     for section, package in harness.PACKAGES.items():
         settings = getattr(config, section)
         if not settings.tasks:
             continue
         if config.image:
-            yield Finding("note", section, "runs in the image, where it was not looked for")
+            yield Finding("note", section, "runs in the image, which was not searched")
             continue
         try:
-            found = harness.find(package, section, settings.python)
+            installed = harness.find(package, section, settings.python)
         except ConfigError as error:
             yield Finding("fail", section, str(error))
         else:
-            device = "a GPU" if found.cuda else "no GPU"
-            yield Finding("ok", section, f"{package} {found.version} in {found.python}, {device}")
+            device = "a GPU" if installed.cuda else "no GPU"
+            yield Finding(
+                "ok", section, f"{package} {installed.version} in {installed.python}, {device}"
+            )
 
 
 def words(flag: str, text: str) -> list[str]:

@@ -4,11 +4,11 @@
     llava-steps plan --configfile mine.yaml --gpu H200 --efficiency 0.5
     llava-steps plan --configfile mine.yaml --search 2
 
-From the configuration and the models' config.json alone: which steps are done, what the others wait
-for; parameters, tokens, memory of a process by part, operations, time, disk. A stage that does not
-fit is told with settings that would. --search ranks the layouts of a number of nodes. The figures
-of time rest on --efficiency, the share of the GPUs' peak that training reaches, which is assumed;
-lengths are those of the audit once that is done, and assumed before.
+It reads only the configuration and the models' config.json. It shows which steps are done and what
+the others wait for; parameters, tokens, memory of a process by part, operations, time and disk. For
+a stage that does not fit it shows settings that would. --search ranks the layouts of a number of
+nodes. Times rest on --efficiency, the assumed share of the GPUs' peak that training reaches.
+Lengths are those of the audit once that is done, and assumed before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llava_steps.pipeline import outlook
 from llava_steps.pipeline.rules import chain
 from llava_steps.planning import stages, text
 from llava_steps.planning.models import Model, model_of
-from llava_steps.settings import load
+from llava_steps.settings import cli, load
 from llava_steps.settings.config import Config
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import container
@@ -52,17 +52,18 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
-        "--configfile", type=Path, nargs="+", action="extend", default=[], help="overlays"
-    )
+    cli.add_configfile(made)
     made.add_argument(
         "--gpu", choices=[*GPUS, "none"], default="H100", help="GPU; none: processes on a CPU"
     )
     made.add_argument(
-        "--efficiency", type=float, default=0.4, help="share of the peak that is reached (0.4)"
+        "--efficiency", type=float, default=0.4, help="assumed share of the GPUs' peak (0.4)"
     )
     made.add_argument(
-        "--text-tokens", type=int, default=200, help="text of a sample before an audit is done"
+        "--text-tokens",
+        type=int,
+        default=200,
+        help="assumed text tokens of a sample before its audit (200)",
     )
     made.add_argument("--search", type=int, metavar="NODES", help="rank layouts of NODES nodes")
     made.add_argument("--show", type=int, default=10, help="layouts that --search prints (10)")
@@ -71,12 +72,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def lines(
-    config: Config, given: argparse.Namespace, found: Mapping[str, outlook.State] | None = None
+    config: Config, given: argparse.Namespace, outlooks: Mapping[str, outlook.State] | None = None
 ) -> Iterator[str]:
-    """The plan of a run, line by line; see `main` for the arguments; `found` is its outlook.
+    """The plan of a run, line by line.
+
+    `given` are the parsed arguments, `outlooks` the states of the rules.
 
     Raises:
-        InputError: a model's configuration is not at hand.
+        InputError: a model's configuration is missing.
         ConfigError: a layout does not fit the model, an argument is out of range, or the image is
             neither a file nor pinned.
     """
@@ -86,17 +89,17 @@ def lines(
         number = getattr(given, name)
         if number is not None and number < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {number}: a whole number above 0")
-    if found is None:
+    if outlooks is None:
         image = container.image_digest(config.image, Path(config.store))
-        found = outlook.outlook(config, chain(config, image), image)
+        outlooks = outlook.outlook(config, chain(config, image), image)
     gpu = GPUS.get(given.gpu)
-    model = model_of(config, "hf_model" in found and found["hf_model"].outlook == "done")
-    plans = [_stage(model, stage, found, given) for stage in (config.stage1, config.stage2)]
+    model = model_of(config, "hf_model" in outlooks and outlooks["hf_model"].outlook == "done")
+    plans = [_stage(model, stage, outlooks, given) for stage in (config.stage1, config.stage2)]
     if given.json:
-        yield json.dumps(figures(model, plans, found, gpu, given.efficiency))
+        yield json.dumps(figures(model, plans, outlooks, gpu, given.efficiency))
         return
     yield f"Plan of run {config.run}"
-    yield from text.steps_text(list(found.values()))
+    yield from text.steps_text(list(outlooks.values()))
     yield from text.model_text(model)
     for plan in plans:
         yield from text.stage_text(plan, gpu, given.efficiency)
@@ -120,7 +123,7 @@ def lines(
 def refuse(config: Config, numbers: Container[int]) -> None:
     """ConfigError unless the stages of these numbers can be cut as the configuration says.
 
-    Without a word where the model is not at hand yet: then training says so when it starts.
+    A model that is not fetched yet is skipped: training checks the layout when it starts.
     """
     try:
         model = model_of(config)
@@ -136,9 +139,9 @@ def refuse(config: Config, numbers: Container[int]) -> None:
 
 
 def _stage(
-    model: Model, stage: Stage, found: Mapping[str, outlook.State], given: argparse.Namespace
+    model: Model, stage: Stage, outlooks: Mapping[str, outlook.State], given: argparse.Namespace
 ) -> stages.StagePlan:
-    report = outlook.audit_of(found, stage.stage)
+    report = outlook.audit_of(outlooks, stage.stage)
     data = (
         stages.Data.audited(report)
         if report
@@ -160,13 +163,13 @@ def _disk(model: Model, plans: list[stages.StagePlan]) -> Iterator[str]:
 def figures(
     model: Model,
     plans: list[stages.StagePlan],
-    found: Mapping[str, outlook.State],
+    outlooks: Mapping[str, outlook.State],
     gpu: Gpu | None,
     efficiency: float,
 ) -> dict[str, Any]:
     """The plan as JSON: bytes, operations, hours."""
     return {
-        "steps": {s.rule: s.outlook for s in found.values()},
+        "steps": {s.rule: s.outlook for s in outlooks.values()},
         "model": model.source,
         "stages": [
             {

@@ -1,4 +1,4 @@
-"""Print what a run came to: the evaluation table, where the model lies, how to ask it.
+"""Print the results of a run: the evaluation table, the path of the model, how to ask it.
 
     llava-steps summary [--configfile mine.yaml] [--started UNIX_SECONDS]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import InputError, report_error
-from llava_steps.settings import load
+from llava_steps.settings import cli, load
 from llava_steps.settings.config import Config
 
 KIND = "what_digit"
@@ -44,10 +44,10 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    cli.add_configfile(made)
     made.add_argument(
-        "--configfile", type=Path, nargs="+", action="extend", default=[], help="overlays"
+        "--started", type=float, default=None, help="when the run began, in Unix seconds"
     )
-    made.add_argument("--started", type=float, default=None, help="when the run began")
     return made
 
 
@@ -83,7 +83,7 @@ def summary(config: Config, started: float | None) -> str:
 
 
 def accuracy(result: dict[str, Any]) -> float | None:
-    """Mean over the languages of the accuracy on `what_digit`; None where nobody asked that."""
+    """Mean over the languages of the accuracy on `what_digit`; None when it was not evaluated."""
     shares = [v["accuracy"] for group, v in result.items() if group.split("/")[0] == KIND]
     return round(sum(shares) / len(shares), 4) if shares else None
 
@@ -102,7 +102,7 @@ def heldout_image(run: Path) -> Path | None:
 
 
 def damaged(result: Path, error: Exception) -> InputError:
-    """What to say of a result that its step did not write so."""
+    """The error for a result whose files are not what its step wrote."""
     return InputError(
         f"{result} cannot be read ({error!r}); llava-steps verify {result} compares its files"
     )

@@ -3,8 +3,8 @@
     llava-steps verify                       everything below results/
     llava-steps verify results/demo store    a run and a whole store
 
-Exit codes: 0 all whole · 3 nothing found in one of the paths · 4 something is damaged. Work in
-progress is listed, and is no damage; the checkpoints that it has committed are compared too.
+Exit codes: 0 all whole · 3 a path holds no artefact · 4 something is damaged. Work in progress is
+listed and does not count as damage; the checkpoints that it has committed are compared too.
 """
 
 from __future__ import annotations
@@ -78,22 +78,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print one line per artefact; the exit code tells the worst of them."""
-    found = damaged = 0
+    """Print one line per artefact; the exit code is that of the worst of them."""
+    checked = damaged = 0
     empty: list[Path] = []
     for root in parser().parse_args(arguments).paths:
-        before = found
+        before = checked
         for entry in artefacts(root):
-            found += 1
+            checked += 1
             try:
                 state, remark = verify(entry)
             except (IntegrityError, InputError) as error:
                 damaged += 1
                 state, remark = "damaged", str(error)
             print(f"{state:<11} {entry}  {remark}")
-        if found == before:
+        if checked == before:
             empty.append(root)
-    print(f"{found} artefacts, {damaged} damaged")
+    print(f"{checked} artefacts, {damaged} damaged")
     for root in empty:
         print(f"{root} holds no artefact", file=sys.stderr)
     if damaged:

@@ -134,6 +134,14 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         group.add_argument(*short, *dict.fromkeys([long, spelled]), **spec)
 
 
+def add_configfile(parser: argparse.ArgumentParser) -> None:
+    """Add --configfile, for a command that reads the configuration of a run."""
+    parser.add_argument(
+        "--configfile", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
+        help="configuration files; later ones override earlier ones",
+    )  # fmt: skip
+
+
 def settings(model: type[C], given: dict[str, Any]) -> C:
     """Settings from parsed flags; ConfigError names the flag that is wrong."""
     values = {

@@ -248,9 +248,9 @@ def test_on_the_command_line_and_in_chat(
     assert chat.main(line) == 0
     assert capsys.readouterr().out.strip() == samples[0]["answer"].strip()
     assert chat.main([str(directory), "nowhere.jpg", "What?"]) == InputError.exit_code
-    assert "nowhere.jpg is no file" in capsys.readouterr().err
+    assert "nowhere.jpg is not a file" in capsys.readouterr().err
     assert chat.main([str(tmp_path), "What?"]) == InputError.exit_code
-    assert "config.json is not there" in capsys.readouterr().err
+    assert "config.json is missing" in capsys.readouterr().err
 
 
 def test_chat_says_what_it_cannot_use(

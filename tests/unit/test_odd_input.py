@@ -277,7 +277,7 @@ def test_words_for_srun_and_apptainer(place: Path, capsys: pytest.CaptureFixture
         ('{"model_type": ', "cannot be read"),
         ({"model_type": "llava", "vision_config": {}}, "has no text_config"),
         ({"model_type": "llava", "text_config": LLAMA, "vision_config": 5}, "has no vision_config"),
-        (None, "is not there"),
+        (None, "is missing"),
     ],
 )
 def test_directories_that_chat_cannot_ask(
@@ -302,9 +302,9 @@ def test_directories_that_chat_cannot_ask(
     [
         (["--max-new-tokens=0", "What?"], 2, "--max-new-tokens 0"),
         (["config/config.yaml"], 2, "config/config.yaml is a file"),
-        (["missing.jpg", "What?"], 3, "missing.jpg is no file"),
-        (["config", "What?"], 3, "config is no file"),
-        (["x" * 5000, "What?"], 3, "is no file"),
+        (["missing.jpg", "What?"], 3, "missing.jpg is not a file"),
+        (["config", "What?"], 3, "config is not a file"),
+        (["x" * 5000, "What?"], 3, "is not a file"),
         (["config/config.yaml", "What?"], 3, "config/config.yaml: unreadable image"),
         (["What <image> is it?"], 3, "contains <image>"),
     ],

@@ -13,9 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-ROOMS_LEFT = ("llava_steps/commands",)
-"""Files and directories whose words are still to be revised; this list only gets shorter."""
-
 PHRASES = {
     r"told|tells": "is reported, reports, shows, lists",
     r"(?:goes|go|went) on(?: with| from)?": "continues, resumes",
@@ -64,11 +61,6 @@ def text_files() -> list[str]:
     paths += [ROOT / "workflow/Snakefile", *ROOT.glob("docs/**/*.md")]
     paths += [*ROOT.glob("*.md"), ROOT / "config/README.md"]
     return sorted(str(path.relative_to(ROOT)) for path in paths)
-
-
-def revised(files: list[str]) -> list[str]:
-    """The files that are not in ROOMS_LEFT."""
-    return [file for file in files if not any(Path(file).is_relative_to(r) for r in ROOMS_LEFT)]
 
 
 def python_texts(source: str) -> Iterator[tuple[int, str]]:
@@ -129,11 +121,11 @@ def listed_names(files: list[str]) -> list[str]:
 
 
 def test_texts_use_the_words_of_the_field() -> None:
-    assert listed_phrases(revised(text_files())) == []
+    assert listed_phrases(text_files()) == []
 
 
 def test_names_say_what_they_hold() -> None:
-    assert listed_names(revised(text_files())) == []
+    assert listed_names(text_files()) == []
 
 
 def test_modules_are_short_enough_to_read() -> None:
@@ -143,10 +135,6 @@ def test_modules_are_short_enough_to_read() -> None:
     }
     too_long = {file: n for file, n in lengths.items() if n > LONGEST}
     assert too_long == {}, "split these modules"
-
-
-def test_rooms_left_exist() -> None:
-    assert [room for room in ROOMS_LEFT if not (ROOT / room).exists()] == []
 
 
 @pytest.mark.parametrize(
