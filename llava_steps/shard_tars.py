@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.errors import InputError
 from llava_steps.settings.dataset import TarShards
+from llava_steps.settings.fields import values
 from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
 
@@ -77,8 +78,8 @@ def _shares(ctx: Context, cfg: TarShards, settings: writer.Settings) -> Iterator
             f"parts: {folder} is not a directory; give the one with the results of all parts"
         )
     # The shares differ only in their number.
-    quiet = {"parts", "remove_parts", "workers"}
-    wanted = cfg.model_dump(exclude={"source", "part", *quiet, *_LIMITS})
+    wanted = values(cfg.model_copy(update={"part": "1/1"}))
+    del wanted["part"]
     chunks = settings.source.chunks(settings.samples_per_shard)
     code = code_version("llava_steps.shard_tars")
     return shardparts.read_shares(folder, wanted, ctx.inputs["source"].digest, code, chunks)
@@ -96,18 +97,6 @@ def _source_files(path: Path, cfg: TarShards) -> tuple[Path, Iterable[Path]]:
     return content_files(path, cfg.source_format, _options(cfg))
 
 
-_LIMITS = ("quarantine_limit",)
-"""Settings that apply to the whole, not to a share of it."""
-
-
-def _idle(cfg: TarShards) -> tuple[str, ...]:
-    return _LIMITS if cfg.part else ()
-
-
-def _whole(cfg: TarShards) -> TarShards | None:
-    return cfg.model_copy(update={"part": ""}) if cfg.part else None
-
-
 def _published(cfg: TarShards) -> None:
     if cfg.remove_parts:
         from llava_steps.data.shards.shares import remove_shares
@@ -121,8 +110,6 @@ STEP = Step(
     run=run,
     doc=__doc__,
     parts={"source": _source_files},
-    idle=_idle,
-    whole=_whole,
     published=_published,
 )
 

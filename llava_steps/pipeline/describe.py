@@ -7,6 +7,7 @@ docs/reference/settings.md, and that of docs/reference/options.md.
 from __future__ import annotations
 
 import types
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from llava_steps.core import filesystem
 from llava_steps.settings import cli
 from llava_steps.settings.config import Config
+from llava_steps.settings.fields import Facts, facts
 from llava_steps.settings.former import ELSEWHERE, OPTIONS, field_of
 from llava_steps.settings.load import STANDALONE, sections
 from llava_steps.settings.stage.stage import Stage
@@ -27,6 +29,8 @@ README = ROOT / "config/README.md"
 SETTINGS_PAGE = ROOT / "docs/reference/settings.md"
 OPTIONS_PAGE = ROOT / "docs/reference/options.md"
 FILLED = {field for step in STEPS.values() for field in step.feeds}
+STEP_FACTS = {fact.name for fact in fields(Facts)} - {"role", "flag", "bare"}
+"""Facts about a field that say nothing about a configuration file."""
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
 
@@ -36,7 +40,8 @@ def schema() -> str:
     for part in (described, *described["$defs"].values()):
         part.pop("required", None)
         for field in part.get("properties", {}).values():
-            field.pop("optional", None)  # of a step; in a file every key is
+            for fact in STEP_FACTS:
+                field.pop(fact, None)
     described["properties"][STANDALONE] = {
         "type": "boolean",
         "default": False,
@@ -110,7 +115,7 @@ def options_table() -> str:
             rows.append(f"| `--{option}` | {keys} | none | {note} |")
             continue
         info = Stage.model_fields[name]
-        flags = ", ".join(f"`{f}`" for f in (f"--{option}", cli.SHORT.get(name)) if f)
+        flags = ", ".join(f"`{f}`" for f in (f"--{option}", facts(info).short) if f)
         key = "" if option == "stage" else f"`{name}`"
         meaning = "; ".join(filter(None, (info.description, note)))
         rows.append(f"| {flags} | {key} | {_default(name, info)} | {meaning} |")

@@ -18,18 +18,12 @@ from llava_steps.settings import cli
 from llava_steps.settings.blend import read_blend
 from llava_steps.settings.config import Config
 from llava_steps.settings.dataset import Audit
-from llava_steps.settings.fields import StepConfig
+from llava_steps.settings.fields import StepConfig, facts
 from llava_steps.settings.load import DEMO
 from llava_steps.settings.report import Report
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.settings.steps import STEPS, StepDeclaration, section_of
 from llava_steps.store.store import MANIFEST, read_manifest
-
-AUDITED = ("tokenizer_load_dir", "data_path", "seq_length", "too_long")
-"""Settings of a stage that its audit takes over."""
-
-DATA_FILES = ("source", "data", "chat_template", "task_files")
-"""Source fields that name data of the user; the others may name a result or a hub id."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +130,8 @@ def lost(rules: Mapping[str, Rule]) -> list[str]:
     messages = []
     for rule in rules.values():
         shown = read_manifest(rule.out)
-        for key in DATA_FILES:
-            text = getattr(rule.settings, key, "")
+        for key, info in type(rule.settings).model_fields.items():
+            text = getattr(rule.settings, key) if facts(info).is_data else ""
             if shown and text in rule.files and not os.path.exists(text):
                 before = shown["inputs"].get(key, {}).get("path", "")
                 if before != text:
@@ -208,7 +202,8 @@ def _rule(
     settings: StepConfig = getattr(config, section)
     if isinstance(settings, Audit):
         stage: Stage = config.stage1 if step.stage == 1 else config.stage2
-        taken = {key: getattr(stage, key) for key in AUDITED}
+        fields = Audit.model_fields.items()
+        taken = {key: getattr(stage, key) for key, info in fields if facts(info).of_stage}
         settings = settings.model_copy(update={"stage": step.stage, **taken})
     filled: dict[str, Any] = {}
     upstream: list[str] = []
@@ -224,7 +219,7 @@ def _rule(
             members = []
             if key == "data_path" and os.path.isfile(text):
                 members = [str(path) for path in read_blend(Path(text), "train").files]
-            for path, is_data in ((text, key in DATA_FILES), *((m, True) for m in members)):
+            for path, is_data in ((text, facts(info).is_data), *((m, True) for m in members)):
                 of_run = [rule.name for rule in earlier.values() if rule.holds(path) is not None]
                 upstream += of_run
                 files += [] if of_run else _on_disk(path, is_data)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from llava_steps.core.errors import ConfigError
+from llava_steps.settings.fields import facts
 
 C = TypeVar("C", bound=BaseModel)
 NVIDIA = Path("/proc/driver/nvidia/gpus")
@@ -25,21 +26,12 @@ NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 def role(field: FieldInfo) -> str:
     """`value`, `source` or `quiet`; a field without a declaration is a value."""
-    extra = field.json_schema_extra
-    return str(extra.get("role", "value")) if isinstance(extra, dict) else "value"
+    return facts(field).role
 
 
 def flag_name(name: str, field: FieldInfo) -> str:
     """Long flag of a field: the declared one, or the field's name with dashes."""
-    extra = field.json_schema_extra
-    declared = extra.get("flag") if isinstance(extra, dict) else None
-    return str(declared) if declared else "--" + name.replace("_", "-")
-
-
-def _bare(field: FieldInfo) -> Any:
-    """The value of a flag that is given without one; None when it needs one."""
-    extra = field.json_schema_extra
-    return extra.get("bare") if isinstance(extra, dict) else None
+    return facts(field).flag or "--" + name.replace("_", "-")
 
 
 def _plain(annotation: Any) -> Any:
@@ -92,12 +84,6 @@ class _Switch(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, option_string in self._on)
 
 
-TYPES = {"gpus": _gpus}
-"""Converters of fields whose flags accept more than their type."""
-SHORT = {"gpus": "-g", "rank": "-r", "master_addr": "-m", "master_port": "-p"}
-"""Short flags of the scripts that this project replaces."""
-
-
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
     """Give `parser` one flag for every field of `model`."""
     groups = {
@@ -106,7 +92,7 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         "quiet": parser.add_argument_group("logging and resources (never recompute)"),
     }
     for name, field in model.model_fields.items():
-        plain = _plain(field.annotation)
+        plain, declared = _plain(field.annotation), facts(field)
         spec: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         shown = "" if default is None else f" (default: {default})"
@@ -124,14 +110,15 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         elif get_origin(plain) is dict:
             spec |= {"type": _pair, "action": "append", "metavar": "NAME=VALUE"}
         else:
-            spec |= {"type": TYPES.get(name, plain), "metavar": plain.__name__.upper()}
-            if (bare := _bare(field)) is not None:
-                spec |= {"nargs": "?", "const": bare}
-        group = groups[role(field)]
+            read = _gpus if declared.counts_gpus else plain
+            spec |= {"type": read, "metavar": plain.__name__.upper()}
+            if declared.bare is not None:
+                spec |= {"nargs": "?", "const": declared.bare}
+        group = groups[declared.role]
         long = flag_name(name, field)
         spelled = "--" + name.replace("_", "-")
-        short = [SHORT[name]] if name in SHORT else []
-        group.add_argument(*short, *dict.fromkeys([long, spelled]), **spec)
+        names = [flag for flag in dict.fromkeys([declared.short, long, spelled]) if flag]
+        group.add_argument(*names, **spec)
 
 
 def add_configfile(parser: argparse.ArgumentParser) -> None:

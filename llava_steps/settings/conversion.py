@@ -16,7 +16,7 @@ class HfModel(StepConfig):
     vision_tower: str = source(help="CLIP directory or hub id", flag="--vision-tower")
     text_model: str = source(help="language model directory or hub id", flag="--text-model")
     chat_template: str = source(
-        "", "Jinja file that replaces the text model's chat template", optional=True
+        "", "Jinja file that replaces the text model's chat template", optional=True, is_data=True
     )
     vision_feature_layer: int = value(-2, "hidden state of the tower that the projector reads")
     vision_feature_select_strategy: Literal["default", "full"] = value(

@@ -17,7 +17,8 @@ class TarShards(StepConfig):
 
     source: str = source(
         help="LLaVA JSON or JSONL beside its images; parquet with embedded images; CSV, TSV or "
-        "JSONL beside its images; webdataset tars; a file or a folder"
+        "JSONL beside its images; webdataset tars; a file or a folder",
+        is_data=True,
     )
     source_format: Literal["auto", "llava", "parquet", "table", "webdataset"] = value(
         "auto", "form of the source; auto: detected from the names of the files"
@@ -40,11 +41,14 @@ class TarShards(StepConfig):
         1000, "samples in each tar; shard k holds [k*N, (k+1)*N)"
     )
     max_pixels: PositiveInt = value(25_000_000, "larger images are quarantined before decoding")
-    quarantine_limit: Fraction = value(0.01, "share of refused samples above which the step fails")
+    quarantine_limit: Fraction = value(
+        0.01, "share of refused samples above which the step fails", of_whole=True
+    )
     part: str = value(
         "",
         "I/N: do only share I of N of the work, in a separate job; then join all with `parts`",
         pattern=r"^([1-9]\d*/[1-9]\d*)?$",
+        selects_share=True,
     )
     parts: str = quiet("", "directory with the results of all jobs with `part`, to join them")
     remove_parts: bool = quiet(
@@ -83,11 +87,15 @@ class Audit(StepConfig):
     """Check of a stage's dataset as training will see it, before the stage is trained."""
 
     stage: Literal[1, 2] = value(1, "the stage that will read the dataset")
-    tokenizer_load_dir: str = source("", "HF directory; in a run the stage's")
-    data_path: str = source("", "energon dataset or YAML of a blend; in a run the stage's")
-    seq_length: PositiveInt = value(2048, "longest sample in tokens; in a run the stage's")
+    tokenizer_load_dir: str = source("", "HF directory; in a run the stage's", of_stage=True)
+    data_path: str = source(
+        "", "energon dataset or YAML of a blend; in a run the stage's", of_stage=True
+    )
+    seq_length: PositiveInt = value(
+        2048, "longest sample in tokens; in a run the stage's", of_stage=True
+    )
     too_long: Literal["refuse", "truncate"] = value(
-        "refuse", "longer samples: refuse or truncate them; in a run as the stage"
+        "refuse", "longer samples: refuse or truncate them; in a run as the stage", of_stage=True
     )
     split: Literal["train", "val", "test"] = value("train", "split to check")
     samples: Count = value(1000, "samples to check, spread over the datasets; 0: all")

@@ -13,7 +13,7 @@ from llava_steps.settings.fields import StepConfig, quiet, source, value
 class Evaluation(StepConfig):
     """Exact-match accuracy and other scores of HF LLaVA directories on held-out data."""
 
-    data: str = source(help="held-out LLaVA JSON or JSONL file")
+    data: str = source(help="held-out LLaVA JSON or JSONL file", is_data=True)
     before: str = source("", "HF directory before training", optional=True)
     after_stage1: str = source("", "HF directory after stage 1", optional=True)
     after_stage2: str = source("", "HF directory after stage 2", optional=True)
@@ -49,7 +49,7 @@ class LmmsEval(StepConfig):
         [], "tasks, groups and tags of lmms-eval, such as mme or pope; empty: the step is left out"
     )
     task_files: str = source(
-        "", "folder with your own tasks, for its --include_path", optional=True
+        "", "folder with your own tasks, for its --include_path", optional=True, is_data=True
     )
     limit: Count = value(0, "questions of each task; 0: all")
     model_args: dict[str, str] = value({}, "further --model_args, as NAME=VALUE")

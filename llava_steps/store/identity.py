@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.settings import cli, paths
-from llava_steps.settings.fields import may_be_empty
+from llava_steps.settings.fields import may_be_empty, values
 from llava_steps.store import store
 from llava_steps.store.code_version import code_version
 from llava_steps.store.digest import Digests
@@ -48,20 +48,12 @@ def identify(
     """
     inputs = _inputs(step, config, digests, recorded)
     name = step.named(config)
-    slice_ = values(step, config)
+    slice_ = values(config)
     code = code_version(module)
     contents = {key: item.digest for key, item in inputs.items()}
     return Identity(
         name, slice_, inputs, code, store.fingerprint(name, slice_, contents, code, image)
     )
-
-
-def values(step: Step[C], config: C) -> dict[str, Any]:
-    """The settings that are part of the fingerprint by value."""
-    fields, idle = step.config.model_fields, step.idle(config)
-    return {
-        k: getattr(config, k) for k in fields if cli.role(fields[k]) == "value" and k not in idle
-    }
 
 
 def _inputs(

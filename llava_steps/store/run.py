@@ -33,9 +33,10 @@ from llava_steps.core.errors import (
 )
 from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.settings import cli, paths
+from llava_steps.settings.fields import StepConfig, values, whole_of
 from llava_steps.store import container, registry, store
 from llava_steps.store.digest import Digests
-from llava_steps.store.identity import Identity, changed_input, identify, values
+from llava_steps.store.identity import Identity, changed_input, identify
 from llava_steps.store.lease import Lease, wait_until_free
 from llava_steps.store.step import C, Context, Step
 from llava_steps.store.store import Input
@@ -153,7 +154,7 @@ def _evaluate(
         return
     _register(root, out, log)
     if not (forced or entry.exists()):
-        whole = _sealed_whole(step, config, identity, image, root)
+        whole = _sealed_whole(config, identity, image, root)
         if whole is not None and _publish_whole(whole, out):
             log.info(
                 "%s %s, the whole value, is up to date; no share of it is needed",
@@ -248,15 +249,13 @@ class _Attempt:
             raise
 
 
-def _sealed_whole(
-    step: Step[C], config: C, identity: Identity, image: str, root: Path
-) -> Path | None:
+def _sealed_whole(config: StepConfig, identity: Identity, image: str, root: Path) -> Path | None:
     """The sealed entry of the whole value that `config` makes a share of, if it exists."""
-    whole = step.whole(config)
+    whole = whole_of(config)
     if whole is None:
         return None
     contents = {key: item.digest for key, item in identity.inputs.items()}
-    print_ = store.fingerprint(identity.name, values(step, whole), contents, identity.code, image)
+    print_ = store.fingerprint(identity.name, values(whole), contents, identity.code, image)
     entry = root / identity.name / print_
     return entry if (entry / store.MANIFEST).exists() else None
 

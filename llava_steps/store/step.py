@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -40,7 +40,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Step(Generic[C]):
-    """A step of the pipeline: a pure function of its settings and inputs to a directory."""
+    """A step of the pipeline: a pure function of its settings and inputs to a directory.
+
+    It declares its result and its own functions. Facts about a setting stand beside that setting,
+    in `llava_steps.settings.fields.Facts`; functions that read data or ask a hub cannot, because
+    they need code above the settings.
+    """
 
     name: str | Callable[[C], str]
     config: type[C]
@@ -52,7 +57,8 @@ class Step(Generic[C]):
     result_flags: tuple[str, ...] = ("--save-dir",)
     """Names of the flag for the directory that shows the result."""
     volatile: tuple[str, ...] = ()
-    """Glob patterns of payload files that differ between equal runs (timings)."""
+    """Glob patterns of payload files that differ between equal runs (timings). They describe the
+    result, whatever the settings are."""
     resolve: Mapping[str, Callable[[str, bool], Path]] = field(default_factory=dict)
     """For a source field: from the given text (a hub id, say) to a local path; False as the second
     argument forbids fetching it."""
@@ -62,13 +68,9 @@ class Step(Generic[C]):
     """For a source field outside the store: (root, files) that its content consists of."""
     members: Mapping[str, Callable[[Path], Sequence[Path]]] = field(default_factory=dict)
     """For a source field that may be a file: what the file names, whose content counts as well."""
-    idle: Callable[[C], Collection[str]] = lambda config: ()
-    """Value fields that decide nothing with these settings: not part of the fingerprint."""
-    whole: Callable[[C], C | None] = lambda config: None
-    """For settings that make a share of a value, those of the whole one: once it is sealed, a share
-    that was not begun is not computed, and the whole value is shown instead."""
     published: Callable[[C], None] = lambda config: None
-    """Called after the value was published, whether it was computed or found."""
+    """Called after the value was published, whether it was computed or found. This is work of the
+    step, such as to remove the shares that it joined; no setting can declare it."""
     follows: Callable[[C], bool] = lambda config: False
     """Whether this process only takes part in a computation that another one leads: it calls `run`
     without a lease and leaves sealing and publishing to the lead."""

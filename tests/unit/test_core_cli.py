@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from llava_steps.core.errors import ConfigError
 from llava_steps.settings import cli
 from llava_steps.settings.conversion import HfExport, HfModel, MegatronCheckpoint
-from llava_steps.settings.dataset import EnergonDataset, TarShards
+from llava_steps.settings.dataset import Audit, EnergonDataset, TarShards
 from llava_steps.settings.demo_assets import DemoAssets
 from llava_steps.settings.evaluation import Evaluation
+from llava_steps.settings.fields import facts, values, whole_of
+from llava_steps.settings.load import sections
 from llava_steps.settings.stage.stage import Stage
 
 MODELS = [
@@ -127,3 +129,26 @@ def test_every_switch_goes_both_ways() -> None:
         flag = cli.flag_name(name, Stage.model_fields[name])
         assert vars(parser.parse_args([flag])) == {name: True}
         assert vars(parser.parse_args(["--no-" + flag.removeprefix("--")])) == {name: False}
+
+
+def test_a_share_is_known_without_what_applies_to_the_whole() -> None:
+    whole = TarShards(source="a", quarantine_limit=0.5)
+    share = whole.model_copy(update={"part": "1/2"})
+    assert (whole_of(share), whole_of(whole)) == (whole, None)
+    assert set(values(whole)) - set(values(share)) == {"quarantine_limit"}
+    assert values(share)["part"] == "1/2"
+
+
+def test_facts_about_a_field_are_declared_beside_it() -> None:
+    """A field is of the right kind, and its flag is the only one of that name."""
+    short = [facts(field).short for field in Stage.model_fields.values() if facts(field).short]
+    assert sorted(short) == ["-g", "-m", "-p", "-r"]
+    for name, field in Audit.model_fields.items():
+        assert not facts(field).of_stage or name in Stage.model_fields
+    data = {
+        name
+        for _, model in sections()
+        for name, field in model.model_fields.items()
+        if facts(field).is_data
+    }
+    assert data == {"source", "chat_template", "data", "task_files"}

@@ -14,7 +14,11 @@ class Parallel(StepConfig):
     """Processes, and the parallel sizes that divide the model among them."""
 
     gpus: PositiveInt = value(
-        1, "processes per node: GPUs, or CPU processes without one", flag="--gpus"
+        1,
+        "processes per node: GPUs, or CPU processes without one",
+        flag="--gpus",
+        short="-g",
+        counts_gpus=True,
     )
     nodes: PositiveInt = value(1, "nodes", flag="--node")
     tensor_model_parallel: PositiveInt = value(1, "tensor parallel size", flag="--tp")
@@ -90,8 +94,12 @@ class Processes(StepConfig):
     interface: str = quiet("", "network interface of NCCL and Gloo, such as eth0")
     backend: Literal["auto", "nccl", "gloo"] = quiet("auto", "collectives; auto: nccl with GPUs")
     master_addr: str = quiet(
-        "", "address of the first node; empty: that of its interface, or its name"
+        "", "address of the first node; empty: that of its interface, or its name", short="-m"
     )
-    master_port: Port = quiet(0, "port on the first node for all processes; 0: a free one")
+    master_port: Port = quiet(
+        0, "port on the first node for all processes; 0: a free one", short="-p"
+    )
     rdzv_port: Port = quiet(0, "port on the first node for the launchers; 0: a free one")
-    rank: Count = quiet(0, "number of this node; not needed under srun and torchrun", flag="--rank")
+    rank: Count = quiet(
+        0, "number of this node; not needed under srun and torchrun", flag="--rank", short="-r"
+    )
