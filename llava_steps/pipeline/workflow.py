@@ -70,7 +70,7 @@ def configuration(workflow: Any, arguments: list[str]) -> Config:
         )
     overlays = [*workflow.overwrite_configfiles]
     shipped = [file for file in workflow.configfiles if file not in overlays]
-    return load.load([*shipped, *overlays], workflow.config_settings.config)
+    return load.load([*shipped, *overlays], workflow.config_settings.config_args)
 
 
 class Run:

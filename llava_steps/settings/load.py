@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -30,10 +30,12 @@ Key = tuple[str, ...]
 
 @dataclass
 class Source:
-    """The merged values and, for each key path, the file and line that set it last."""
+    """Merged values and, for each key path, the file and line that set it last."""
 
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[Key, str] = field(default_factory=dict)
+    written: dict[Key, str] = field(default_factory=dict)
+    """Each scalar as it is written."""
     problems: list[str] = field(default_factory=list)
 
     def location(self, key: Key) -> str:
@@ -42,6 +44,14 @@ class Source:
             if key[:end] in self.locations:
                 return self.locations[key[:end]] + ": "
         return ""
+
+    def take(self, later: Source) -> None:
+        """Merge a later source into this one, unless it has problems."""
+        self.problems += later.problems
+        if not later.problems:
+            self.locations.update(later.locations)
+            self.written.update(later.written)
+            _merge(self.values, later.values)
 
     def blame(self, key: Key, message: str) -> None:
         self.problems.append(f"{self.location(key)}{'.'.join(key)}: {message}")
@@ -65,17 +75,16 @@ def with_overlays(overlays: Sequence[Path]) -> Config:
     return load([SHIPPED, *overlays])
 
 
-def load(files: Sequence[str | Path], extra: Mapping[str, Any] | None = None) -> Config:
-    """The configuration of a run from its files and, last, from `--config` values.
+def load(files: Sequence[str | Path], arguments: Sequence[str] = ()) -> Config:
+    """The configuration of a run from its files and, last, the arguments of `--config`.
 
     Raises ConfigError that lists every problem of all files at once.
     """
     source = Source()
     for file in files:
         _read(Path(file), source)
-    if extra:
-        _note_locations(extra, (), COMMAND_LINE, source)
-        _merge(source.values, extra)
+    for argument in arguments:
+        source.take(_read_argument(argument))
     source.stop_if_wrong()
     _name_stages(source)
     _check_texts(source.values, (), source)
@@ -93,74 +102,98 @@ def _read(path: Path, source: Source) -> None:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    part = Source()
+    try:
+        values = _parse(text, (), lambda line: f"{path}:{line}", part)
+    except (yaml.YAMLError, ValueError, LookupError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values at the top level")
+    part.values = values or {}
+    standalone = part.values.pop(STANDALONE, False)
+    if not isinstance(standalone, bool):
+        where = part.locations[(STANDALONE,)]
+        part.problems.append(f"{where}: {STANDALONE}: expected true or false")
+    if standalone is True:
+        for kept in (source.values, source.locations, source.written):
+            kept.clear()
+    source.take(part)
+
+
+def _read_argument(argument: str) -> Source:
+    """The values of one `KEY=VALUE` of --config; VALUE is written as in a file."""
+    name, _, text = argument.partition("=")
+    part = Source(locations={(name,): COMMAND_LINE})
+    value: Any = text
+    try:
+        value = _parse(text, (name,), lambda line: COMMAND_LINE, part)
+    except (yaml.YAMLError, ValueError, LookupError) as error:
+        if text.lstrip().startswith(("{", "[")):
+            reason = getattr(error, "problem", None) or str(error)
+            part.blame((name,), f"{text!r} is not valid YAML: {reason}")
+    if isinstance(value, str) and not text.lstrip().startswith(tuple("'\"!&|>")):
+        value = text  # all of it, also "a #b", in which YAML sees a comment
+    part.written[(name,)] = text
+    part.values[name] = value
+    return part
+
+
+def _parse(text: str, key: Key, location: Callable[[int], str], source: Source) -> Any:
+    """The value of a YAML document at `key`; what is noted of it, and problems, go to `source`.
+
+    Raises:
+        yaml.YAMLError, ValueError, LookupError: not a YAML document.
+    """
     loader = yaml_loader.Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
-            return
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: expected keys and values at the top level")
-        locations: dict[Key, str] = {}
-        before = len(source.problems)
-        _walk(node, (), path, locations, source.problems)
-        if len(source.problems) > before:
-            return
-        values: dict[str, Any] = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+            return None
+        _walk(node, key, location, source)
+        return None if source.problems else loader.construct_document(node)
     finally:
         loader.dispose()
-    standalone = values.pop(STANDALONE, False)
-    if not isinstance(standalone, bool):
-        source.problems.append(f"{locations[(STANDALONE,)]}: {STANDALONE}: expected true or false")
-    if standalone is True:
-        source.values.clear()
-        source.locations.clear()
-    source.locations.update(locations)
-    _merge(source.values, values)
 
 
-def _walk(
-    node: yaml.Node, key: Key, path: Path, locations: dict[Key, str], problems: list[str]
-) -> None:
-    """Note the line of every key below `node`; report duplicate keys and keys that are not text."""
+def _walk(node: yaml.Node, key: Key, location: Callable[[int], str], source: Source) -> None:
+    """Note the line of every key below `node` and what is written there.
+
+    Reports duplicate keys and keys that are not text.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        if node.value:
+            source.written[key] = str(node.value)
+        return
+    line = node.start_mark.line + 1
+    if len(key) > 8:
+        source.problems.append(f"{location(line)}: {'.'.join(key)}: nested too deeply")
+        return
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _walk(item, (*key, str(index)), path, locations, problems)
-        return
-    if not isinstance(node, yaml.MappingNode):
-        return
-    if len(key) > 8:
-        problems.append(f"{path}:{node.start_mark.line + 1}: {'.'.join(key)}: nested too deeply")
+            _walk(item, (*key, str(index)), location, source)
         return
     seen: dict[str, int] = {}
     for name_node, item in node.value:
         line = name_node.start_mark.line + 1
         if name_node.tag == "tag:yaml.org,2002:merge":
-            problems.append(f"{path}:{line}: '<<' is not supported; write the keys out")
+            source.problems.append(f"{location(line)}: '<<' is not supported; write the keys out")
             continue
-        if name_node.tag == yaml_loader.FLOAT and yaml_loader.is_text_in_yaml_1_1(name_node):
+        if isinstance(name_node, yaml.ScalarNode) and yaml_loader.is_ambiguous(name_node.value):
             name_node.tag = yaml_loader.TEXT  # a key is never a number
         if name_node.tag != yaml_loader.TEXT:
-            problems.append(f"{path}:{line}: key {name_node.value!r} is not text; quote it")
+            source.problems.append(
+                f"{location(line)}: key {name_node.value!r} is not text; quote it"
+            )
             continue
         name = str(name_node.value)
         here = (*key, name)
         if name in seen:
-            problems.append(
-                f"{path}:{line}: {'.'.join(here)}: given twice (first on line {seen[name]})"
+            source.problems.append(
+                f"{location(line)}: {'.'.join(here)}: given twice (first on line {seen[name]})"
             )
         seen.setdefault(name, line)
-        locations[here] = f"{path}:{line}"
-        _walk(item, here, path, locations, problems)
-
-
-def _note_locations(values: Mapping[str, Any], key: Key, location: str, source: Source) -> None:
-    for name, item in values.items():
-        here = (*key, str(name))
-        source.locations[here] = location
-        if isinstance(item, Mapping):
-            _note_locations(item, here, location, source)
+        source.locations[here] = location(line)
+        _walk(item, here, location, source)
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -211,30 +244,34 @@ def _validate(source: Source) -> Config | None:
     try:
         return Config.model_validate(source.values)
     except ValidationError as error:
-        if _restore_texts(source.values, error):
+        if _restore_texts(source, error):
             return _validate(source)
         for problem in error.errors():
             key = tuple(str(part) for part in problem["loc"])
-            source.blame(key, _explain(problem, key))
+            source.blame(key, _explain(problem, key, source.written.get(key)))
     return None
 
 
-def _restore_texts(values: Any, error: ValidationError) -> bool:
-    """Give settings that want text what was written where YAML 1.2 reads a number, as in 1e3."""
+def _restore_texts(source: Source, error: ValidationError) -> bool:
+    """Give settings that want text what was written, as in `name: 1e3` and `--config run=001`."""
     restored = False
     for problem in error.errors():
-        number = problem["input"]
-        if problem["type"] == "string_type" and isinstance(number, yaml_loader.WrittenFloat):
-            holder = values
+        key = tuple(str(part) for part in problem["loc"])
+        written = source.written.get(key)
+        if problem["type"] != "string_type" or written is None:
+            continue
+        given = source.location(key).startswith(COMMAND_LINE)
+        if given or yaml_loader.is_ambiguous(written):
+            holder: Any = source.values
             for part in problem["loc"][:-1]:
                 holder = holder[part]
-            holder[problem["loc"][-1]] = number.written
+            holder[problem["loc"][-1]] = written
             restored = True
     return restored
 
 
-def _explain(problem: Any, key: Key) -> str:
-    """What is wrong with a key and what to write instead."""
+def _explain(problem: Any, key: Key, written: str | None) -> str:
+    """What is wrong with a key, of which `written` is the scalar, and what to write instead."""
     given, kind = problem["input"], problem["type"]
     if given is None and kind not in ("missing", "model_type", "model_attributes_type"):
         return "has no value; write one after the colon, or leave the key out"
@@ -261,13 +298,14 @@ def _explain(problem: Any, key: Key) -> str:
         if isinstance(given, float):
             advice = f"; write {given:.0f}" if given.is_integer() else ""
             return f"expected {wanted}, got {given!r}{advice}"
-        return f"expected {wanted}, got {given!r}"
+        return f"expected {wanted}, got {written if isinstance(given, bool) else repr(given)}"
     if kind == "int_from_float":
         return f"expected a whole number, got {given!r}"
     if kind == "bool_type":
         return f"expected true or false, got {given!r}"
     if kind == "string_type":
-        return f"expected text, got {given!r}; put it in quotes: {str(given)!r}"
+        shown = given if isinstance(given, dict | list) or written is None else written
+        return f"expected text, got {shown}; put it in quotes: {str(shown)!r}"
     if kind in ("model_type", "model_attributes_type"):
         return f"expected a section with keys, got {given!r}"
     message = str(problem["msg"]).removeprefix("Value error, ")

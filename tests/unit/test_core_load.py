@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -30,9 +30,9 @@ def write(tmp_path: Path):
     return write
 
 
-def problems(*files: Path, extra: dict[str, Any] | None = None) -> str:
+def problems(*files: Path, arguments: Sequence[str] = ()) -> str:
     with pytest.raises(ConfigError) as caught:
-        load(files, extra)
+        load(files, arguments)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -57,7 +57,7 @@ def test_what_an_audit_has_from_its_stage_is_refused(write) -> None:
 def test_overlays_change_single_keys_in_order(write) -> None:
     one = write("stage2: {lr: 5.0e-4, train_steps: 900}\n", "one.yaml")
     two = write("stage2: {lr: 6.0e-4}\ndemo_assets:\n  image_size: 64\n", "two.yaml")
-    config = load([SHIPPED, one, two], {"run": "mine", "stage2": {"train_steps": 901}})
+    config = load([SHIPPED, one, two], ["run=mine", "stage2={train_steps: 901}"])
     assert (config.run, config.stage2.lr, config.stage2.train_steps) == ("mine", 6.0e-4, 901)
     assert config.demo_assets is not None and config.demo_assets.image_size == 64
     assert config.stage2.precision == "fp32"
@@ -153,8 +153,104 @@ def test_where_text_is_wanted_a_number_is_what_was_written(write) -> None:
     config = load([SHIPPED, write(text)])
     assert config.stage2.name == "1e3" and config.lmms_eval.tasks == ["2E5", "b"]
     assert config.lmms_eval.model_args == {"1e3": "3e-1"}
-    with pytest.raises(ConfigError, match=r"expected text, got 1000\.0"):
+    with pytest.raises(ConfigError, match=r"expected text, got 1\.0e\+3; put it in quotes"):
         load([SHIPPED, write("stage2: {name: 1.0e+3}\n")])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 190:20:30", "stage2.lr: expected a number, got '190:20:30'"),
+        ("lr: 1:30.5", "stage2.lr: expected a number, got '1:30.5'"),
+        ("train_steps: 1:30", "stage2.train_steps: expected a whole number, got '1:30'"),
+        ("train_steps: 017", "stage2.train_steps: '017' is text in YAML, not a whole number"),
+        ("train_steps: 0o17", "stage2.train_steps: expected a whole number, got '0o17'"),
+        ("lr: 2025-01-01", "stage2.lr: expected a number, got '2025-01-01'"),
+        ("lr: on", "stage2.lr: expected a number, got on"),
+        ("lr: ~", "stage2.lr: has no value"),
+        ("name: 1e3x: 2", "is not valid YAML"),
+        ("name: true", "stage2.name: expected text, got true; put it in quotes: 'true'"),
+        ("name: !!int x", "is not valid YAML"),
+        ("name: !!bool x", "is not valid YAML"),
+    ],
+)
+def test_scalars_that_yaml_1_1_reads_otherwise(write, text: str, message: str) -> None:
+    assert message in problems(SHIPPED, write(f"stage2:\n  {text}\n"))
+
+
+TEXTS = ["001", "0o17", "1_000", "0b11", "2025-01-01", "1:30", "no", "Off", "yes", "=", "1_0.5"]
+"""Texts in YAML 1.1 or in YAML 1.2, though not in both."""
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_where_text_is_wanted_a_word_is_what_was_written(write, text: str) -> None:
+    values = f"{{tasks: [{text}], model_args: {{{text}: {text}}}}}"
+    for config in (
+        load([SHIPPED, write(f"stage2: {{name: {text}}}\nlmms_eval: {values}\n")]),
+        load([SHIPPED], [f"stage2={{name: {text}}}", f"lmms_eval={values}"]),
+    ):
+        assert config.stage2.name == text and config.lmms_eval.tasks == [text]
+        assert config.lmms_eval.model_args == {text: text}
+
+
+def test_switches_and_grouped_digits_keep_their_meaning(write) -> None:
+    text = "stage2: {freeze_lm: yes, deterministic: off, train_steps: 1_000, seed: 0x1F}\n"
+    stage = load([SHIPPED, write(text)]).stage2
+    assert stage.freeze_lm is True and stage.deterministic is False
+    assert (stage.train_steps, stage.seed) == (1000, 31)
+
+
+def test_values_of_the_command_line_are_those_of_a_file() -> None:
+    config = load(
+        [SHIPPED],
+        [
+            "stage2={lr: 2e-5, freeze_lm: true, name: '7'}",
+            "energon_dataset={split: [8, 1, 1]}",
+            'stage1={"lr": 3E-4}',
+            "stage2={lr: 3e-5}",
+            "demo_assets=null",
+            "cluster={jobs: {tar_shards: 2}}",
+            "tar_shards={source: a, question: q}",
+            "hf_model={vision_tower: v, text_model: t}",
+            "evaluation={data: d}",
+        ],
+    )
+    assert (config.stage2.lr, config.stage2.freeze_lm, config.stage2.name) == (3e-5, True, "7")
+    assert config.energon_dataset.split == [8, 1, 1] and config.stage1.lr == 3e-4
+    assert config.demo_assets is None and config.cluster.jobs == {"tar_shards": 2}
+
+
+@pytest.mark.parametrize(
+    "text", ["2025", "001", "1e5", "1.50", "true", "null", "2025-01-01", "0x1"]
+)
+def test_text_on_the_command_line_is_as_it_was_written(text: str) -> None:
+    assert load([SHIPPED], [f"run={text}"]).run == text
+    assert load([SHIPPED], [f"run='{text}'"]).run == text
+    assert load([SHIPPED], [f"stage2={{name: {text}}}"]).stage2.name == text
+    assert load([SHIPPED], [f"lmms_eval={{tasks: [{text}]}}"]).lmms_eval.tasks == [text]
+
+
+@pytest.mark.parametrize("text", ["a: b", "a #b", "{a: b}", "'a", "@x", "- a", "a: b: c"])
+def test_signs_of_yaml_are_part_of_a_text_on_the_command_line(text: str) -> None:
+    assert load([SHIPPED], [f"store={text}"]).store == text
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("stage2={lr: '2e-5'}", "--config: stage2.lr: '2e-5' is text in YAML, not a number; write"),
+        ("stage2={lr: 1, lr: 2}", "--config: stage2.lr: given twice"),
+        ("stage2={lr: 1", "--config: stage2: '{lr: 1' is not valid YAML: expected ',' or '}'"),
+        ("store=[a", "--config: store: '[a' is not valid YAML"),
+        ("stage2=2e-5", "--config: stage2: expected a section with keys, got 2e-05"),
+        ("stage2=", "--config: stage2: expected a section with keys"),
+        ("run=", "--config: run: String should match pattern"),
+        ("x=&a [*a]", "nested too deeply"),
+    ],
+)
+def test_mistakes_on_the_command_line(argument: str, message: str) -> None:
+    assert message in problems(SHIPPED, arguments=[argument])
+    assert load([SHIPPED], ["image="]).image == ""
 
 
 def test_all_problems_at_once_and_only_once(write) -> None:
@@ -162,7 +258,7 @@ def test_all_problems_at_once_and_only_once(write) -> None:
     told = problems(SHIPPED, overlay)
     assert told.startswith("the configuration has 5 problems:")
     assert "tar_shards: expected a section with keys, got 3" in told
-    assert "--config: stage1.lr" in problems(SHIPPED, extra={"stage1": {"lr": "2e-5"}})
+    assert "--config: stage1.lr" in problems(SHIPPED, arguments=["stage1={lr: '2e-5'}"])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def program(place: Path, name: str, text: str) -> None:
 
 def config(**changes: Any) -> Config:
     """The demo's configuration with changes by section."""
-    return load.load([ROOT / "config/config.yaml"], changes)
+    arguments = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    return load.load([ROOT / "config/config.yaml"], arguments)
 
 
 def failures(found: list[Finding]) -> list[str]:

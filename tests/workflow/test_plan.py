@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llava_steps.pipeline import arguments
 from llava_steps.settings.steps import STEPS
 from tests.workflow.project import MODULES, ROOT, RULES, Project
 
@@ -48,6 +49,35 @@ def test_the_default_profile_is_found_and_holds_what_holds_everywhere(fresh: Pro
     assert not profile.keys() & {"executor", "cores", "jobs", "default-resources", "retries"}
     # Running again after a SIGKILL asks for no option; see test_rerun.py.
     assert profile["nolock"] is True and profile["rerun-incomplete"] is True
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stage2.lr=3e-4"], "stage2.lr=3e-4: a key within a section is written --config "
+         "'stage2={lr: 3e-4}'"),
+        (["run=a", "cluster.jobs.tar_shards=2"], "--config 'cluster={jobs: {tar_shards: 2}}'"),
+        (["run=a", "all"], "all: not of the form KEY=VALUE; a target belongs before --config"),
+        (["1=2"], "'1' is not a key"),
+        (["run=#x"], "put the value in quotes: --config \"run='#x'\""),
+    ],
+)  # fmt: skip
+def test_a_wrong_word_of_config_is_one_line(fresh: Project, words: list[str], message: str) -> None:
+    text = fresh.snakemake("-n", "--config", *words, code=1)
+    assert message in text.splitlines()[-1] and "Traceback" not in text
+
+
+def test_values_of_config_are_read_as_in_a_file(fresh: Project) -> None:
+    text = fresh.snakemake("-n", "-p", "--config", "run=001", "stage2={lr: 2e-5, name: 1e5}")
+    assert "--lr=2e-05" in text and "results/001/stage2_checkpoint" in text
+    assert "--name=1e5" in text
+
+
+def test_only_the_words_of_config_are_checked() -> None:
+    words = ["-n", "a.b", "--config=x.y=1", "z.y=1", "--cores", "1", "b.c=1", "-C", "d.e=1"]
+    assert [*arguments.entries(words)] == ["x.y=1", "z.y=1", "d.e=1"]
+    for word in ("run=a.b=c", "stage2={lr: 1}", "image=", "under_score-d=1"):
+        assert not arguments.mistake(word)
 
 
 def test_order_of_the_chain(fresh: Project) -> None:
