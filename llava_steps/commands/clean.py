@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--yes", action="store_true", help="remove what is listed")
-    made.add_argument("--store", type=Path, help="store (default: that of the configuration)")
+    made.add_argument(
+        "--store", type=Path, metavar="DIR", help="store (default: that of the configuration)"
+    )
     cli.add_configfile(made)
     made.add_argument(
         "--results", type=Path, nargs="+", action="extend", default=[], metavar="DIR",

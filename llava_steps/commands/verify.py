@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "paths",
         nargs="*",
         type=Path,
+        metavar="PATH",
         default=[Path("results")],
         help="artefacts, or directories that hold some (default: results)",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import types
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -111,7 +112,8 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
             spec |= {"type": _pair, "action": "append", "metavar": "NAME=VALUE"}
         else:
             read = _gpus if declared.counts_gpus else plain
-            spec |= {"type": read, "metavar": plain.__name__.upper()}
+            kind = {str: "TEXT"}.get(plain, plain.__name__.upper())
+            spec |= {"type": read, "metavar": "PATH" if declared.role == "source" else kind}
             if declared.bare is not None:
                 spec |= {"nargs": "?", "const": declared.bare}
         group = groups[declared.role]
@@ -141,11 +143,17 @@ def settings(model: type[C], given: dict[str, Any]) -> C:
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            name = str(problem["loc"][0]) if problem["loc"] else ""
+            message = problem["msg"].removeprefix("Value error, ")
+            name = str(problem["loc"][0]) if problem["loc"] else _named(model, message, given)
             field = model.model_fields.get(name)
-            where = flag_name(name, field) if field else model.__name__
-            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{flag_name(name, field)}: {message}" if field else message)
         raise ConfigError("; ".join(lines)) from None
+
+
+def _named(model: type[BaseModel], message: str, given: Collection[str]) -> str:
+    """The setting that a message is about: the first in it that is given, or else the first."""
+    named = [word for word in re.findall(r"\w+", message) if word in model.model_fields]
+    return next((name for name in named if name in given), named[0] if named else "")
 
 
 def parse(model: type[C], arguments: Sequence[str]) -> C:

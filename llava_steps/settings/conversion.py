@@ -13,8 +13,15 @@ from llava_steps.settings.fields import StepConfig, source, value
 class HfModel(StepConfig):
     """Vision tower, language model and a new projector to one Hugging Face LLaVA directory."""
 
-    vision_tower: str = source(help="CLIP directory or hub id", flag="--vision-tower")
-    text_model: str = source(help="language model directory or hub id", flag="--text-model")
+    vision_tower: str = source(
+        help="vision tower, directory or hub id: CLIP, SigLIP or SigLIP2 of fixed resolution; a "
+        "full model with both towers gives its vision tower",
+        flag="--vision-tower",
+    )
+    text_model: str = source(
+        help="language model, directory or hub id: Llama, Mistral, Qwen2 or Qwen3",
+        flag="--text-model",
+    )
     chat_template: str = source(
         "", "Jinja file that replaces the text model's chat template", optional=True, is_data=True
     )

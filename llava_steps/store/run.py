@@ -43,6 +43,8 @@ from llava_steps.store.store import Input
 
 FORCE_REQUEST = ".force"
 """File in the published directory that makes the next run of the step recompute its value."""
+RESULT_FLAG = "result_flag"
+"""Which name of its flag the result directory is given under."""
 
 
 def main(step: Step[C], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -103,6 +105,7 @@ class _ResultDirectory(argparse.Action):
             both = " and ".join(f"{flag} {path}" for flag, path in self._given.items())
             raise ConfigError(f"{both} both name the result; give one of them")
         setattr(namespace, self.dest, values)
+        setattr(namespace, RESULT_FLAG, option_string)
 
 
 def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
@@ -121,13 +124,19 @@ def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
         action=_ResultDirectory,
         type=Path,
         required=True,
+        metavar="DIR",
         help="directory that shows the result",
     )
-    where.add_argument("--store", type=Path, default=Path("store"), help="store (default: store)")
-    where.add_argument("--image", default="", help="digest of the container image this runs in")
     where.add_argument(
-        "--sif-path", type=Path, help="run in this container image, with apptainer or singularity"
+        "--store", type=Path, default=Path("store"), metavar="DIR", help="store (default: store)"
     )
+    where.add_argument(
+        "--image", default="", metavar="DIGEST", help="digest of the container image this runs in"
+    )
+    where.add_argument(
+        "--sif-path", type=Path, metavar="FILE",
+        help="run in this container image, with apptainer or singularity",
+    )  # fmt: skip
     where.add_argument(
         "--force", action="store_true", help="compute again although it is up to date"
     )
@@ -143,7 +152,7 @@ def _evaluate(
         root.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise ConfigError(f"--store {root} is a file; name a directory") from None
-    _not_in_place_of_an_input(step, config, out)
+    _not_in_place_of_an_input(step, config, out, given[RESULT_FLAG])
     known = Digests(root)
     image = _image(given, known)
     identity = identify(step, module, config, known, image)
@@ -300,7 +309,7 @@ def _note_inputs(entry: Path, inputs: Mapping[str, Input]) -> None:
     filesystem.write_json(entry / store.WORK / store.READS, sorted(read))
 
 
-def _not_in_place_of_an_input(step: Step[C], config: C, out: Path) -> None:
+def _not_in_place_of_an_input(step: Step[C], config: C, out: Path, result_flag: str) -> None:
     """ConfigError when the result is to be shown where an input is.
 
     It would replace the input, so the same command could not run again, for example to resume.
@@ -310,7 +319,7 @@ def _not_in_place_of_an_input(step: Step[C], config: C, out: Path) -> None:
         if text and Path(os.path.abspath(text)).is_relative_to(os.path.abspath(out)):
             flag = cli.flag_name(item.field, item.info)
             raise ConfigError(
-                f"--save-dir {out} would replace {flag} {text}, "
+                f"{result_flag} {out} would replace {flag} {text}, "
                 "which the same command needs to resume; choose another directory"
             )
 

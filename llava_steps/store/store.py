@@ -246,7 +246,7 @@ def unpublish(out: Path) -> None:
         temporary = item.name.startswith(filesystem.TEMPORARY)
         if not (item.is_symlink() or item.name == MANIFEST or temporary):
             raise InputError(
-                f"{item} was not written by this step; move it away or choose another --save-dir"
+                f"{item} was not written by this step; move it away or choose another directory"
             )
     for item in sorted(items, key=lambda p: p.name != MANIFEST):
         filesystem.remove(item)

@@ -104,6 +104,24 @@ def test_a_result_goes_to_one_directory(
     assert f"required: --save-dir/{alias}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("step", "flags", "message"),
+    [
+        (hf_to_megatron.STEP, "--hf-dir=hf --megatron-dir=hf", "--megatron-dir hf would replace "
+         "--hf-dir hf"),
+        (hf_to_megatron.STEP, "--hf-dir=hf --save-dir=hf", "--save-dir hf would replace --hf-dir"),
+        (megatron_to_hf.STEP, "--megatron-dir=megatron --tokenizer-dir=hf --hf-dir=hf",
+         "--hf-dir hf would replace --tokenizer-dir hf"),
+    ],
+)  # fmt: skip
+def test_a_result_over_an_input_is_reported_by_the_given_flag(
+    step: Any, flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(step, flags.split()) == ConfigError.exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 @pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["one-file", "sharded"])
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("model", TINY)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_steps.core.errors import ConfigError
+from llava_steps.geometry.families import TEXT_FAMILIES, VISION_FAMILIES
 from llava_steps.settings import cli
 from llava_steps.settings.conversion import HfExport, HfModel, MegatronCheckpoint
 from llava_steps.settings.dataset import Audit, EnergonDataset, TarShards
@@ -101,6 +102,45 @@ def test_wrong_values_name_their_flag() -> None:
         cli.parse(Stage, ["--lr=-1"])
     with pytest.raises(ConfigError, match="global_batch_size 3"):
         cli.parse(Stage, ["--gpus=2", "--global-batch-size=3"])
+
+
+@pytest.mark.parametrize(
+    ("model", "line", "start"),
+    [
+        (Stage, "--lr=-1", "--lr: Input should be greater than 0"),
+        (Stage, "--gpus=2 --global-batch-size=3", "--global-batch-size: global_batch_size 3 is"),
+        (Stage, "--stage=2 --freeze-lm --freeze-projector", "--freeze-projector: all parts are"),
+        (Stage, "--pad-to=budget", "--pad-to: pack_length and pad_to need packing"),
+        (Stage, "--init --load-optim", "--init: init starts from random weights"),
+        (Stage, "--fp8 --precision=fp32", "--fp8: fp8 needs precision bf16"),
+        (Stage, "--lora-rank=4 --freeze-lm", "--lora-rank: "),
+        (TarShards, "--source=a --part=3/2", "--part: part 3/2 is out of range"),
+        (TarShards, "--source=a --remove-parts", "--remove-parts: remove_parts needs parts"),
+    ],
+)
+def test_every_wrong_value_is_reported_with_its_flag(model, line: str, start: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cli.parse(model, line.split())
+    assert str(caught.value).startswith(start), caught.value
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_help_says_what_a_flag_takes(model) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_flags(parser, model)
+    for action in parser._actions:
+        assert action.metavar != "STR"
+        field = model.model_fields.get(action.dest)
+        if field is not None and cli.role(field) == "source" and field.annotation is str:
+            assert action.metavar == "PATH"
+
+
+def test_help_names_every_supported_family() -> None:
+    shown = {name: HfModel.model_fields[name].description or "" for name in HfModel.model_fields}
+    for family in TEXT_FAMILIES:
+        assert family in shown["text_model"].lower()
+    for family in VISION_FAMILIES:
+        assert family.partition("_")[0] in shown["vision_tower"].lower()
 
 
 def test_names_of_the_old_scripts() -> None:
