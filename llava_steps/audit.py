@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
-from llava_steps.settings.blend import read_blend
 from llava_steps.settings.dataset import Audit
 from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
@@ -136,7 +135,6 @@ STEP = Step(
     config=Audit,
     run=run,
     doc=__doc__,
-    members={"data_path": lambda path: read_blend(path, "train").files},
 )
 
 if __name__ == "__main__":

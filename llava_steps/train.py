@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.errors import ConfigError, DivergedError
-from llava_steps.settings.blend import read_blend
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import commit
 from llava_steps.store.run import main
@@ -111,7 +110,6 @@ STEP = Step(
     resumes=True,
     volatile=("metrics.jsonl", "answers.jsonl", "samples/*"),
     follows=follows,
-    members={"data_path": lambda path: read_blend(path, "train").files},
 )
 
 if __name__ == "__main__":

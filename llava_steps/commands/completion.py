@@ -16,7 +16,7 @@ from pathlib import Path
 import shtab
 
 from llava_steps.pipeline import command_line
-from llava_steps.settings import cli
+from llava_steps.settings.fields import facts
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -68,7 +68,7 @@ def _sources(module: str) -> set[str]:
     """Settings of a step that name files or directories; none of a tool."""
     step = getattr(importlib.import_module(module), "STEP", None)
     fields = step.config.model_fields if step else {}
-    return {key for key, info in fields.items() if cli.role(info) == "source"}
+    return {key for key, info in fields.items() if facts(info).role == "source"}
 
 
 BASH = r"""

@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from llava_steps.core import filesystem
-from llava_steps.settings import cli
 from llava_steps.settings.config import Config
 from llava_steps.settings.fields import Facts, facts
 from llava_steps.settings.former import ELSEWHERE, OPTIONS, field_of
@@ -71,7 +70,7 @@ def _table(fields: dict[str, FieldInfo], top_level: bool = False) -> str:
     for name, info in fields.items():
         if name == "stage":
             continue
-        role = "" if top_level or cli.role(info) != "quiet" else " *(quiet)*"
+        role = "" if top_level or facts(info).role != "quiet" else " *(quiet)*"
         kind, default = _type(info.annotation), _default(name, info)
         meaning = (info.description or "").replace("<", "&lt;")
         rows.append(f"| `{name}` | {kind} | {default} | {meaning}{role} |")
@@ -101,7 +100,7 @@ def _default(name: str, info: FieldInfo) -> str:
     value = info.get_default(call_default_factory=True)
     assert value is not PydanticUndefined
     if value == "":
-        return "filled in" if name in FILLED and cli.role(info) == "source" else "empty"
+        return "filled in" if name in FILLED and facts(info).role == "source" else "empty"
     return f"`{filesystem.dump_json(value, indent=None).strip()}`"
 
 

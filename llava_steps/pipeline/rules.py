@@ -209,7 +209,7 @@ def _rule(
     upstream: list[str] = []
     files: list[str] = []
     for key, info in type(settings).model_fields.items():
-        if cli.role(info) != "source":
+        if facts(info).role != "source":
             continue
         text: str = getattr(settings, key)
         if text.startswith(DEMO):
@@ -217,7 +217,7 @@ def _rule(
             filled[key] = str(run / "demo_assets" / text.removeprefix(DEMO))
         elif text:
             members = []
-            if key == "data_path" and os.path.isfile(text):
+            if facts(info).is_blend and os.path.isfile(text):
                 members = [str(path) for path in read_blend(Path(text), "train").files]
             for path, is_data in ((text, facts(info).is_data), *((m, True) for m in members)):
                 of_run = [rule.name for rule in earlier.values() if rule.holds(path) is not None]

@@ -15,24 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.settings.fields import facts
+from llava_steps.settings.fields import facts, flag_name
 
 C = TypeVar("C", bound=BaseModel)
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """Has a directory for each GPU, created by the driver."""
-
-
-def role(field: FieldInfo) -> str:
-    """`value`, `source` or `quiet`; a field without a declaration is a value."""
-    return facts(field).role
-
-
-def flag_name(name: str, field: FieldInfo) -> str:
-    """Long flag of a field: the declared one, or the field's name with dashes."""
-    return facts(field).flag or "--" + name.replace("_", "-")
 
 
 def _plain(annotation: Any) -> Any:
@@ -176,7 +165,7 @@ def flags(config: BaseModel, roles: Collection[str] = ROLES) -> list[str]:
     """
     line: list[str] = []
     for name, field in type(config).model_fields.items():
-        if role(field) not in roles:
+        if facts(field).role not in roles:
             continue
         current = getattr(config, name)
         default = None if field.is_required() else field.get_default(call_default_factory=True)

@@ -89,7 +89,10 @@ class Audit(StepConfig):
     stage: Literal[1, 2] = value(1, "the stage that will read the dataset")
     tokenizer_load_dir: str = source("", "HF directory; in a run the stage's", of_stage=True)
     data_path: str = source(
-        "", "energon dataset or YAML of a blend; in a run the stage's", of_stage=True
+        "",
+        "energon dataset or YAML of a blend; in a run the stage's",
+        is_blend=True,
+        of_stage=True,
     )
     seq_length: PositiveInt = value(
         2048, "longest sample in tokens; in a run the stage's", of_stage=True

@@ -46,6 +46,8 @@ class Facts:
     """Whether a source may stay empty when the step runs."""
     is_data: bool = False
     """Whether a source always names a file of the user; others may name a result or a hub id."""
+    is_blend: bool = False
+    """Whether a source may be the YAML file of a blend: what it names counts as content too."""
     of_stage: bool = False
     """Whether a run takes the setting over from the stage that the step belongs to."""
     selects_share: bool = False
@@ -89,10 +91,18 @@ def source(
     *,
     optional: bool = False,
     is_data: bool = False,
+    is_blend: bool = False,
     of_stage: bool = False,
 ) -> Any:
     """A path whose content is part of the fingerprint. The workflow fills in upstream artefacts."""
-    declared = Facts("source", flag, optional=optional, is_data=is_data, of_stage=of_stage)
+    declared = Facts(
+        "source",
+        flag,
+        optional=optional,
+        is_data=is_data,
+        is_blend=is_blend,
+        of_stage=of_stage,
+    )
     return _field(default, help, declared, {})
 
 
@@ -115,9 +125,9 @@ def facts(field: FieldInfo) -> Facts:
     return Facts(**extra) if isinstance(extra, dict) else Facts()  # type: ignore[arg-type]
 
 
-def may_be_empty(field: FieldInfo) -> bool:
-    """Whether a source field may stay empty when the step runs."""
-    return facts(field).optional
+def flag_name(name: str, field: FieldInfo) -> str:
+    """Long flag of a field: the declared one, or the field's name with dashes."""
+    return facts(field).flag or "--" + name.replace("_", "-")
 
 
 def whole_of(config: M) -> M | None:

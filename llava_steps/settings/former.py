@@ -6,7 +6,7 @@ tests/unit/test_options.py asserts the effect of each.
 
 from __future__ import annotations
 
-from llava_steps.settings import cli
+from llava_steps.settings.fields import flag_name
 from llava_steps.settings.stage.stage import Stage
 
 OPTIONS: dict[str, str] = {
@@ -63,6 +63,6 @@ def field_of(option: str) -> str | None:
     if option in ELSEWHERE:
         return None
     for name, info in Stage.model_fields.items():
-        if f"--{option}" in (cli.flag_name(name, info), "--" + name.replace("_", "-")):
+        if f"--{option}" in (flag_name(name, info), "--" + name.replace("_", "-")):
             return name
     raise KeyError(f"a stage has no setting for --{option}")

@@ -16,8 +16,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.settings import cli, yaml_loader
+from llava_steps.settings import yaml_loader
 from llava_steps.settings.config import Config
+from llava_steps.settings.fields import facts
 
 SHIPPED = Path("config/config.yaml")
 STANDALONE = "standalone"
@@ -349,7 +350,7 @@ def _check_demo_paths(config: Config, source: Source) -> None:
     for name, model in sections():
         values = getattr(config, name)
         for key, info in model.model_fields.items() if values is not None else ():
-            if cli.role(info) != "source":
+            if facts(info).role != "source":
                 continue
             text: str = getattr(values, key)
             if not text.startswith(DEMO):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from llava_steps.settings import cli
+from llava_steps.settings.fields import facts
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -29,7 +29,7 @@ class Given:
 def given(config: BaseModel) -> Iterator[Given]:
     """Each path of the source fields, in order; a field without any gives one empty text."""
     for name, info in type(config).model_fields.items():
-        if cli.role(info) == "source":
+        if facts(info).role == "source":
             for key, text in _texts(name, getattr(config, name)).items():
                 yield Given(key, name, info, text)
 

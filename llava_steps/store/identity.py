@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic.fields import FieldInfo
+
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.settings import cli, paths
-from llava_steps.settings.fields import may_be_empty, values
+from llava_steps.settings import paths
+from llava_steps.settings.blend import read_blend
+from llava_steps.settings.fields import facts, flag_name, values
 from llava_steps.store import store
 from llava_steps.store.code_version import code_version
 from llava_steps.store.digest import Digests
@@ -67,9 +70,9 @@ def _inputs(
     for given in paths.given(config):
         key, name, info, text = given.key, given.field, given.info, given.text
         if not text:
-            if may_be_empty(info):
+            if facts(info).optional:
                 continue
-            raise ConfigError(f"{cli.flag_name(name, info)} is needed: {info.description}")
+            raise ConfigError(f"{flag_name(name, info)} is needed: {info.description}")
         named = name in step.resolve and not Path(text).exists()
         if recorded is not None and not Path(text).exists():
             known = digests.of_name(text) if named else None
@@ -80,7 +83,7 @@ def _inputs(
                 continue
         path = step.resolve[name](text, recorded is None) if name in step.resolve else Path(text)
         if not path.exists():
-            raise InputError(f"{cli.flag_name(name, info)}: {path} does not exist")
+            raise InputError(f"{flag_name(name, info)}: {path} does not exist")
         artefact = store.artefact_of(path)
         if artefact is not None:
             directory, manifest = artefact
@@ -88,7 +91,7 @@ def _inputs(
             store.check(entry, manifest, digests.file if recorded is None else None)
             inside = path.relative_to(directory).as_posix()
             digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
-            if named_files := _named_by(step, name, entry / inside, digests):
+            if named_files := _named_by(info, entry / inside, digests):
                 digest = filesystem.sha256_json([digest, named_files])
             inputs[key] = Input(entry / inside, digest, manifest, entry, text)
         else:
@@ -103,16 +106,16 @@ def _inputs(
 def _digest(step: Step[C], config: C, key: str, path: Path, digests: Digests) -> str:
     if key in step.parts:
         return digests.files(*step.parts[key](path, config))
-    if named := _named_by(step, key, path, digests):
+    if named := _named_by(step.config.model_fields[key], path, digests):
         return filesystem.sha256_json([digests.file(path), named])
     return digests.path(path)
 
 
-def _named_by(step: Step[C], key: str, path: Path, digests: Digests) -> list[str]:
-    """Digests of what a file names that counts as content of the field `key`."""
-    if key not in step.members or not path.is_file():
+def _named_by(field: FieldInfo, path: Path, digests: Digests) -> list[str]:
+    """Digests of what the file of a blend names, which counts as its content."""
+    if not facts(field).is_blend or not path.is_file():
         return []
-    return [_member_digest(member, digests) for member in step.members[key](path)]
+    return [_member_digest(member, digests) for member in read_blend(path, "train").files]
 
 
 def _member_digest(path: Path, digests: Digests) -> str:

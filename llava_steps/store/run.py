@@ -33,7 +33,7 @@ from llava_steps.core.errors import (
 )
 from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.settings import cli, paths
-from llava_steps.settings.fields import StepConfig, values, whole_of
+from llava_steps.settings.fields import StepConfig, flag_name, values, whole_of
 from llava_steps.store import container, registry, store
 from llava_steps.store.digest import Digests
 from llava_steps.store.identity import Identity, changed_input, identify
@@ -317,7 +317,7 @@ def _not_in_place_of_an_input(step: Step[C], config: C, out: Path, result_flag: 
     for item in paths.given(config):
         text = item.text
         if text and Path(os.path.abspath(text)).is_relative_to(os.path.abspath(out)):
-            flag = cli.flag_name(item.field, item.info)
+            flag = flag_name(item.field, item.info)
             raise ConfigError(
                 f"{result_flag} {out} would replace {flag} {text}, "
                 "which the same command needs to resume; choose another directory"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -66,8 +66,6 @@ class Step(Generic[C]):
         default_factory=dict
     )
     """For a source field outside the store: (root, files) that its content consists of."""
-    members: Mapping[str, Callable[[Path], Sequence[Path]]] = field(default_factory=dict)
-    """For a source field that may be a file: what the file names, whose content counts as well."""
     published: Callable[[C], None] = lambda config: None
     """Called after the value was published, whether it was computed or found. This is work of the
     step, such as to remove the shares that it joined; no setting can declare it."""

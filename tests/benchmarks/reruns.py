@@ -32,6 +32,7 @@ from pydantic.fields import FieldInfo
 
 from llava_steps.core.errors import ConfigError
 from llava_steps.settings import cli, load
+from llava_steps.settings.fields import facts
 from tests.workflow.project import Project, make_project
 
 DIRECT = {
@@ -170,7 +171,7 @@ def changes(project: Project) -> Iterator[Change]:
             continue
         for key, info in model.model_fields.items():
             current = getattr(getattr(config, section), key)
-            roles = {name: cli.role(field) for name, field in model.model_fields.items()}
+            roles = {name: facts(field).role for name, field in model.model_fields.items()}
             audited = section == "audit" and key in ("seq_length", "too_long", "data_path",
                                                      "tokenizer_load_dir")  # fmt: skip
             special = SPECIAL.get(f"{section}.{key}", SPECIAL.get(key))
@@ -195,7 +196,7 @@ def changes(project: Project) -> Iterator[Change]:
 def other_value(info: FieldInfo, key: str, current: Any) -> Any:
     """A value of the field's type that differs from the current one."""
     annotation = cli._plain(info.annotation)
-    if cli.role(info) == "source":
+    if facts(info).role == "source":
         return "other.json" if key in ("source", "data", "chat_template") else "other"
     if annotation is bool:
         return not current

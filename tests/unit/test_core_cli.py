@@ -15,7 +15,7 @@ from llava_steps.settings.conversion import HfExport, HfModel, MegatronCheckpoin
 from llava_steps.settings.dataset import Audit, EnergonDataset, TarShards
 from llava_steps.settings.demo_assets import DemoAssets
 from llava_steps.settings.evaluation import Evaluation
-from llava_steps.settings.fields import facts, values, whole_of
+from llava_steps.settings.fields import facts, flag_name, values, whole_of
 from llava_steps.settings.load import sections
 from llava_steps.settings.stage.stage import Stage
 
@@ -85,10 +85,10 @@ def test_roles_split_the_line_without_loss(model) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_flags_are_distinct_and_explained(model) -> None:
-    names = [cli.flag_name(name, field) for name, field in model.model_fields.items()]
+    names = [flag_name(name, field) for name, field in model.model_fields.items()]
     assert len(set(names)) == len(names)
     assert all(field.description for field in model.model_fields.values())
-    assert all(cli.role(field) in cli.ROLES for field in model.model_fields.values())
+    assert all(facts(field).role in cli.ROLES for field in model.model_fields.values())
 
 
 @pytest.mark.parametrize("names", [{}, {"a=b": "c"}])
@@ -166,7 +166,7 @@ def test_every_switch_goes_both_ways() -> None:
     switches = [n for n, field in Stage.model_fields.items() if field.annotation is bool]
     assert "no_add_class_token" in switches
     for name in switches:
-        flag = cli.flag_name(name, Stage.model_fields[name])
+        flag = flag_name(name, Stage.model_fields[name])
         assert vars(parser.parse_args([flag])) == {name: True}
         assert vars(parser.parse_args(["--no-" + flag.removeprefix("--")])) == {name: False}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from llava_steps.settings.fields import StepConfig, may_be_empty
+from llava_steps.settings.fields import StepConfig, facts
 from llava_steps.settings.stage.stage import Stage
 
 GROUPS = Stage.__bases__[::-1]
@@ -33,5 +33,5 @@ def test_a_group_checks_itself_inside_the_stage() -> None:
 
 
 def test_only_what_a_stage_starts_from_may_be_empty() -> None:
-    empty = {name for name, field in Stage.model_fields.items() if may_be_empty(field)}
+    empty = {name for name, field in Stage.model_fields.items() if facts(field).optional}
     assert empty == {"megatron_load_dir"}

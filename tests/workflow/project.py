@@ -28,13 +28,13 @@ STUB = '''
 """What every stub step does."""
 import json, os, time
 from pathlib import Path
-from llava_steps.settings import cli
+from llava_steps.settings.fields import facts
 
 def work(ctx, cfg):
     step = ctx.entry.parent.name
     fields = type(cfg).model_fields
-    values = {k: getattr(cfg, k) for k in fields if cli.role(fields[k]) == "value"}
-    given = {k: getattr(cfg, k) for k in fields if cli.role(fields[k]) != "value"}
+    values = {k: getattr(cfg, k) for k in fields if facts(fields[k]).role == "value"}
+    given = {k: getattr(cfg, k) for k in fields if facts(fields[k]).role != "value"}
     with open("calls.jsonl", "a") as file:
         file.write(json.dumps({"step": step, **values, **given}) + "\\n")
     for name in ("train.json", "heldout.json"):

@@ -179,15 +179,6 @@ def test_files_that_were_only_touched_rerun_nothing(finished: Project) -> None:
 def test_a_source_that_names_a_result_of_the_run_is_read_like_any_other(
     finished: Project, given: str, change: str, rerun: list[str]
 ) -> None:
-    for module in ("audit", "train"):  # as the real steps do: what a blend names counts
-        path = finished.root / f"llava_steps/{module}.py"
-        members = "members={'data_path': lambda path: read_blend(path, 'train').files}"
-        imported = "from llava_steps.settings.blend import read_blend\nfrom llava_steps import stub"
-        path.write_text(
-            path.read_text()
-            .replace("doc=__doc__", f"doc=__doc__, {members}")
-            .replace("from llava_steps import stub", imported)
-        )
     (finished.root / "blend.yaml").write_text(
         "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n"
         "    blend:\n      - {path: results/demo/energon_dataset, weight: 1}\n"

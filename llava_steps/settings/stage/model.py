@@ -21,7 +21,9 @@ class Model(StepConfig):
         "frozen parts stay random",
     )
     tokenizer_load_dir: str = source("", "HF directory with tokenizer, processor and config")
-    data_path: str = source("", "energon dataset, or the YAML file of a blend of them")
+    data_path: str = source(
+        "", "energon dataset, or the YAML file of a blend of them", is_blend=True
+    )
 
     freeze_vision: bool = value(True, "do not train the vision tower")
     freeze_projector: bool = value(False, "do not train the projector")
