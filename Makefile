@@ -1,5 +1,5 @@
-# `make help` lists what there is. Everything runs in an environment of its own, .venv, so that it
-# works the same inside a virtual or conda environment of yours and leaves that untouched.
+# `make help` lists what there is. Everything runs in a separate environment, .venv, so that it
+# works the same inside your virtual or conda environment and leaves that untouched.
 #
 #   make demo PYTHON=python3.12    made from this Python
 #   make demo VENV=$VIRTUAL_ENV    installed into the environment that is active
@@ -18,9 +18,9 @@ CORES ?= all
 JOBS ?= 3
 PYTEST ?=
 export PYTHON VENV
-# What would make pip or Python look beyond the environment, or Snakemake beyond its own profile.
+# These would make pip or Python search beyond the environment, or Snakemake beyond its own profile.
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX SNAKEMAKE_PROFILE
-# Containers often set this. Each of the many processes here would compile all it imports anew.
+# Containers often set this. Each of the many processes here would compile all its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
@@ -37,13 +37,13 @@ test: ## the whole test suite
 	@.ci/environment test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
 
-check: ## style, types, import layers, workflow format, documentation site
+check: ## style, types, import layers, word list, file length, workflow format, documentation site
 	@.ci/environment test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py tests/unit/test_words.py
 	$(BIN)/snakefmt --check workflow
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
@@ -67,12 +67,12 @@ bench-convert: ## convert a 7B model both ways (needs 45 GB in ROOM; LAYERS=8 is
 
 KILLS ?= 100
 SIGNALS ?= 50
-chaos: ## kill and stop trainings at random moments: they end as if left alone
+chaos: ## kill and stop trainings at random moments: they end as if undisturbed
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.chaos --kills $(KILLS) --signals $(SIGNALS)
 
 PAIRS ?= 0
-layouts: ## train in every parallel layout, and go on from each other's checkpoints
+layouts: ## train in every parallel layout, and resume each other's checkpoints
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.layouts --pairs $(PAIRS)
 
@@ -82,7 +82,7 @@ faults: ## a kill, a full disk, a broken disk in every file operation of a save
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.drive --every $(EVERY)
 
 CHANGES ?= 700
-reruns: ## change each setting of a run, alone and in pairs: just what it feeds is computed
+reruns: ## change each setting of a run, singly and in pairs: only what it feeds is computed
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.reruns --changes $(CHANGES)
 
@@ -92,7 +92,7 @@ damage: ## damage copies of a checkpoint: each must be noticed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.damage --damages $(DAMAGES)
 
 STOPS ?= 50
-soak-data: ## stop the loader at STOPS random steps and go on in other layouts
+soak-data: ## stop the loader at STOPS random steps and resume in other layouts
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.soak_data --stops $(STOPS)
 
@@ -111,7 +111,7 @@ bench-data: ## speed of sharding (10 GB in ROOM) and of the loader, fill of pack
 	exit $$status
 
 SCREENSHOTS ?= screenshots
-screenshots: ## look at the report of results/demo in Chromium: pictures, checks, size, seconds
+screenshots: ## open the report of results/demo in Chromium: pictures, checks, size, seconds
 	@.ci/environment test
 	@$(BIN)/python -m tests.browser.screenshots --to $(SCREENSHOTS)
 
@@ -120,7 +120,7 @@ bench-cli: ## time of every --help and of a dry run, against doing nothing
 	@.ci/environment test
 	@$(BIN)/python -m tests.benchmarks.cli --rounds $(REPEATS)
 
-newcomer: ## clone, make demo, ask the model: the README's commands as they are written
+newcomer: ## clone, make demo, ask the model: the README's commands, unchanged
 	@.ci/environment test
 	@$(BIN)/python -m tests.benchmarks.newcomer
 

@@ -10,7 +10,7 @@ from llava_steps.core import stop_signals
 
 
 def start(preload: Sequence[str]) -> None:
-    """Start the fork server, if it is not there; returns at once.
+    """Start the fork server unless it runs; returns at once.
 
     A fork server, because this process holds threads (of torch, of the process group, of a live
     progress bar): a fork of it may inherit a lock that no thread will ever release. A stop is asked

@@ -2,7 +2,7 @@
 
 torch ships the kernels of FlashAttention 2 (Dao, 2023), which were made for Ampere. Those of
 FlashAttention 4 (package flash-attn-4: `pip install 'llava-steps[flash]'`) are made for Hopper and
-Blackwell; they are compiled for the shapes at hand when they are first called. Its release is
+Blackwell; they are compiled for the shapes of their first call. Its release is
 pinned to the tested one: the functions used here are internal ones, which torch's autograd does not
 see, as a compiled layer requires.
 

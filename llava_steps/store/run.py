@@ -304,7 +304,7 @@ def _publish_whole(entry: Path, out: Path) -> bool:
 
 
 def _note_inputs(entry: Path, inputs: Mapping[str, Input]) -> None:
-    """Name the entries that an attempt reads, for `clean`: nothing may show them any more."""
+    """Name the entries that an attempt reads, for `clean`: perhaps nothing shows them now."""
     read = {os.path.relpath(i.entry, entry.resolve()) for i in inputs.values() if i.entry}
     filesystem.write_json(entry / store.WORK / store.READS, sorted(read))
 

@@ -42,7 +42,7 @@ class Context:
 class Step(Generic[C]):
     """A step of the pipeline: a pure function of its settings and inputs to a directory.
 
-    It declares its result and its own functions. Facts about a setting stand beside that setting,
+    It declares its result and its own functions. Facts about a setting are beside that setting,
     in `llava_steps.settings.fields.Facts`; functions that read data or ask a hub cannot, because
     they need code above the settings.
     """

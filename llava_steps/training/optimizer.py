@@ -41,7 +41,7 @@ def wrap(stage: Stage, chunks: Sequence[Llava]) -> list[DistributedDataParallel]
 
     One bucket each, reduced after the backward; with `overlap_grad_reduce` several for the first
     chunk of the first pipeline rank (what waits for the others is hidden anyway), each on its way
-    as soon as its gradients are there. Layers whose weights autograd does not know
+    as soon as its gradients are complete. Layers whose weights autograd does not know
     call a weight's `complete`.
     """
     config = DistributedDataParallelConfig(

@@ -1,7 +1,7 @@
 """Weights & Biases and TensorBoard: copies of metrics.jsonl.
 
 Each has a separate thread, so that one that fails, hangs or waits for a network never delays
-training: the failure is logged once, then it is not used any more. The API key comes from the
+training: the failure is logged once, then it is no longer used. The API key comes from the
 environment and is never written.
 """
 

@@ -145,7 +145,7 @@ def test_a_text_template_gives_the_same_ids_as_its_own_rendering(tmp_path: Path)
         (turns("Hello </s> you", "yes"), "control token '</s>' in the text of turn 0"),
         (turns("Hello", "yes <|user|>"), "control token '<|user|>' in the text of turn 1"),
         (turns("Hello", "word " * 600), "more than seq_length 512"),
-        (turns("Hello <image>", "an <image>"), "an image token stands in an answer"),
+        (turns("Hello <image>", "an <image>"), "an answer contains an image token"),
     ],
 )
 def test_samples_are_refused_by_name(

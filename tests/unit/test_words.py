@@ -17,13 +17,17 @@ PHRASES = {
     r"told|tells": "is reported, reports, shows, lists",
     r"(?:goes|go|went) on(?: with| from)?": "continues, resumes",
     r"stands? above|goes before it": "overrides, takes precedence",
-    r"(?:is|are) there already": "is up to date, exists",
-    r"there is none": "is missing, not found",
-    r"behind (?:it|them|the (?:attention|colon|fork|images|last|lines|product))": "after",
+    r"(?:is|are) there already|(?:is|are) there(?=[.,;]| when| twice)"
+    r"|although (?:it is|they are) there": "is up to date, exists",
+    r"there is none|(?:is|are|was|were|,) not there": "is missing, not found",
+    r"(?<!leave\s)(?<!leaves\s)(?<!left\s)(?<!\sit\s)(?<!falls\s)(?<!messages\s)behind": "after",
     r"(?<!let\s)(?<!-)alone": "only",
-    r"nobody|no one|none of them": "name the thing that does not do it",
-    r"(?<!there\s)(?:is|are) no (?:a|an|checkpoint|configuration|dataset|directory|file|folder"
-    r"|image|JSON|list|LLaVA|Megatron|model|number|part|result|section|step|tar|whole)": "is not a",
+    r"nobody|no one|none of them|somebody|anybody": "name the thing that does or does not do it",
+    r"(?<!there\s)(?:is|are) no (?!longer|larger|more|less|fewer)\w+": "is not a",
+    r"any more": "no longer",
+    r"stands? (?:at|behind|below|beside|in(?! for)|there)": "is",
+    r"at hand": "available",
+    r"run me": "run it",
     r"mend(?:s|ed|ing)?": "fix",
     r"whoever": "the caller, the user",
     r"as asked|by hand of": "as configured",
@@ -54,12 +58,20 @@ def finder(phrase: str) -> re.Pattern[str]:
 FINDERS = {finder(phrase): instead for phrase, instead in PHRASES.items()}
 
 
+FILES = (
+    "*.md", "CITATION.cff", "Makefile", "mkdocs.yml", "pyproject.toml", ".pre-commit-config.yaml",
+    ".snakemake-workflow-catalog.yml", ".ci/*", "config/README.md", "config/*.yaml",
+    "config/recipes/*.yaml", "docs/**/*.md", "docs/*.py", "environments/Dockerfile",
+    "environments/install", "environments/*.def", "environments/*.lock", "llava_steps/**/*.css",
+    "llava_steps/**/*.j2", "llava_steps/**/*.py", "workflow/Snakefile", "workflow/**/*.rst",
+    "workflow/**/*.smk", "workflow/**/*.yaml",
+)  # fmt: skip
+"""Glob patterns of the files with words for people, relative to the repository."""
+
+
 def text_files() -> list[str]:
     """Every file with words for people, relative to the repository."""
-    paths = [*ROOT.glob("llava_steps/**/*.py"), *ROOT.glob("llava_steps/**/*.j2")]
-    paths += [path for path in ROOT.glob("workflow/**/*") if path.suffix in (".py", ".smk", ".rst")]
-    paths += [ROOT / "workflow/Snakefile", *ROOT.glob("docs/**/*.md")]
-    paths += [*ROOT.glob("*.md"), ROOT / "config/README.md"]
+    paths = {path for pattern in FILES for path in ROOT.glob(pattern)}
     return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
@@ -79,7 +91,7 @@ def python_texts(source: str) -> Iterator[tuple[int, str]]:
 
 
 def prose(source: str) -> str:
-    """Markdown, a template or a rule file without its code."""
+    """Text of any other file, without code in back quotes and without tags."""
     blank = re.compile(r"```.*?```|`[^`\n]*`|\{%.*?%\}|\{\{.*?\}\}|<[^>\n]*>", flags=re.DOTALL)
     return blank.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), source)
 
@@ -120,6 +132,11 @@ def listed_names(files: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("pattern", FILES)
+def test_every_pattern_names_files(pattern: str) -> None:
+    assert [*ROOT.glob(pattern)]
+
+
 def test_texts_use_the_words_of_the_field() -> None:
     assert listed_phrases(text_files()) == []
 
@@ -128,13 +145,14 @@ def test_names_say_what_they_hold() -> None:
     assert listed_names(text_files()) == []
 
 
-def test_modules_are_short_enough_to_read() -> None:
+def test_files_of_code_are_short_enough_to_read() -> None:
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
-        for path in ROOT.glob("llava_steps/**/*.py")
+        for pattern in ("llava_steps/**/*.py", "workflow/**/*.smk")
+        for path in ROOT.glob(pattern)
     }
     too_long = {file: n for file, n in lengths.items() if n > LONGEST}
-    assert too_long == {}, "split these modules"
+    assert too_long == {}, "split these files"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +168,17 @@ def test_modules_are_short_enough_to_read() -> None:
         ("a share is no larger than the whole", False),
         ("recommended amendments", False),
         ("stand-alone, let alone used", False),
+        ("compute again although it is there", True),
+        ("config.json is not there", True),
+        ("outside the root, not there, or too large", True),
+        ("a path, which is no directory of ours", True),
+        ("the run does not need it any more", True),
+        ("the digest stands in the manifest", True),
+        ("packages that stand in for both", False),
+        ("an offset behind its padding", True),
+        ("run me again", True),
+        ("the file is there when a run has ended", True),
+        ("Is there a file?", False),
     ],
 )
 def test_phrases_are_matched_precisely(text: str, listed: bool) -> None:

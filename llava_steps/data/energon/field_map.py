@@ -2,7 +2,7 @@
 
 image: jpg                 a part by its name
 context: json[question]    a field of a JSON part
-answers: txt,json[answer]  the first of several that is there
+answers: txt,json[answer]  the first of several that exists
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def look_up(parts: Mapping[str, bytes], options: tuple[tuple[str, ...], ...]) ->
     """The value of the first option that `parts` has; text for a plain part.
 
     Raises:
-        LookupError: none is there.
+        LookupError: none exists.
         ValueError: a part is not UTF-8 or not JSON.
     """
     for part, *path in options:

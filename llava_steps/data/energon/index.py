@@ -92,9 +92,7 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
             closed.add(base)
             key, seen = base, set()
         if part in seen:
-            raise InputError(
-                f"{path}: {member.name!r} is there twice in a row; samples would merge"
-            )
+            raise InputError(f"{path}: {member.name!r} occurs twice in a row; samples would merge")
         seen.add(part)
         parts.append(PartRow(len(samples) - 1, part, member.data, member.size))
         end = member.end
@@ -127,7 +125,7 @@ def split_name(path: Path, name: str, image_parts: Collection[str]) -> tuple[str
     further_image = number.isdecimal() and kind in image_parts
     if dot and not further_image:
         raise InputError(
-            f"{path}: the key of member {name!r} has a dot; everything behind the first dot counts "
+            f"{path}: the key of member {name!r} has a dot; everything after the first dot counts "
             "as the part's name, so that samples collapse: write keys without dots"
         )
     return match[1], match[2]

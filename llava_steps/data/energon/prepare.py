@@ -32,7 +32,7 @@ def find_tars(root: Path) -> list[str]:
     """Names of the tars below `root` in order.
 
     Raises:
-        InputError: there are none, or a name cannot stand in energon's metadata.
+        InputError: there are none, or energon's metadata cannot hold a name.
     """
     names = sorted(
         path.relative_to(root).as_posix()

@@ -30,7 +30,7 @@ OPEN_TARS = 64
 
 @dataclass(frozen=True)
 class RawSample:
-    """The parts of one sample as they stand in the tar."""
+    """The parts of one sample as they are in the tar."""
 
     shard: str
     key: str

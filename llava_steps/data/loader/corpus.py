@@ -33,7 +33,7 @@ class Corpus:
         seed: of the order.
 
     Raises:
-        ConfigError: a blend that is not supported, or a split that is not there.
+        ConfigError: a blend that is not supported, or a split that is missing.
         InputError: a dataset that cannot be read.
     """
 
@@ -68,7 +68,7 @@ class Corpus:
         return sum(self.sizes)
 
     def __getitem__(self, position: int) -> SampleRef:
-        """What stands at `position` >= 0 of the endless sequence."""
+        """The sample at `position` >= 0 of the endless sequence."""
         return SampleRef(*self._order[position])
 
     def number(self, ref: SampleRef) -> int:

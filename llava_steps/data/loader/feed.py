@@ -1,7 +1,7 @@
 """From positions of the stream to the steps of one rank, before the training needs them.
 
 A step goes through three states: its lengths are asked for (packing only), its rows are asked for,
-its rows are there. A thread moves steps along while the training computes; what it does itself is
+its rows are ready. A thread moves steps along while the training computes; what it does itself is
 planning and mapping memory, so that it never holds the training up.
 """
 

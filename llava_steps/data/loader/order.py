@@ -25,7 +25,7 @@ class Order(Protocol):
     """Endless sequence of (dataset, index of a sample in it)."""
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """What stands at `position` >= 0."""
+        """The entry at `position` >= 0."""
 
 
 class SampleOrder:

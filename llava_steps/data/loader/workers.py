@@ -57,7 +57,7 @@ class Task:
 
 
 def start_server() -> None:
-    """Start what worker processes are forked from, if it is not there; returns at once.
+    """Start what worker processes are forked from, unless it runs; returns at once.
 
     It imports for some seconds, which is why a training starts it before it builds its model.
     """

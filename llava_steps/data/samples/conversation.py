@@ -96,7 +96,7 @@ class ConversationEncoder:
         inside = _inside(encoding.offsets, rendered.spans, rendered.text)
         is_image = ids == self.image_token_id
         if (inside & is_image).any():
-            raise SampleError("an image token stands in an answer")
+            raise SampleError("an answer contains an image token")
         repeats = np.where(is_image, self.tokens_per_image, 1)
         kept = len(ids)
         if cut := self._too_long(int(repeats.sum())):

@@ -101,7 +101,7 @@ def _frame(text: bytes) -> tuple[tuple[int, int], dict[int, int]] | None:
 
 
 def _scan(text: bytes, components: dict[int, int], quantisers: set[int], huffman: set[int]) -> bool:
-    """Whether one scan holds all components, with tables that are there."""
+    """Whether one scan holds all components, with tables that exist."""
     count = len(components)
     if len(text) != 4 + 2 * count or text[0] != count or text[-3:] != b"\x00\x3f\x00":
         return False

@@ -127,7 +127,7 @@ def question_of(turns: tuple[Turn, ...]) -> str:
 
 
 def to_parts(sample: Sample) -> list[tuple[str, bytes]]:
-    """(part name, bytes) of a checked sample in the order in which they stand in the tar.
+    """(part name, bytes) of a checked sample in the order of the tar.
 
     Raises:
         SampleError: an extra field cannot be written as JSON, or has a name that is taken.
@@ -160,7 +160,7 @@ def from_parts(
     Args:
         key: key in the tar, used as id when the data has none.
         parts: part name (text after the key's dot) to bytes.
-        fields: where image, question and answer stand in data without `conversations`.
+        fields: where image, question and answer are in data without `conversations`.
         question: question of samples that have none.
 
     Raises:

@@ -74,7 +74,7 @@ class Template:
         """Text and supervised spans of a checked conversation.
 
         Raises:
-            SampleError: a control token of the tokenizer stands in the text, or the template does
+            SampleError: the text contains a control token of the tokenizer, or the template does
                 something to this conversation that hides where its answers are.
         """
         messages, text = self._whole(turns)

@@ -32,7 +32,7 @@ class Written:
     index: int
     id: str
     end: int
-    """Offset behind its members; it starts where the one before ends."""
+    """Offset after its members; it starts where the one before ends."""
 
 
 @dataclass(frozen=True)

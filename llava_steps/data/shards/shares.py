@@ -96,10 +96,10 @@ def read_shares(
             useless.append(f"{directory} is not finished")
             continue
         if not manifest["config"].get("part"):
-            useless.append(f"{directory} is no share")
+            useless.append(f"{directory} is not a share")
             continue
         if differing := _differing(manifest, config, digest, code):
-            # Of an earlier try: shares of another number of jobs can stand beside those of now.
+            # Of an earlier try: shares of another number of jobs can be beside the present ones.
             why = f"was made from something else: {', '.join(differing)} differ"
             useless.append(f"{directory} {why}")
             continue
@@ -140,7 +140,7 @@ def _differing(
 def remove_shares(folder: Path) -> None:
     """Remove the results of shares below `folder` and their store entries, if there are any.
 
-    What a live process writes stays, and so does what is no share.
+    What a live process writes stays, and so does what is not a share.
     """
     for shown in sorted(path for path in folder.glob("*") if path.is_dir()):
         links = [path for path in shown.iterdir() if path.is_symlink()]
@@ -148,7 +148,7 @@ def remove_shares(folder: Path) -> None:
         if all(removed):
             for path in (*links, shown / store.MANIFEST, shown / FORCE_REQUEST):
                 path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something of somebody else is in it
+        with contextlib.suppress(OSError):  # it holds something else too
             shown.rmdir()
     with contextlib.suppress(OSError):
         folder.rmdir()

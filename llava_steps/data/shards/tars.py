@@ -63,7 +63,7 @@ class Member:
     """Offset of its bytes."""
     size: int
     end: int
-    """Offset behind its padding, where the next header stands."""
+    """Offset after its padding, where the next header is."""
 
 
 def members(path: Path) -> Iterator[Member]:

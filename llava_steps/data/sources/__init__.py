@@ -28,8 +28,8 @@ def open_source(path: Path, format: str = "auto", options: Options | None = None
         options: how to read it.
 
     Raises:
-        ConfigError: columns that there are not.
-        InputError: not there, of no known kind, or unreadable as a whole.
+        ConfigError: columns that do not exist.
+        InputError: missing, of no known kind, or unreadable as a whole.
     """
     options = options or Options()
     record.check_columns(options.columns)

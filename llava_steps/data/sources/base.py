@@ -41,7 +41,7 @@ class Record:
     index: int
     """Its number in the source, from 0."""
     file: str
-    """The file it stands in, relative to the source's root."""
+    """The file that holds it, relative to the source's root."""
     place: int
     """Its number in that file, from 0."""
     value: Any

@@ -39,7 +39,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
     """Raise ConfigError when `tar_shards.columns` names a field that there is not."""
     if unknown := set(columns) - set(COLUMNS):
         raise ConfigError(
-            f"tar_shards.columns: {sorted(unknown)} are no fields; there are {list(COLUMNS)}, "
+            f"tar_shards.columns: {sorted(unknown)} are not fields; fields are {list(COLUMNS)}, "
             "written as FIELD: NAME OF THE COLUMN"
         )
 
@@ -85,8 +85,8 @@ def to_sample(
     Args:
         value: decoded record, names to values.
         index: number of the record, used as id when it has none.
-        options: columns, limits and what is done with images that are no JPEG.
-        load: gives an image's bytes for what stands in the image column; raises SampleError.
+        options: columns, limits and what is done with images that are not JPEG.
+        load: gives an image's bytes for the content of the image column; raises SampleError.
         spare: leave out further columns whose names the tar contract reserves.
 
     Raises:
@@ -120,7 +120,7 @@ def pair(question: Any, answer: Any, images: int) -> tuple[Turn, ...]:
     """One question and one answer; the images stand before the question unless it places them.
 
     Raises:
-        SampleError: one of them is no text.
+        SampleError: one of them is not text.
     """
     for what, text in (("question", question), ("answer", answer)):
         if not isinstance(text, str):
@@ -164,11 +164,11 @@ def read_image(root: Path, name: Any, max_pixels: int) -> bytes:
     """The bytes of an image file that may have `max_pixels` pixels.
 
     Raises:
-        SampleError: outside the root, not there, not a plain file, or too large.
+        SampleError: outside the root, missing, not a plain file, or too large.
     """
     path = inside(root, name)
     try:
-        # Without waiting: opening a pipe would else last until somebody writes to it.
+        # Without waiting: opening a pipe would otherwise last until a process writes to it.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(file)

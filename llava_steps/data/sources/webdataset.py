@@ -104,7 +104,7 @@ class Webdataset(Source):
                 key, parts = base, []
             if any(part == known for known, _, _ in parts):
                 raise InputError(
-                    f"{path}: {member.name!r} is there twice in a row; samples would merge"
+                    f"{path}: {member.name!r} occurs twice in a row; samples would merge"
                 )
             parts.append((part, member.data, member.size))
         if parts:
