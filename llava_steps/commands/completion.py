@@ -40,12 +40,15 @@ def parser() -> argparse.ArgumentParser:
 
 def script(shell: str) -> str:
     """The script for one of `SHELLS`."""
-    made = shtab.complete(whole(), shell)
+    made = shtab.complete(whole(with_dashes=shell != "bash"), shell)
     return f"{made}\n{BASH}" if shell == "bash" else made
 
 
-def whole() -> argparse.ArgumentParser:
-    """One parser of all steps and tools, each with its own flags."""
+def whole(with_dashes: bool) -> argparse.ArgumentParser:
+    """One parser of all steps and tools, each with its own flags.
+
+    `with_dashes` lists each name in its other spelling too; `BASH` has code for that instead.
+    """
     made = argparse.ArgumentParser(prog="llava-steps")
     made.add_argument("--version", action="version", version="")
     names = made.add_subparsers()
@@ -58,8 +61,14 @@ def whole() -> argparse.ArgumentParser:
                     shtab.DIRECTORY if is_directory else shtab.FILE
                 )
         sentence = (parent.description or "").partition("\n")[0]
+        dashed = [name.replace("_", "-")] if with_dashes and "_" in name else []
         names.add_parser(
-            name, parents=[parent], add_help=False, description=sentence, help=sentence
+            name,
+            aliases=dashed,
+            parents=[parent],
+            add_help=False,
+            description=sentence,
+            help=sentence,
         )
     return made
 
@@ -83,7 +92,16 @@ _llava_steps() {
             words+=("")
         fi
     done
+    # A name may be spelled with dashes, as in hf-to-megatron.
+    local dashed=
+    if [[ ${words[1]} == [a-z]*-* ]]; then
+        dashed=yes
+        words[1]=${words[1]//-/_}
+    fi
     local COMP_WORDS=("${words[@]}") COMP_CWORD=$((${#words[@]} - 1))
     _shtab_llava_steps
+    if [[ $dashed && $COMP_CWORD == 1 ]]; then
+        COMPREPLY=("${COMPREPLY[@]//_/-}")
+    fi
 }
 complete -o bashdefault -o default -F _llava_steps llava-steps"""

@@ -7,12 +7,13 @@ here imports torch, so that `--help` is fast.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import types
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -72,6 +73,21 @@ class _Switch(argparse.BooleanOptionalAction):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, option_string in self._on)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of many flags, whose errors are one line without the usage of them all."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2; of an unknown flag, name the flags that it may mean."""
+        head, _, words = message.partition("unrecognized arguments: ")
+        for word in [] if head else words.split():
+            flag = word.partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=3, cutoff=0.75)
+            if flag.startswith("-") and near:
+                message = f"{message}; did you mean {' or '.join(near)}?"
+                break
+        self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` lists all flags\n")
 
 
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:

@@ -23,6 +23,8 @@ from llava_steps.settings.fields import facts
 SHIPPED = Path("config/config.yaml")
 STANDALONE = "standalone"
 COMMAND_LINE = "--config"
+LISTED = 12
+"""Most keys that a message lists."""
 DEMO = "demo:"
 """Prefix of paths in the result of the demo_assets rule."""
 
@@ -279,9 +281,7 @@ def _explain(problem: Any, key: Key, written: str | None) -> str:
     if kind == "extra_forbidden":
         section = _section(key[:-1])
         known = sorted(section.model_fields) if section else []
-        near = difflib.get_close_matches(key[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key; {hint}"
+        return f"unknown key; {_hint(key, known)}"
     if kind == "missing":
         section = _section(key[:-1])
         info = section.model_fields.get(key[-1]) if section else None
@@ -311,6 +311,19 @@ def _explain(problem: Any, key: Key, written: str | None) -> str:
         return f"expected a section with keys, got {given!r}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     return message if isinstance(given, dict) else f"{message}, got {given!r}"
+
+
+def _hint(key: Key, known: Sequence[str]) -> str:
+    """What a user may have meant by an unknown key, of which `known` could stand there."""
+    near = difflib.get_close_matches(key[-1], known, n=3, cutoff=0.8)
+    elsewhere = [name for name, model in sections() if key[-1] in model.model_fields]
+    if elsewhere and not near:
+        return f"it is a key of {', '.join(elsewhere)}"
+    if near := near or difflib.get_close_matches(key[-1], known, n=1):
+        return f"did you mean {' or '.join(near)}?"
+    if len(known) <= LISTED:
+        return f"known keys: {', '.join(known)}"
+    return f"config/README.md lists the {len(known)} keys of {key[-2] if key[1:] else 'a file'}"
 
 
 def _as_number(given: object) -> float | None:

@@ -110,7 +110,7 @@ class _ResultDirectory(argparse.Action):
 
 def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
     """The command line of a step."""
-    made = argparse.ArgumentParser(
+    made = cli.Parser(
         prog=f"llava-steps {module.rpartition('.')[2]}",
         description=step.doc or step.config.__doc__,
         allow_abbrev=False,

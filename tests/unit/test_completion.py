@@ -84,6 +84,18 @@ def test_a_command_has_the_flags_of_its_help(script: Path, command: str) -> None
             assert set(offered(script, command, flag, "")) == choices, flag
 
 
+def test_both_spellings_of_a_name_are_completed(script: Path) -> None:
+    assert offered(script, "hf-") == ["hf-to-megatron"]
+    assert offered(script, "megatron-to") == ["megatron-to-hf"]
+    for name in command_line.commands():
+        dashed = name.replace("_", "-")
+        assert offered(script, dashed, "-") == offered(script, name, "-") != []
+    assert offered(script, "hf-to-megatron", "--tp", "1", "--megatron") == ["--megatron-dir"]
+    assert offered(script, "megatron-to-hf", "--export-format", "=", "transformers-4") == [
+        "transformers-4"
+    ]
+
+
 def test_values_of_flags(script: Path) -> None:
     assert offered(script, "train", "--lr-schedule", "co") == ["cosine", "constant"]
     # bash makes three words of a flag with its value.
@@ -123,4 +135,4 @@ def test_only_our_command_is_registered(script: Path) -> None:
 def test_other_shells_get_every_command(shell: str) -> None:
     text = completion.script(shell)
     for command in command_line.commands():
-        assert command in text
+        assert command in text and command.replace("_", "-") in text

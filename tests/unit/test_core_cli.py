@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_steps import train
 from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.families import TEXT_FAMILIES, VISION_FAMILIES
 from llava_steps.settings import cli
@@ -18,6 +19,7 @@ from llava_steps.settings.evaluation import Evaluation
 from llava_steps.settings.fields import facts, flag_name, values, whole_of
 from llava_steps.settings.load import sections
 from llava_steps.settings.stage.stage import Stage
+from llava_steps.store import run
 
 MODELS = [
     DemoAssets,
@@ -122,6 +124,27 @@ def test_every_wrong_value_is_reported_with_its_flag(model, line: str, start: st
     with pytest.raises(ConfigError) as caught:
         cli.parse(model, line.split())
     assert str(caught.value).startswith(start), caught.value
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--train-step=5", "unrecognized arguments: --train-step=5; did you mean --train-steps"),
+        ("--zzzz", "unrecognized arguments: --zzzz"),
+        ("word", "unrecognized arguments: word"),
+        ("--lr=x", "argument --lr: invalid float value: 'x'"),
+        ("--stage=7", "argument --stage: invalid choice: 7"),
+    ],
+)
+def test_a_wrong_flag_is_reported_without_all_others(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run.parser(train.STEP, "llava_steps.train").parse_args([line, "--save-dir=x"])
+    assert ended.value.code == 2
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"llava-steps train: error: {message}")
+    assert last == "`llava-steps train --help` lists all flags"
 
 
 @pytest.mark.parametrize("model", MODELS)

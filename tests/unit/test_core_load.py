@@ -14,6 +14,7 @@ from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline import describe
 from llava_steps.settings.config import Config
 from llava_steps.settings.load import load
+from llava_steps.settings.stage.stage import Stage
 from llava_steps.settings.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +109,7 @@ def test_a_standalone_file_takes_nothing_from_the_demo(write) -> None:
         ("name: 2024", "stage2.name: expected text, got 2024; put it in quotes: '2024'"),
         ("precision: fp8", "stage2.precision: Input should be 'bf16' or 'fp32', got 'fp8'"),
         ("train_stepps: 8", "stage2.train_stepps: unknown key; did you mean train_steps?"),
-        ("zzzz: 8", "stage2.zzzz: unknown key; known keys: "),
+        ("zzzz: 8", "stage2.zzzz: unknown key; config/README.md lists the "),
         ("stage: 1", "stage2.stage: must be 2; leave the key out"),
         ("global_batch_size: 7", "stage2: global_batch_size 7 is not a multiple"),
         ("lr: 1.0\n  lr: 2.0", "stage2.lr: given twice (first on line 2)"),
@@ -251,6 +252,25 @@ def test_signs_of_yaml_are_part_of_a_text_on_the_command_line(text: str) -> None
 def test_mistakes_on_the_command_line(argument: str, message: str) -> None:
     assert message in problems(SHIPPED, arguments=[argument])
     assert load([SHIPPED], ["image="]).image == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage2: {zzzz: 8}", f"lists the {len(Stage.model_fields)} keys of stage2"),
+        ("zzzz: 8", f"lists the {len(Config.model_fields)} keys of a file"),
+        ("lr: 8", "lr: unknown key; it is a key of stage1, stage2"),
+        ("stage2: {vision_tower: a}", "vision_tower: unknown key; it is a key of hf_model"),
+        ("stage2: {train_step: 8}", "train_step: unknown key; did you mean train_steps?"),
+        ("stage2: {freeze_l: 8}", "did you mean freeze_lm?"),
+        ("lmms_eval: {zzzz: 8}", "lmms_eval.zzzz: unknown key; known keys: "),
+        ("stage_1: {}", "stage_1: unknown key; did you mean stage1"),
+    ],
+)
+def test_an_unknown_key_is_reported_with_what_may_be_meant(write, text: str, message: str) -> None:
+    shown = problems(SHIPPED, write(text))
+    assert message in shown
+    assert len(shown) < 400
 
 
 def test_all_problems_at_once_and_only_once(write) -> None:
