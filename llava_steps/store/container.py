@@ -39,9 +39,14 @@ def image_digest(image: str, store: Path) -> str:
         )
     store.mkdir(parents=True, exist_ok=True)
     digests = Digests(store)
-    digest = "sha256:" + digests.file(Path(image))
+    digest = file_digest(Path(image), digests)
     digests.save()
     return digest
+
+
+def file_digest(image: Path, digests: Digests) -> str:
+    """What identifies an image that is a file."""
+    return "sha256:" + digests.file(image)
 
 
 def enter(sif: Path, module: str, arguments: Sequence[str], named: Iterable[Path]) -> None:

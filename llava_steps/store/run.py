@@ -368,7 +368,7 @@ def _image(given: Mapping[str, Any], digests: Digests) -> str:
     stated: str = given["image"]
     if not given["sif_path"]:
         return stated
-    digest = "sha256:" + digests.file(given["sif_path"])
+    digest = container.file_digest(given["sif_path"], digests)
     if stated and stated != digest:
         raise ConfigError(f"--image {stated}: --sif-path {given['sif_path']} has {digest}")
     return digest

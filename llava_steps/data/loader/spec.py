@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llava_steps.core.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class LoaderSpec:
     """One rank's share of a split, as `TrainLoader` and `ValidationSet` read it.
 
-    Raises:
-        ConfigError: the sizes do not fit each other.
+    The settings of a stage have been checked: sizes and packing fit each other.
     """
 
     dataset: Path
@@ -58,25 +55,6 @@ class LoaderSpec:
     """Seconds after which a worker that begins no further sample is an error."""
     scratch: Path | None = None
     """Directory of this attempt that the processes of a node share."""
-
-    def __post_init__(self) -> None:
-        share = self.micro_batch_size * self.dp_size
-        if self.global_batch_size % share:
-            raise ConfigError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of "
-                f"micro_batch_size x data parallel size = {share}"
-            )
-        if not 0 <= self.dp_rank < self.dp_size:
-            raise ConfigError(f"dp_rank {self.dp_rank} is not in [0, {self.dp_size})")
-        if self.packing and self.micro_batch_size != 1:
-            raise ConfigError(
-                "packing fills each microbatch by itself: micro_batch_size is "
-                f"{self.micro_batch_size}, set it to 1"
-            )
-        if self.packing and self.capacity < self.seq_length:
-            raise ConfigError(
-                f"pack_length {self.pack_length} is below seq_length {self.seq_length}"
-            )
 
     @property
     def capacity(self) -> int:
