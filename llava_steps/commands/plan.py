@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import ConfigError, InputError, report_error
-from llava_steps.core.format import memory
+from llava_steps.core.format import size
 from llava_steps.geometry.hardware import GPUS, Gpu
 from llava_steps.pipeline import outlook
 from llava_steps.pipeline.rules import chain
@@ -154,8 +154,8 @@ def _disk(model: Model, plans: list[stages.StagePlan]) -> Iterator[str]:
     weights = stages.weight_bytes(model.geometry, plans[0])
     checkpoints = [stages.disk(model.geometry, plan) for plan in plans]
     yield (
-        f"Disk: {memory(2 * weights)} for the model before training, "
-        f"{memory(2 * weights)} for both exports, at most {memory(sum(checkpoints))} for "
+        f"Disk: {size(2 * weights)} for the model before training, "
+        f"{size(2 * weights)} for both exports, at most {size(sum(checkpoints))} for "
         "checkpoints while training, and the raw images once more as tars"
     )
 

@@ -1,48 +1,38 @@
-"""Sizes, counts and times as text."""
+"""Sizes, counts and durations as text."""
 
 from __future__ import annotations
 
 import math
 
 
-def memory(number: float) -> str:
-    """Bytes as KiB, MiB or GiB, as memory is sold."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return f"{number / 1024:.1f} KiB"
-
-
 def size(number: float) -> str:
-    """Bytes as kB, MB, GB or TB, as disks are sold."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
+    """Bytes as 999 bytes, 1.7 MiB or 64.3 GiB."""
+    if number < 1024:
+        return f"{number:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        number /= 1024
+        if number < 1024:
+            return f"{number:.1f} {unit}"
+    return f"{number / 1024:.1f} TiB"
 
 
-def amount(number: float) -> str:
-    """A count with k, M or G."""
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.0f}"
+def count(number: float) -> str:
+    """A count as 451,072, 6.63M or 1.81B."""
+    for limit, sign in ((1e9, "B"), (1e6, "M")):
+        if number >= limit:
+            return f"{number / limit:.3g}{sign}"
+    return f"{number:,.0f}"
 
 
 def duration(seconds: float) -> str:
-    """A measured time as 48 s, 6 min 43 s or 3 h 20 min."""
+    """A time as 0.4 s, 48 s, 6 min 43 s, 3 h 20 min or 2 d 12 h."""
     whole = math.ceil(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     minutes, rest = divmod(whole, 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def estimate(hours: float) -> str:
-    """An estimated time, rounded: 30.0 min, 3.3 h or 2.5 days."""
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24:02d} h"

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from llava_steps.core.format import duration
+
 LINE_EVERY = 10.0
 """Seconds between progress lines where there is no terminal."""
 
@@ -132,12 +134,12 @@ class Progress:
         rate = self._rate(self._last)
         left = (self._total - self._done) / rate if rate else 0.0
         self._log.info(
-            "%s %d/%d, %.1f/s, %.0f s left %s",
+            "%s %d/%d, %.1f/s, %s left %s",
             self._what,
             self._done,
             self._total,
             rate,
-            left,
+            duration(left),
             self._note,
         )
 

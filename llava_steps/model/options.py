@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llava_steps.conversion.lora import Lora
-from llava_steps.core.errors import ConfigError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import check_fp8, check_layout, even_split
 from llava_steps.model.flash import Kernel
@@ -63,17 +62,6 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
     """megatron-core's configuration from the geometry. No dropout, no fusion, no init."""
     chunks = options.pp * options.vp
     check_layout(geometry, options.tp, options.pp, options.vp, options.split or "even")
-    if options.sequence_parallel and options.tp == 1:
-        raise ConfigError("sequence_parallel needs tensor_model_parallel > 1; leave it out")
-    if options.compiled and options.tp > 1:
-        raise ConfigError(
-            "compiled layers need tensor_model_parallel 1; set it to 1, or compile to none"
-        )
-    if options.compiled and options.recompute == "core_attn":
-        raise ConfigError(
-            "recompute core_attn has no effect in compiled layers, whose attention keeps no "
-            "scores; set recompute to none or full, or compile to none"
-        )
     products = transformer_engine(geometry, options)
     split = options.split or even_split(geometry.layers, chunks)
     pipeline: dict[str, Any] = {}
@@ -143,19 +131,12 @@ def transformer_config(geometry: Geometry, options: ModelOptions) -> Transformer
 def transformer_engine(geometry: Geometry, options: ModelOptions) -> dict[str, Any]:
     """The part of megatron-core's configuration for Transformer Engine's linears.
 
-    ConfigError when they, or FP8 products, do not fit the other options or the geometry.
+    ConfigError when FP8 products do not fit the geometry.
     """
     if options.fp8:
         check_fp8(geometry, options.tp, options.fp8)
     if options.spec != "te":
-        own = options.compiled and options.precision == "bf16" and options.fp8 == "tensorwise"
-        if options.fp8 and not own:
-            raise ConfigError(
-                "fp8 without layer_spec te needs compiled layers, bf16, and fp8_recipe tensorwise"
-            )
         return {}
-    if options.precision != "bf16" or options.recompute == "core_attn" or options.lora:
-        raise ConfigError("layer_spec te needs bf16, recompute none or full, and no LoRA")
     # Otherwise all microbatches use the FP8 weights of the first one, and its gradients replace
     # main_grad. Both are right only if each step begins with a call that announces it.
     settings: dict[str, Any] = {"disable_parameter_transpose_cache": True}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
+from llava_steps.core.format import duration
 from llava_steps.pipeline.rules import Rule
 from llava_steps.settings import paths
 from llava_steps.settings.config import Config
@@ -90,7 +91,7 @@ def _state(
     except (InputError, ConfigError, IntegrityError, OSError, RuntimeError) as error:
         # The step itself reports it, if it has to run at all.
         return State(rule.name, "run", str(error), lost=lost), None
-    note = f"took {manifest['wall_s']:.0f} s in {manifest['attempts']} attempt"
+    note = f"took {duration(manifest['wall_s'])} in {manifest['attempts']} attempt"
     note += "s" * (manifest["attempts"] > 1)
     return State(rule.name, "done", note, manifest, shows), entry
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llava_steps.core.format import amount, estimate, memory
+from llava_steps.core.format import count, duration, size
 from llava_steps.geometry.costs import parameters
 from llava_steps.geometry.hardware import GIB, SET_ASIDE, Gpu
 from llava_steps.pipeline.outlook import State
@@ -37,15 +37,15 @@ def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]
     """A paragraph for a stage."""
     s, m = plan.stage, plan.memory
     dp, tp, pp = s.data_parallel, s.tensor_model_parallel, s.pipeline_model_parallel
-    parts = ", ".join(f"{name} {memory(number)}" for name, number in m.parts().items())
+    parts = ", ".join(f"{name} {size(number)}" for name, number in m.parts().items())
     lines = [
         f"Stage {s.stage}: {plan.trained_parameters:,} of {plan.parameters:,} parameters trained",
         f"  {s.train_steps:,} steps of {s.global_batch_size} samples: {plan.samples:,} samples, "
-        f"{amount(plan.tokens)} tokens ({plan.data.tokens:.0f} per sample, {plan.data.source})",
+        f"{count(plan.tokens)} tokens ({plan.data.tokens:.0f} per sample, {plan.data.source})",
         f"  {s.world_size} processes: tp {tp}, pp {pp}, dp {dp}; "
         f"{microbatches_per_step(s)} microbatches of at most {plan.row.tokens:,} tokens; "
         f"{s.precision}, recompute {s.recompute}",
-        f"  memory per process: {memory(m.total)} ({parts})",
+        f"  memory per process: {size(m.total)} ({parts})",
         f"  {plan.operations.total:.3g} operations per step, "
         f"{plan.operations.total * s.train_steps:.3g} in all",
     ]
@@ -55,9 +55,9 @@ def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]
         lines += [
             f"  on {s.world_size} {gpu.name}: "
             + ("fits" if plan.fits(gpu) else "does not fit")
-            + f" ({memory(m.total)} of {memory(room)} usable); "
-            f"{estimate(hours)}, {hours * s.world_size:.3g} GPU-hours at {efficiency:.0%} of the "
-            f"peak" + (f" and {bubble(s):.0%} pipeline bubble" if pp > 1 else "")
+            + f" ({size(m.total)} of {size(room)} usable); "
+            f"{duration(hours * 3600)}, {hours * s.world_size:.3g} GPU-hours at {efficiency:.0%} "
+            f"of the peak" + (f" and {bubble(s):.0%} pipeline bubble" if pp > 1 else "")
         ]
     return lines
 
@@ -68,6 +68,6 @@ def search_text(stage: Any, ranked: Sequence[tuple[float, StagePlan]], count: in
     for seconds, plan in ranked[:count]:
         settings = ", ".join(f"{k}: {v}" for k, v in changes(stage, plan.stage).items())
         lines.append(
-            f"  {seconds:>16.3g}  {memory(plan.memory.total):<10}  {settings or 'as configured'}"
+            f"  {seconds:>16.3g}  {size(plan.memory.total):<10}  {settings or 'as configured'}"
         )
     return lines

@@ -65,14 +65,6 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def count(number: float) -> str:
-    """A count as 451,072, 6.63M or 1.81B."""
-    for limit, sign in ((1e9, "B"), (1e6, "M")):
-        if number >= limit:
-            return f"{number / limit:.3g}{sign}"
-    return f"{number:,.0f}"
-
-
 def curve(
     title: str, xs: Sequence[float], ys: Sequence[float], kind: str, from_zero: bool = True
 ) -> Markup:

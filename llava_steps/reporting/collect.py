@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from llava_steps.core.errors import InputError
+from llava_steps.core.format import count
 from llava_steps.reporting import charts
 from llava_steps.store.store import Input
 
@@ -344,7 +345,7 @@ def _figure(name: str, metrics: Mapping[str, Any]) -> str:
         case "energon_dataset":
             return f"{metrics['samples']['train']:,} to train on"
         case "hf_model":
-            return f"{charts.count(metrics['parameters'])} parameters"
+            return f"{count(metrics['parameters'])} parameters"
         case "megatron_checkpoint":
             return f"{metrics['certificate']['megatron_tensors']} tensors"
         case "hf_export":

@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from llava_steps.core.format import duration, size
-from llava_steps.reporting.charts import count
+from llava_steps.core.format import count, duration, size
 from llava_steps.reporting.picture import picture
 
 HERE = Path(__file__).parent

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import LockedError
+from llava_steps.core.format import duration
 from llava_steps.store import lease
 from llava_steps.store.digest import CACHE
 from llava_steps.store.registry import registered
@@ -148,11 +149,7 @@ def _judge(key: Key, path: Path, shown: Shown, unfinished: bool, ours: bool) -> 
     if not unfinished and (key in shown.works or (age < YOUNG and not ours)):
         return None
     run = "a run shows it as work" if key in shown.works else "no run shows it"
-    return Unused(path, "unfinished", f"its attempt ended {_days(age)} ago; {run}")
-
-
-def _days(age: float) -> str:
-    return f"{age / 86400:.0f} days" if age >= 2 * 86400 else f"{age / 3600:.0f} h"
+    return Unused(path, "unfinished", f"its attempt ended {duration(age)} ago; {run}")
 
 
 def _newest(path: Path) -> float:

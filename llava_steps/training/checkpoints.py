@@ -30,6 +30,7 @@ from torch import Tensor
 from llava_steps.conversion import torch_dist_write
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
+from llava_steps.core.format import size
 from llava_steps.model.llava import Llava
 from llava_steps.model.weights import (
     load_weights,
@@ -106,8 +107,8 @@ def check_space(root: Path, model: list[Llava], optimizer: Optimizer) -> None:
     short = parallel.on_any_rank(free < own.item())
     if short:
         raise InputError(
-            f"{root}: a checkpoint takes up to {own.item() / 2**30:.2f} GiB and "
-            f"{free / 2**30:.2f} GiB are free; free some space there and run again"
+            f"{root}: a checkpoint takes up to {size(own.item())} and "
+            f"{size(free)} are free; free some space there and run again"
         )
 
 

@@ -417,5 +417,5 @@ def test_a_listing_for_people(root: Path, capsys: pytest.CaptureFixture[str]) ->
     entry = sealed(root, "model", 1, "x" * 3_000_000)
     assert clean.main(["--store", str(root)]) == 0
     first, last = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
-    assert first == f"3 MB value model/{entry.name} no run shows it"
-    assert last == "3 MB in 1 item: remove with --yes"
+    assert first == f"2.9 MiB value model/{entry.name} no run shows it"
+    assert last == "2.9 MiB in 1 item: remove with --yes"

@@ -20,7 +20,9 @@ with Progress(logger(sys.argv[1]), "counting", 300) as bar:
     for number in range(300):
         bar.advance(note=f"at {number}", due=True)
 """
-LINE = re.compile(r"\d\d:\d\d:\d\d (one|two) INFO counting \d+/300, [\d.]+/s, \d+ s left at \d+")
+LINE = re.compile(
+    r"\d\d:\d\d:\d\d (one|two) INFO counting \d+/300, [\d.]+/s, \d+(?:\.\d)? s left at \d+"
+)
 
 
 def start(name: str, terminal: int, **environment: str) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps.core.errors import InputError
-from llava_steps.core.format import duration, size
+from llava_steps.core.format import count, duration, size
 from llava_steps.pipeline.rules import chain
 from llava_steps.reporting import charts, html
 from llava_steps.settings.config import Config
@@ -153,13 +153,15 @@ def test_ticks_are_few_round_and_cover(low: float, high: float) -> None:
 def test_numbers_and_texts_for_people() -> None:
     shown = {0: "0", 0.002: "2e-3", 0.00025: "2.5e-4", 0.5: "0.5", 12000: "12k", 3.2e6: "3.2M"}
     assert {value: charts.number(value) for value in shown} == shown
-    assert [charts.count(n) for n in (451_072, 6_630_000, 1_812_345_678)] == [
+    assert [count(n) for n in (451_072, 6_630_000, 1_812_345_678)] == [
         "451,072", "6.63M", "1.81B",
     ]  # fmt: skip
-    assert [duration(s) for s in (0.4, 47.2, 403, 12_000)] == [
-        "0.4 s", "48 s", "6 min 43 s", "3 h 20 min",
+    assert [duration(s) for s in (0.4, 47.2, 403, 12_000, 216_000)] == [
+        "0.4 s", "48 s", "6 min 43 s", "3 h 20 min", "2 d 12 h",
     ]  # fmt: skip
-    assert size(999) == "999 bytes" and size(1_804_288) == "1.8 MB"
+    assert [size(n) for n in (999, 1_804_288, 69e9, 2**41)] == [
+        "999 bytes", "1.7 MiB", "64.3 GiB", "2.0 TiB",
+    ]  # fmt: skip
     assert (
         html.clean("a\x00b\ud800\nc") == "a\ufffdb\ufffd\nc" and len(html.clean("x" * 5000)) < 900
     )

@@ -17,7 +17,6 @@ from llava_steps.settings.stage.stage import Stage
 
 cpu_shim.install()
 
-from llava_steps.conversion.lora import Lora  # noqa: E402
 from llava_steps.launch import gpus, preflight, te_check  # noqa: E402
 from llava_steps.model.options import ModelOptions, transformer_config  # noqa: E402
 from llava_steps.training import forward  # noqa: E402
@@ -37,6 +36,8 @@ H200: dict[str, Any] = {"gpus": [[9, 0]], "version": "2.20.2"}
         ({"layer_spec": "te", "precision": "fp32"}, "layer_spec te needs precision bf16"),
         ({"fp8": True, "recompute": "core_attn"}, "set recompute to none or full"),
         ({"fp8": True, "lora_rank": 4}, "set lora_rank to 0"),
+        ({"layer_spec": "te", "recompute": "core_attn"}, "layer_spec te: .* none or full"),
+        ({"layer_spec": "te", "lora_rank": 4}, "layer_spec te does not support LoRA"),
         ({"fp8_recipe": "blockwise"}, "fp8_recipe blockwise needs fp8"),
         (OWN | {"compile": "none"}, "needs compile auto or layers; or set layer_spec to te"),
         (OWN | {"fp8_recipe": "blockwise"}, "needs fp8_recipe tensorwise, not blockwise"),
@@ -155,21 +156,6 @@ def test_the_configuration_of_megatron() -> None:
     assert settings(spec="te", fp8="blockwise") == ("e4m3", True, False)
     found = transformer_config(GEOMETRY, ModelOptions("bf16", spec="te", fp8="blockwise"))
     assert found.fp8_recipe == "blockwise"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"fp8": "tensorwise"},
-        {"fp8": "blockwise", "compiled": True},
-        {"spec": "te", "precision": "fp32"},
-        {"spec": "te", "recompute": "core_attn"},
-        {"spec": "te", "lora": Lora(4, 8.0, ("linear_qkv",))},
-    ],
-)
-def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="layer_spec te"):
-        transformer_config(GEOMETRY, ModelOptions(**{"precision": "bf16", **options}))
 
 
 def test_an_engine_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
