@@ -8,7 +8,6 @@ lack is an error.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_steps.conversion.load import (
+    IMAGE_TOKEN,
+    check_configs,
+    load_image_processor,
+    load_text,
+    load_tokenizer,
+    load_tower,
+    text_config,
+    tower_config,
+)
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
-from llava_steps.geometry.families import TEXT_FAMILIES
+from llava_steps.core.third_party import reported
 from llava_steps.geometry.geometry import Geometry, padded
+from llava_steps.geometry.hf_directory import llava_config
 from llava_steps.settings.conversion import HfModel
 
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOWERS = {
-    # model_type -> (class of the tower in transformers, positions beside the patches)
-    "clip": ("CLIPVisionModel", 1),
-    "clip_vision_model": ("CLIPVisionModel", 1),
-    "siglip": ("SiglipVisionModel", 0),
-    "siglip_vision_model": ("SiglipVisionModel", 0),
-}
-"""A full clip or siglip model gives only its vision part. SigLIP2 checkpoints of fixed resolution
-call themselves siglip; those of variable resolution (NaFlex, siglip2) do not fit LLaVA."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +66,35 @@ def build(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tower, class_tokens = load_tower(tower_dir)
-    text = load_text(text_dir)
-    tokenizer, added = load_tokenizer(text_dir, template)
+    described, tower_class, class_tokens = tower_config(tower_dir)
+    planned = _planned(tower_dir, described, text_dir, text_config(text_dir), cfg)
+    check_configs(tower_dir, text_dir)
+    tokenizer, added = load_tokenizer(text_dir, template, planned.tokens_per_image)
+    images = load_image_processor(tower_dir)
+    tower, text = load_tower(tower_dir, tower_class), load_text(text_dir)
     known = len(tokenizer) - len(added)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    rows = padded(max(text.config.vocab_size, len(tokenizer)), cfg.vocab_size_padding * cfg.tp)
+    ids = 1 + max(tokenizer.get_vocab().values())
+    rows = padded(max(text.config.vocab_size, ids), cfg.vocab_size_padding * cfg.tp)
     fresh = [int(i) for i in tokenizer.convert_tokens_to_ids(list(added))]
     fresh += range(text.config.vocab_size, rows)
     weights = language_weights(text, rows, sorted(set(fresh)), known)
     asked = DTYPES.get(cfg.dtype)
     dtype = asked or text.dtype
 
-    text_config = text.config
-    text_config.vocab_size = rows
+    text.config.vocab_size = rows
+    text.config.tie_word_embeddings = _tied(text)
     patches = (tower.config.image_size // tower.config.patch_size) ** 2
     full = cfg.vision_feature_select_strategy == "full"
     config = LlavaConfig(
         vision_config=tower.config,
-        text_config=text_config,
+        text_config=text.config,
         image_token_index=image_id,
         projector_hidden_act=cfg.projector_hidden_act,
         vision_feature_layer=cfg.vision_feature_layer,
         vision_feature_select_strategy=cfg.vision_feature_select_strategy,
         image_seq_length=patches + (class_tokens if full else class_tokens - 1),
-        tie_word_embeddings=bool(text_config.tie_word_embeddings),
+        tie_word_embeddings=text.config.tie_word_embeddings,
         pad_token_id=tokenizer.pad_token_id,
         dtype=dtype,
     )
@@ -106,7 +110,7 @@ def build(
     # It would write the dtype of the first parameter, which is the tower's.
     model.config.dtype = dtype
     model.config.save_pretrained(out)
-    save_processor(tower_dir, tokenizer, config, class_tokens, out)
+    save_processor(images, tokenizer, config, class_tokens, out)
     geometry = check(out)
     return Built(
         vocab=rows,
@@ -121,85 +125,15 @@ def build(
     )
 
 
-def load_tower(path: Path) -> tuple[Any, int]:
-    """The vision tower of a directory, and its number of positions beside the patches."""
-    import transformers
-
-    kind = model_type(path, TOWERS, "hf_model.vision_tower")
-    name, class_tokens = TOWERS[kind]
-    tower, report = getattr(transformers, name).from_pretrained(
-        path, local_files_only=True, dtype="auto", output_loading_info=True
-    )
-    stop_if_missing(report, path)
-    return tower, class_tokens
-
-
-def load_text(path: Path) -> Any:
-    """The language model of a directory, with its head."""
-    from transformers import AutoModelForCausalLM
-
-    model_type(path, TEXT_FAMILIES, "hf_model.text_model")
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path, local_files_only=True, dtype="auto", output_loading_info=True
-    )
-    stop_if_missing(report, path)
-    if report["unexpected_keys"]:
-        raise IntegrityError(
-            f"{path}: these weights are not part of the model: {report['unexpected_keys']}"
-        )
-    return model
-
-
-def model_type(path: Path, known: Any, key: str) -> str:
-    """model_type of a directory's config.json; ConfigError if it is not supported."""
+def _planned(
+    tower_dir: Path, vision: dict[str, Any], text_dir: Path, text: dict[str, Any], cfg: HfModel
+) -> Geometry:
+    """The model that will be built, before its weights are read, but for its vocabulary."""
+    rows = text.get("vocab_size", 1)
     try:
-        family = json.loads((path / "config.json").read_bytes()).get("model_type")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{key}: {path} is not a Hugging Face model directory: {error}") from None
-    if family not in known:
-        raise ConfigError(
-            f"{key}: {path} is of the family {family!r}; supported: {', '.join(sorted(known))}"
-        )
-    return str(family)
-
-
-def stop_if_missing(report: dict[str, Any], path: Path) -> None:
-    """IntegrityError if weights are missing: transformers would fill them with random numbers."""
-    wrong = {k: report.get(k) for k in ("missing_keys", "mismatched_keys") if report.get(k)}
-    if wrong:
-        raise IntegrityError(f"{path}: weights are missing from the files: {wrong}")
-
-
-def load_tokenizer(path: Path, template: Path | None = None) -> tuple[Any, tuple[str, ...]]:
-    """The tokenizer with `<image>` and a padding token, and the tokens that were added to it."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        raise InputError(f"hf_model.text_model: {path} has no usable tokenizer: {error}") from error
-    if not tokenizer.is_fast:
-        raise ConfigError(f"hf_model.text_model: {path} has no fast tokenizer (tokenizer.json)")
-    if template is not None:
-        try:
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"hf_model.chat_template: {template}: {error}") from error
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"hf_model.text_model: the tokenizer of {path} has no chat template; write one into "
-            "chat_template.jinja beside tokenizer.json or give hf_model.chat_template"
-        )
-    before = set(tokenizer.get_vocab())
-    if IMAGE_TOKEN not in before:
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    tokenizer.image_token = IMAGE_TOKEN
-    added = sorted(set(tokenizer.get_vocab()) - before, key=tokenizer.convert_tokens_to_ids)
-    return tokenizer, tuple(added)
+        return Geometry.from_hf(llava_config(vision, text, rows, cfg))
+    except InputError as error:
+        raise InputError(f"{tower_dir}, {text_dir}: {error}") from error
 
 
 def language_weights(text: Any, rows: int, fresh: list[int], known: int) -> dict[str, Tensor]:
@@ -208,13 +142,18 @@ def language_weights(text: Any, rows: int, fresh: list[int], known: int) -> dict
     Rows `fresh` become the mean of the first `known` rows, those of the tokenizer's own tokens.
     """
     embedding = text.get_input_embeddings().weight.data
-    tied = bool(text.config.tie_word_embeddings)
     weights = {f"model.language_model.{k}": v for k, v in text.model.state_dict().items()}
     weights["model.language_model.embed_tokens.weight"] = grown(embedding, rows, fresh, known)
-    if not tied:
+    if not _tied(text):
         head = text.get_output_embeddings().weight.data
         weights["lm_head.weight"] = grown(head, rows, fresh, known)
     return weights
+
+
+def _tied(text: Any) -> bool:
+    """Whether the head is the embedding: files with two different ones overrule config.json."""
+    head, embedding = text.get_output_embeddings().weight, text.get_input_embeddings().weight
+    return bool(head is embedding)
 
 
 def grown(matrix: Tensor, rows: int, fresh: list[int], known: int) -> Tensor:
@@ -251,19 +190,10 @@ def assign(model: Any, weights: dict[str, Tensor]) -> None:
         )
 
 
-def save_processor(
-    tower_dir: Path, tokenizer: Any, config: Any, class_tokens: int, out: Path
-) -> None:
+def save_processor(images: Any, tokenizer: Any, config: Any, class_tokens: int, out: Path) -> None:
     """Image processor of the tower and tokenizer of the text model as one LLaVA processor."""
-    from transformers import AutoImageProcessor, LlavaProcessor
+    from transformers import LlavaProcessor
 
-    try:
-        images = AutoImageProcessor.from_pretrained(tower_dir, backend="pil", local_files_only=True)
-    except Exception as error:
-        raise InputError(
-            f"hf_model.vision_tower: {tower_dir} has no image processor "
-            f"(preprocessor_config.json): {error}"
-        ) from error
     LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -282,9 +212,13 @@ def check(out: Path) -> Geometry:
 
     geometry = Geometry.load(out)
     processor = AutoProcessor.from_pretrained(out, backend="pil", local_files_only=True)
-    inputs = processor(
-        text=IMAGE_TOKEN, images=[Image.new("RGB", (50, 30))], add_special_tokens=False
-    )
+    with reported(
+        f"{out}: the processor cannot prepare an image",
+        "check the tower's preprocessor_config.json and the language model's tokenizer",
+    ):
+        inputs = processor(
+            text=IMAGE_TOKEN, images=[Image.new("RGB", (50, 30))], add_special_tokens=False
+        )
     ids, pixels = inputs["input_ids"][0], inputs["pixel_values"][0]
     side = geometry.image_size
     if tuple(pixels.shape) != (3, side, side):

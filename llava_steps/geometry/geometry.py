@@ -120,10 +120,15 @@ class Geometry:
             )
         heads = _count(filled, "num_attention_heads")
         hidden = _count(filled, "hidden_size")
-        kv_heads = filled.get("num_key_value_heads") or heads
+        kv_heads = _count(filled, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise InputError(
                 f"text_config: {heads} attention heads are not a multiple of {kv_heads} kv heads"
+            )
+        if filled.get("head_dim") is None and hidden % heads:
+            raise InputError(
+                f"text_config: hidden_size {hidden} is not a multiple of {heads} attention heads, "
+                "and head_dim is missing"
             )
         image_token = config.get("image_token_index", config.get("image_token_id"))
         if not isinstance(image_token, int):
@@ -135,8 +140,8 @@ class Geometry:
             ffn=_count(filled, "intermediate_size"),
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=filled.get("head_dim") or hidden // heads,
-            rms_eps=float(filled["rms_norm_eps"]),
+            head_dim=_count(filled, "head_dim", hidden // heads),
+            rms_eps=_number(filled, "rms_norm_eps"),
             rope=_rope(filled),
             max_positions=_count(filled, "max_position_embeddings"),
             qkv_bias=_flag(filled, row.qkv_bias),
@@ -193,7 +198,11 @@ def _vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, A
 def _rope(text: Mapping[str, Any]) -> Rope:
     """transformers 5 has rope_parameters; older versions have rope_theta and rope_scaling."""
     given = text.get("rope_parameters")
-    parameters = dict(text.get("rope_scaling") or {}) if given is None else dict(given)
+    name = "rope_scaling" if given is None else "rope_parameters"
+    section = text.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise InputError(f"{name} is {section!r}; expected a section with rope_type")
+    parameters = dict(section)
     if given is None and "type" in parameters:
         parameters.setdefault("rope_type", parameters.pop("type"))
     kind = parameters.setdefault("rope_type", "default")
@@ -204,7 +213,7 @@ def _rope(text: Mapping[str, Any]) -> Rope:
     partial = parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):
         raise InputError(f"partial_rotary_factor {partial} is not supported; supported: 1.0")
-    return Rope(kind, float(parameters["rope_theta"]), parameters)
+    return Rope(kind, _number(parameters, "rope_theta"), parameters)
 
 
 def _section(config: Mapping[str, Any], name: str, default_type: str) -> dict[str, Any]:
@@ -220,11 +229,20 @@ def _known(table: Mapping[str, T], name: Any, key: str) -> T:
     return table[name]
 
 
-def _count(section: Mapping[str, Any], key: str) -> int:
+def _count(section: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = section.get(key)
+    if value is None and default is not None:
+        return default
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise InputError(f"{key} is {value!r}; expected one positive integer")
     return value
+
+
+def _number(section: Mapping[str, Any], key: str) -> float:
+    value = section.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{key} is {value!r}; expected a number")
+    return float(value)
 
 
 def _flag(section: Mapping[str, Any], source: bool | str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llava_steps.core.errors import InputError
 from llava_steps.geometry.geometry import Geometry, padded
+from llava_steps.geometry.hf_directory import llava_config
 from llava_steps.settings.config import Config
 from llava_steps.settings.demo_assets import DemoAssets
 from llava_steps.settings.load import DEMO
@@ -17,7 +18,6 @@ from llava_steps.store import store
 
 SHAPES = Path("config/recipes/models")
 """Configurations of published models, beside the recipes that name them."""
-PARTS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 
 @dataclass(frozen=True)
@@ -70,31 +70,14 @@ def _unbuilt(config: Config, shapes: Path) -> Model:
     hf = config.hf_model
     vision, from_vision, _ = _part(hf.vision_tower, config.demo_assets, shapes, "vision_tower")
     text, from_text, tokens = _part(hf.text_model, config.demo_assets, shapes, "text_model")
-    if vision.get("model_type") in PARTS:
-        inner = vision.get("vision_config") or {}
-        if not isinstance(inner, dict):
-            raise InputError(
-                f"{from_vision}: vision_config is not a section; expected keys and values"
-            )
-        vision = {"model_type": PARTS[str(vision["model_type"])], **inner}
-        vision["model_type"] = PARTS.get(str(vision["model_type"]), vision["model_type"])
     vocab = text.get("vocab_size", 32000)
     if not isinstance(vocab, int):
         raise InputError(f"{from_text}: vocab_size is {vocab!r}; expected a whole number")
     # Building adds <image>; only the tokenizer knows whether that needs a new row.
     rows = max(vocab, tokens or vocab + 1)
     rows = padded(rows, hf.vocab_size_padding * hf.tp)
-    llava = {
-        "model_type": "llava",
-        "text_config": {**text, "vocab_size": rows},
-        "vision_config": vision,
-        "vision_feature_layer": hf.vision_feature_layer,
-        "vision_feature_select_strategy": hf.vision_feature_select_strategy,
-        "projector_hidden_act": hf.projector_hidden_act,
-        "image_token_index": rows - 1,
-    }
     try:
-        geometry = Geometry.from_hf(llava)
+        geometry = Geometry.from_hf(llava_config(vision, text, rows, hf))
     except InputError as error:
         raise InputError(f"{from_vision}, {from_text}: {error}") from error
     return Model(geometry, f"{from_vision}, {from_text}", tokens is not None)
@@ -160,7 +143,8 @@ def _tokens(directory: Path) -> int | None:
         raise InputError(f"{path} cannot be read: {error}") from error
     known = tokenizer.get_vocab(with_added_tokens=True)
     pads = bool(settings.is_file() and _read(settings).get("pad_token"))
-    return len(known) + ("<image>" not in known) + (not pads and "<pad>" not in known)
+    ids = 1 + max(known.values(), default=-1)
+    return max(ids, len(known) + ("<image>" not in known) + (not pads and "<pad>" not in known))
 
 
 def _demo(demo: DemoAssets, key: str) -> tuple[Mapping[str, Any], int | None]:
