@@ -28,11 +28,13 @@ def check_layout(geometry: Geometry, tp: int, pp: int, vp: int = 1, split: Split
     }
     for name, size in divisible.items():
         if size % tp:
-            raise ConfigError(
-                f"tensor_model_parallel {tp} does not divide {name} {size}; choose a size "
-                "that does"
-                + (", or pad the vocabulary (hf_model.vocab_size_padding)" * (name == "vocab_size"))
-            )
+            advice = "choose a size that does"
+            if name == "vocab_size":
+                advice = (
+                    f"set hf_model.tp to {tp}, which pads the vocabulary for it (with "
+                    f"hf_model.vocab_size_padding above 0), or {advice}"
+                )
+            raise ConfigError(f"tensor_model_parallel {tp} does not divide {name} {size}; {advice}")
     if pp > geometry.layers:
         raise ConfigError(
             f"pipeline_model_parallel {pp} exceeds the model's {geometry.layers} layers"

@@ -73,7 +73,10 @@ def test_no_other_split_has_a_lighter_heaviest_chunk(
         ),
         ({"virtual_pipeline": 16}, "set virtual_pipeline to at most 8"),
         ({"gpus": 64, "pipeline_model_parallel": 64}, "exceeds the model's 32 layers"),
-        ({"gpus": 12, "tensor_model_parallel": 3}, "does not divide vocab_size 32128"),
+        (
+            {"gpus": 12, "tensor_model_parallel": 3},
+            "does not divide vocab_size 32128; set hf_model.tp to 3,",
+        ),
         ({"gpus": 256, "tensor_model_parallel": 64}, "does not divide num_attention_heads 32"),
     ],
 )
