@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.errors import ConfigError, InputError, reason
 from llava_steps.evaluation import eval_mm_driver, harness
 from llava_steps.evaluation.harness import Score
 from llava_steps.settings.evaluation import LlmJpEvalMm
@@ -62,7 +62,7 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
     try:
         scores = [Score(**row) for row in json.loads(path.read_bytes())]
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
     summary = harness.summary(installed, list(cfg.tasks), scores, SECTION)
     filesystem.write_json(ctx.entry / "scores.json", summary)
     return summary

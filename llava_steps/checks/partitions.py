@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from llava_steps.checks.finding import Finding
-from llava_steps.core.errors import ConfigError
+from llava_steps.core.errors import ConfigError, reason
 from llava_steps.pipeline import slurm
 from llava_steps.pipeline.rules import Rule
 from llava_steps.settings.cluster import Cluster
@@ -81,7 +81,7 @@ def settings(profile: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(profile.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--profile {profile} cannot be read: {error}") from None
+        raise ConfigError(f"--profile {profile} cannot be read: {reason(error)}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"--profile {profile}: expected keys and values at the top level")
     sets = loaded.get("set-resources") or {}

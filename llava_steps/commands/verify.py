@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llava_steps.core import filesystem
-from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.core.errors import InputError, IntegrityError, reason
 from llava_steps.store import commit, store
 
 
@@ -53,7 +53,7 @@ def verify(entry: Path) -> tuple[str, str]:
     except (KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{entry / store.MANIFEST} is damaged: {error!r}") from None
     except OSError as error:
-        raise IntegrityError(f"{entry} cannot be read: {error}") from None
+        raise IntegrityError(f"{entry} cannot be read: {reason(error)}") from None
     for path in filesystem.files_below(entry, skip=[store.WORK, store.MANIFEST]):
         if path.relative_to(entry).as_posix() not in known:
             raise IntegrityError(f"{path} was not sealed with the artefact; remove it")

@@ -99,6 +99,13 @@ def environment_error(error: BaseException | None) -> InputError | None:
     return None
 
 
+def reason(error: Exception) -> str:
+    """What an error says, without its number and the path, which a message names already."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    return str(error)
+
+
 def report_error(command: str, error: Exception) -> int:
     """Print the error of a command outside the workflow as one line; returns its exit code.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_steps.core.errors import InputError
+from llava_steps.core.errors import InputError, reason
 from llava_steps.geometry.families import TEXT_FAMILIES, VISION_FAMILIES, refuse_window
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Geometry:
         except FileNotFoundError as error:
             raise InputError(f"{path} is missing; give a Hugging Face model directory") from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
+            raise InputError(f"{path} cannot be read: {reason(error)}") from error
         try:
             return cls.from_hf(config)
         except InputError as error:

@@ -226,11 +226,24 @@ class Run:
                 )
             )
 
-    def take_over(self, wrap: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
-        """Have Snakemake call `build`, through `wrap`, where it would build its graph."""
+    def take_over(
+        self,
+        wrap: Callable[[Callable[[], None]], Callable[[], None]],
+        check: Callable[[], None],
+    ) -> None:
+        """Have Snakemake call `build`, through `wrap`, where it would build its graph.
+
+        `check` is called after it when jobs are to run or a dry run shows them.
+        """
+
+        def build() -> None:
+            self.build()
+            if self.workflow.executor_plugin is not None:
+                check()
+
         if self.workflow.is_main_process:  # a job of a cluster was demanded when it was submitted
             self._build = self.workflow._build_dag
-            self.workflow._build_dag = wrap(self.build)
+            self.workflow._build_dag = wrap(build)
 
     def _concerned(self) -> set[str]:
         """Rules of the graph, and all that their results need."""
@@ -345,8 +358,8 @@ class Run:
                 yield f"  {name}: {why}"
 
     def jobs(self) -> Iterator[str]:
-        """Lines of a table: what each rule asks the cluster for, if the profile has one."""
-        if self.workflow.get_rule("all").resources.get("runtime") is None:
+        """Lines of a table: what each rule asks the cluster for, if the profile is of one."""
+        if "runtime" not in (self.workflow.resource_settings.default_resources or {}):
             return
         columns = ("nodes", "gres", "cpus_per_task", "mem_mb", "runtime", "slurm_partition")
         titles = "rule,jobs,nodes,GPUs a node,cpus,MB,min,partition,image"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core.errors import InputError
+from llava_steps.core.errors import InputError, reason
 from llava_steps.geometry.geometry import Geometry, padded
 from llava_steps.geometry.hf_directory import llava_config
 from llava_steps.settings.config import Config
@@ -124,7 +124,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not the configuration of a model; expected keys and values")
     return config

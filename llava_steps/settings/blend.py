@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import yaml
 
-from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.errors import ConfigError, InputError, reason
 from llava_steps.settings import yaml_loader
 
 _HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
@@ -80,7 +80,9 @@ def read_blend(path: Path, split: str) -> Blend:
     try:
         table = yaml_loader.load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as the YAML of a blend: {error}") from error
+        raise InputError(
+            f"{path} cannot be read as the YAML of a blend: {reason(error)}"
+        ) from error
     try:
         return _blend(path.parent, table, split)
     except _Refused as error:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llava_steps.core.errors import ConfigError
+from llava_steps.core.errors import ConfigError, reason
 from llava_steps.settings import yaml_loader
 from llava_steps.settings.config import Config
 from llava_steps.settings.fields import facts
@@ -104,7 +104,8 @@ def _read(path: Path, source: Source) -> None:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        advice = f"; relative paths start at {Path.cwd()}" * (not path.is_absolute())
+        raise ConfigError(f"{path} cannot be read: {reason(error)}{advice}") from None
     part = Source()
     try:
         values = _parse(text, (), lambda line: f"{path}:{line}", part)
@@ -314,7 +315,7 @@ def _explain(problem: Any, key: Key, written: str | None) -> str:
 
 
 def _hint(key: Key, known: Sequence[str]) -> str:
-    """What a user may have meant by an unknown key, of which `known` could stand there."""
+    """What a user may have meant by an unknown key, of a section with the keys `known`."""
     near = difflib.get_close_matches(key[-1], known, n=3, cutoff=0.8)
     elsewhere = [name for name, model in sections() if key[-1] in model.model_fields]
     if elsewhere and not near:

@@ -45,7 +45,7 @@ def config_json(place: Path, content: Any) -> Path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read: [Errno 2]"),
+        (None, "mine.yaml cannot be read: no such file or directory; relative paths start at"),
         (b"deps: [a, b]\n", "mine.yaml:1: deps: unknown key"),
         (b"- a\n- b\n", "mine.yaml: expected keys and values"),
         (b"\x00\xff", "mine.yaml cannot be read"),

@@ -67,6 +67,28 @@ def test_a_wrong_word_of_config_is_one_line(fresh: Project, words: list[str], me
     assert message in text.splitlines()[-1] and "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "mine.yaml: no such file in "),
+        (b"a: [1\nb: 2", "mine.yaml: not valid YAML: line 2: expected ',' or ']'"),
+        (b"- a", "mine.yaml: expected keys and values"),
+        (b"", "mine.yaml: expected keys and values"),
+        (b"\xff\xfe", "mine.yaml: not text in UTF-8"),
+        (b"a: !!int x", "mine.yaml: not valid YAML: "),
+    ],
+)
+def test_a_wrong_configuration_file_is_one_line(
+    fresh: Project, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (fresh.root / "mine.yaml").write_bytes(content)
+    text = fresh.snakemake("-n", "--configfile", "mine.yaml", code=1)
+    assert f"Error: --configfile {message}" in text.splitlines()[-1]
+    text = fresh.snakemake("-n", "--configfile", "config", code=1)
+    assert text.splitlines()[-1].endswith("config: is a directory; name a YAML file")
+
+
 def test_values_of_config_are_read_as_in_a_file(fresh: Project) -> None:
     text = fresh.snakemake("-n", "-p", "--config", "run=001", "stage2={lr: 2e-5, name: 1e5}")
     assert "--lr=2e-05" in text and "results/001/stage2_checkpoint" in text
@@ -75,7 +97,7 @@ def test_values_of_config_are_read_as_in_a_file(fresh: Project) -> None:
 
 def test_only_the_words_of_config_are_checked() -> None:
     words = ["-n", "a.b", "--config=x.y=1", "z.y=1", "--cores", "1", "b.c=1", "-C", "d.e=1"]
-    assert [*arguments.entries(words)] == ["x.y=1", "z.y=1", "d.e=1"]
+    assert [*arguments.values(words, ("--config", "-C"))] == ["x.y=1", "z.y=1", "d.e=1"]
     for word in ("run=a.b=c", "stage2={lr: 1}", "image=", "under_score-d=1"):
         assert not arguments.mistake(word)
 
@@ -264,7 +286,28 @@ def test_files_are_named_behind_one_configfile(fresh: Project) -> None:
 def test_a_layout_of_stage_2_that_cannot_be_is_told_before_stage_1(fresh: Project) -> None:
     overlay = fresh.overlay("stage2: {gpus: 16, tensor_model_parallel: 8}\n")
     arguments = ("--cores", "2", "--configfile", overlay)
-    text = fresh.snakemake(*arguments, code=1)
-    assert "stage2: tensor_model_parallel 8 does not divide num_attention_heads 4" in text
+    for call in ((), ("-n",)):
+        text = fresh.snakemake(*arguments, *call, code=1)
+        (line,) = [line for line in text.splitlines() if "tensor_model_parallel 8" in line]
+        assert line.startswith(
+            "Error: stage2: tensor_model_parallel 8 does not divide num_attention_heads 4"
+        )
+        assert ".smk" not in text and "Traceback" not in text
     assert fresh.calls() == []
     assert fresh.snakemake("stage1_checkpoint", *arguments)
+
+
+def test_what_jobs_ask_a_cluster_for_is_shown_only_for_a_cluster(fresh: Project) -> None:
+    title = "rule  .* GPUs a node .* partition"
+    for call in (("-n", "--cores", "2"), ("--list-rules",), ("--profile", "slurm", "--list-rules")):
+        assert not re.search(title, fresh.snakemake(*call)), call
+    assert re.search(title, fresh.snakemake("--profile", "slurm", "-n"))
+
+
+def test_a_wrong_setting_is_shown_without_the_lines_of_the_workflow(fresh: Project) -> None:
+    text = fresh.snakemake("-n", "--config", "stage2={lr: x}", code=1)
+    assert text.endswith(
+        "Error: the configuration has a problem:\n"
+        "  --config: stage2.lr: expected a number, got 'x'\n"
+    )
+    assert ".smk" not in text and "Traceback" not in text

@@ -1,10 +1,16 @@
 # The run that the configuration asks for; llava_steps/pipeline/workflow.py has its code.
 import sys
 
-from snakemake.exceptions import WorkflowError
+from snakemake.exceptions import CliException
 
 from llava_steps.core.errors import StepError
 from llava_steps.pipeline.workflow import Run, set_environment
+
+
+class OneLine(CliException):
+    """An error that Snakemake prints without the lines of the workflow that it came through."""
+
+    __traceback__ = property(lambda self: None, lambda self, trace: None)
 
 
 def in_one_line(function):
@@ -14,11 +20,10 @@ def in_one_line(function):
         try:
             return function(*arguments)
         except StepError as error:
-            raise WorkflowError(str(error)) from None
+            raise OneLine(str(error)) from None
 
     return call
 
 
 this_run = in_one_line(Run)(workflow, ancient)
-this_run.take_over(in_one_line)
 set_environment()

@@ -9,17 +9,21 @@ from llava_steps.pipeline import slurm
 for step in this_run.rules.values():
     workflow.get_rule(step.name).docstring = step.declared.summary
 
-if workflow.is_main_process:
+
+def check_plan():
+    """Once the graph of jobs is built, and before any of them has spent its time."""
     for line in this_run.jobs():
         print(line, file=sys.stderr)
+    plan.refuse(this_run.config, this_run.stages_to_train())
+
+
+this_run.take_over(in_one_line, check_plan)
 
 
 @in_one_line
 def before_jobs():
     this_run.refuse_host_for_image()
     this_run.refuse_nodes_without_slurm()
-    # Report a layout that stage 2 cannot have before stage 1 has spent its time.
-    plan.refuse(this_run.config, this_run.stages_to_train())
     lease = this_run.hold()
     atexit.register(lease.__exit__, None, None, None)
     atexit.register(filesystem.remove, this_run.claim_values())

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.errors import ConfigError, InputError, reason
 
 META = ".nv-meta"
 SHARDS = "shards.json"
@@ -126,7 +126,7 @@ def _load(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, RecursionError, OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _check_name(root: Path, name: str) -> None:

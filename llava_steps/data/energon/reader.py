@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llava_steps.core import filesystem
-from llava_steps.core.errors import InputError
+from llava_steps.core.errors import InputError, reason
 from llava_steps.data.energon.field_map import SEED, FieldMap
 from llava_steps.data.energon.metadata import SHARDS, read_metadata, split_shards
 from llava_steps.data.samples.sample import Sample, SampleError, from_parts, is_image_part
@@ -155,7 +155,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}; prepare the dataset again") from error
+        raise InputError(
+            f"{path} cannot be read: {reason(error)}; prepare the dataset again"
+        ) from error
 
 
 def _open(root: Path, shards: list[str], counts: dict[str, int]) -> Any:
