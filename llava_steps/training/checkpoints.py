@@ -113,7 +113,7 @@ def check_space(root: Path, model: list[Llava], optimizer: Optimizer) -> None:
 
 
 def find(root: Path, log: logging.Logger) -> Path | None:
-    """The newest valid checkpoint of an unfinished training; None to start anew.
+    """The newest valid checkpoint of an unfinished training; None to start from the beginning.
 
     Damaged ones that are newer are set aside in `.work/damaged`, with an error in the log. Raises
     IntegrityError if all are damaged: a begun training never silently starts over. A
@@ -145,7 +145,7 @@ def _newest_valid(root: Path, log: logging.Logger) -> Path | None:
             filesystem.remove(aside)
             aside.parent.mkdir(parents=True, exist_ok=True)
             bad.rename(aside)
-            log.error("DAMAGED CHECKPOINT: %s; set aside, going on from %s", reason, path.name)
+            log.error("DAMAGED CHECKPOINT: %s; set aside; resuming from %s", reason, path.name)
         return path
     if damaged:
         raise IntegrityError(

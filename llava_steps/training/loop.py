@@ -1,4 +1,4 @@
-"""The training loop: `train` is the story, `Training` are its parts and its sentences."""
+"""The training loop: `train` is the order of events, `Training` holds the parts."""
 
 from __future__ import annotations
 
@@ -173,6 +173,6 @@ def stopped(step: int, first: int, signalled: bool, stage: Stage) -> StepError:
     if signalled:
         return StoppedError(f"stopped on request before step {step + 1}; run again")
     return ConfigError(
-        f"exit_before {stage.exit_before:g} minutes had passed before the first step of this run "
-        "could begin, and would again: set it higher"
+        f"exit_before: {stage.exit_before:g} minutes passed before the first step of this run "
+        "could begin, and would again; raise it"
     )

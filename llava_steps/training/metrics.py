@@ -63,8 +63,8 @@ class Lines:
 
 
 def _step(line: bytes) -> float:
-    """The step of a line. What a killed writer or a lost machine left in the place of one that was
-    not on the disk yet is of no step that is done.
+    """The step of a line. A line that a killed writer or a lost machine left damaged counts as
+    later than every finished step.
     """
     try:
         return int(json.loads(line)["step"])

@@ -60,7 +60,7 @@ def sample_line(step: int, batch: list[MicroBatch]) -> dict[str, Any]:
 
 
 def finite(row: Mapping[str, float]) -> dict[str, float | None]:
-    """What JSON can say of it: of a weight that is not finite the loss on held-out data is none."""
+    """The value as JSON allows it: None when it is not finite."""
     return {key: value if math.isfinite(value) else None for key, value in row.items()}
 
 

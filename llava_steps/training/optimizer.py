@@ -3,7 +3,7 @@
 Its parameter state is saved in the `fully_reshardable` form: per parameter the fp32 master and both
 moments in the parameter's own shape, so that any layout can load it. What megatron-core would keep
 beside them (param groups, step) is a function of the settings and of the training step here, and
-is set anew instead of saved; that also avoids two defects of 0.16.1 when AdamW is torch's own: the
+is set again instead of saved; that also avoids two defects of 0.16.1 when AdamW is torch's own: the
 state of an optimizer that never stepped cannot be saved, and after loading all parameters share
 one `step` tensor, which AdamW then increments once per parameter.
 """

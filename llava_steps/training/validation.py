@@ -1,4 +1,4 @@
-"""Loss and token accuracy on held-out samples: a look at the model that leaves no trace in it.
+"""Loss and token accuracy on held-out samples: measured without changing the model.
 
 Each data-parallel replica runs its share of the rows through its pipeline, possibly none, and no
 collective call spans two replicas before all are done; so shares may differ. The figures are sums

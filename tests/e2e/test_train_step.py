@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(chain: Chain) -> None:
     old, new = sorted(entry.glob("iter_*"))
     flip(next(new.glob("weights/*.distcp")))
     result = run_step("train", *chain.train_flags("damaged"), *flags, cwd=chain.root)
-    assert "DAMAGED CHECKPOINT" in result.stderr and f"going on from {old.name}" in result.stderr
+    assert "DAMAGED CHECKPOINT" in result.stderr and f"resuming from {old.name}" in result.stderr
     assert value(chain.root / "results/damaged") == expected
     assert (entry / ".work/damaged" / new.name).is_dir(), "kept to be looked at"
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_without_its_marker_is_a_damaged_one(chain: Chain) -> None:
     (entry / ".work" / old.name).rename(old / "commit.json")
     result = run_step(*line, cwd=chain.root)
     assert f"DAMAGED CHECKPOINT: {new} " in result.stderr, result.stderr
-    assert f"going on from {old.name}" in result.stderr
+    assert f"resuming from {old.name}" in result.stderr
     assert (entry / ".work/damaged" / new.name).is_dir()
 
 
@@ -188,7 +188,9 @@ def test_the_time_limit_stops_in_order(chain: Chain) -> None:
         if result.returncode == 75:
             break
         assert result.returncode == 2 and not commits, result.stderr
-        assert f"exit_before {minutes:g} minutes had passed" in result.stderr, result.stderr
+        assert f"exit_before: {minutes:g} minutes passed before the first step" in result.stderr, (
+            result.stderr
+        )
     assert minutes > 0.0001 and "stopped on request after step" in result.stderr and commits
 
 

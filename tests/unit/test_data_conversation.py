@@ -224,7 +224,7 @@ def test_a_token_across_the_border_of_an_answer_is_refused(tmp_path: Path) -> No
         "<|assistant|>\n{% endif %}", "<|assistant|>\n.{{ ' ' }}{% endif %}"
     )
     make_hf_dir(tmp_path, template)
-    with pytest.raises((ConfigError, InputError), match="across the border"):
+    with pytest.raises((ConfigError, InputError), match="crosses the border"):
         ConversationEncoder(tmp_path, 512).encode(turns("What?", "digit"))
 
 

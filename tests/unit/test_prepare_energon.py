@@ -282,7 +282,7 @@ def edit(change: str, root: Path) -> None:
         ("dot in a key", "dot"),
         ("key in another tar", "'000000' is in another tar"),
         ("same key twice in a row", "twice in a row"),
-        ("parts apart", "do not stand together"),
+        ("parts apart", "are not adjacent"),
         ("no key", "belongs to no sample"),
         ("path outside", "points outside"),
         ("no txt", "000004: missing answer"),

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 PHRASES = {
     r"told|tells": "is reported, reports, shows, lists",
-    r"(?:goes|go|went) on(?: with| from)?": "continues, resumes",
+    r"(?:goes|go|went|going) on(?: with| from)?": "continues, resumes",
     r"stands? above|goes before it": "overrides, takes precedence",
     r"(?:is|are) there already|(?:is|are) there(?=[.,;]| when| twice)"
     r"|although (?:it is|they are) there": "is up to date, exists",
@@ -23,11 +23,12 @@ PHRASES = {
     r"(?<!leave\s)(?<!leaves\s)(?<!left\s)(?<!\sit\s)(?<!falls\s)(?<!messages\s)behind": "after",
     r"(?<!let\s)(?<!-)alone": "only",
     r"nobody|no one|none of them|somebody|anybody": "name the thing that does or does not do it",
-    r"(?<!there\s)(?:is|are) no (?!longer|larger|more|less|fewer)\w+": "is not a",
+    r"(?<!there\s)(?:is|are|was|were) no (?!longer|larger|more|less|fewer)\w+": "is not a",
     r"any more": "no longer",
-    r"stands? (?:at|behind|below|beside|in(?! for)|there)": "is",
+    r"stands? (?:at|before|behind|below|beside|in(?! for)|there|together)": "is",
     r"at hand": "available",
     r"run me": "run it",
+    r"in silence|without a word": "silently",
     r"mend(?:s|ed|ing)?": "fix",
     r"whoever": "the caller, the user",
     r"as asked|by hand of": "as configured",

@@ -41,7 +41,7 @@ class FieldMap:
 
     @property
     def image_parts(self) -> tuple[str, ...]:
-        """Names under which an image may stand, such as ("jpg",)."""
+        """Names that an image part may have, such as ("jpg",)."""
         return tuple(path[0] for path in self.image)
 
 

@@ -1,7 +1,7 @@
-"""The samples of a tar: where they are and whether they are what energon will take them for.
+"""The samples of a tar: where they are and whether energon will read them as they are meant.
 
-energon groups neighbouring members by the name up to the first dot. What it passes over in silence
-is an error here: a dot in a key (samples collapse), a key that comes twice in a row (samples
+energon groups neighbouring members by the name up to the first dot. What it skips silently is an
+error here: a dot in a key (samples collapse), a key that comes twice in a row (samples
 merge), the same part twice, members of no sample, and, with `deep`, parts that are missing or
 cannot be read.
 """
@@ -50,7 +50,7 @@ class PartRow:
 
 @dataclass(frozen=True)
 class TarIndex:
-    """All there is to know of a tar for energon's index files."""
+    """What energon's index files say of a tar."""
 
     name: str
     size: int
@@ -87,7 +87,7 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
         base, part = split_name(path, member.name, fields.image_parts)
         if base != key:
             if base in closed:
-                raise InputError(f"{path}: the parts of sample {base!r} do not stand together")
+                raise InputError(f"{path}: the parts of sample {base!r} are not adjacent")
             samples.append(SampleRow(base, member.start, 0))
             closed.add(base)
             key, seen = base, set()

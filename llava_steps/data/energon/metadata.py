@@ -84,7 +84,7 @@ def refuse_code(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _CODE_FILES:
             raise InputError(
-                f"{path}: dataset metadata must not bring Python code; remove the file"
+                f"{path}: dataset metadata must not contain Python code; remove the file"
             )
         if path.suffix in (".yaml", ".yml", ".json"):
             _refuse_objects(path, _load(path))

@@ -1,7 +1,7 @@
 """Random access to the samples of an energon dataset split.
 
-Reading goes through energon's own tar reader, so that a sample is what energon would load; which
-sample is read when is ours (order.py).
+Reading goes through energon's own tar reader, so that a sample is what energon would load;
+order.py decides which is read when.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class SampleReader:
         except Exception as error:
             raise InputError(
                 f"sample {index} of split {self.split!r} in {self.root} cannot be read "
-                f"({type(error).__name__}: {error}); a tar and its .idx disagree, prepare again"
+                f"({type(error).__name__}: {error}); its tar and .idx disagree, so prepare it again"
             ) from error
         parts = {name: data for name, data in sample.items() if not name.startswith("__")}
         parts |= dict.fromkeys(passed, b"")
@@ -135,7 +135,7 @@ class SampleReader:
         """The conversation and images in `raw`.
 
         Raises:
-            SampleError: unusable; the message does not say where it stands.
+            SampleError: unusable; the message does not say where it is.
         """
         return from_parts(raw.key, raw.parts, self._fields)
 
@@ -171,11 +171,11 @@ def _open(root: Path, shards: list[str], counts: dict[str, int]) -> Any:
     def offsets(path: str) -> npt.NDArray[np.uint64]:
         table = np.memmap(f"{path}.idx", dtype=np.uint64, mode="r")
         if (table[1:] <= table[:-1]).any() or table[-1] > os.stat(path).st_size:
-            raise ValueError(f"the offsets in {path}.idx do not rise within the tar")
+            raise ValueError(f"the offsets in {path}.idx do not increase within the tar")
         return table
 
     class Reader(ShardInfosITarReader):  # type: ignore[misc, unused-ignore]
-        """energon's own offset cache opens the .idx file anew at each random access."""
+        """energon's own offset cache opens the .idx file again at each random access."""
 
         def _get_itar_sample_pointer(self, idx: int) -> Any:
             shard = int(np.searchsorted(ends, idx, side="right"))

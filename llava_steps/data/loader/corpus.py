@@ -46,7 +46,7 @@ class Corpus:
         self._order = self._make_order(blend, seed, path)
 
     def _digest(self, blend: Blend) -> str:
-        """Stands for the datasets and the order of their samples; independent of where they are."""
+        """Identifies the datasets and the order of their samples; independent of where they are."""
         digests = [reader.digest for reader in self.readers]
         if len(digests) == 1 and blend.members[0].repetitions == 1:
             return digests[0]
@@ -87,7 +87,7 @@ class Corpus:
         """The sample in `raw`, cut to its dataset's max_turns.
 
         Raises:
-            SampleError: unusable; the message does not say where it stands.
+            SampleError: unusable; the message does not say where it is.
         """
         sample = self.readers[ref.dataset].parse(raw)
         rounds = self.members[ref.dataset].max_turns

@@ -34,7 +34,9 @@ class ValidationSet:
         corpus = Corpus(spec.dataset, spec.split, spec.seed)
         self.samples = min(samples, len(corpus))
         if not self.samples:
-            raise InputError(f"{spec.dataset}: the split {spec.split} has no samples to look at")
+            raise InputError(
+                f"{spec.dataset}: the split {spec.split} has no samples to validate on"
+            )
         self.datasets = [member.name for member in corpus.members]
         size = spec.micro_batch_size
         starts = range(spec.dp_rank * size, self.samples, spec.dp_size * size)

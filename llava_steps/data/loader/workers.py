@@ -181,14 +181,14 @@ class Workers:
             moved = beats != worker.beats or not worker.tasks
             worker.silent = 0.0 if moved else worker.silent + passed
             worker.beats = beats
-        # Others may wait for the same storage, or for a processor: who stood still first is named.
+        # Others may wait for the same storage, or for a processor: the first to stall is named.
         worker = max(self.workers, key=lambda worker: worker.silent)
         if worker.silent > self._patience:
             number = self.workers.index(worker)
             raise StepError(
                 f"loader worker {number} (process {worker.process.pid}) has been silent for "
-                f"{self._patience:g} s with {self._held(number)}; is the storage gone, or "
-                "raise loader_timeout"
+                f"{self._patience:g} s {self._held(number)}; check the storage, or raise "
+                "loader_timeout"
             )
 
     def _died(self, worker: _Worker) -> StepError:
@@ -197,18 +197,18 @@ class Workers:
         number = self.workers.index(worker)
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else "ended"
         return StepError(
-            f"loader worker {number} (process {worker.process.pid}) {how} with "
-            f"{self._held(number)}; when memory ran out, lower num_workers"
+            f"loader worker {number} (process {worker.process.pid}) {how} "
+            f"{self._held(number)}; if memory ran out, lower num_workers"
         )
 
     def _held(self, number: int) -> str:
         """Which sample a worker has begun; all of its task when it has not begun one."""
         tasks = list(self.workers[number].tasks.values())
         if not tasks:
-            return "no sample in its hands"
+            return "before it began a sample"
         position = self._board[2 * number + 1]
         positions = [position] if position != _NOTHING else tasks[0].positions
-        return "in its hands: " + ", ".join(self._name(position) for position in positions)
+        return "while it prepared " + ", ".join(self._name(position) for position in positions)
 
     def _name(self, position: int) -> str:
         """Tar and key of a sample."""

@@ -172,7 +172,7 @@ def _inside(
             if across.any():
                 a, b = offsets[int(np.argmax(across))]
                 raise SampleError(
-                    f"the token {text[a:b]!r} lies across the border of an answer; the chat "
+                    f"the token {text[a:b]!r} crosses the border of an answer; the chat "
                     "template must not end its generation prompt inside a token"
                 )
         mask |= real & (starts >= start) & (ends <= end)

@@ -67,7 +67,7 @@ def simple(data: bytes) -> tuple[int, int] | None:
 
 
 def _entropy(data: bytes, start: int, restarts: bool) -> bool:
-    """Whether nothing but coded data and restarts stand before an end that ends the file."""
+    """Whether only coded data and restarts come before an end mark that ends the file."""
     if not data.endswith(_EOI) or len(data) - start < 3:
         return False
     coded = np.frombuffer(data, np.uint8, offset=start)

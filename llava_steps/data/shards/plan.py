@@ -1,4 +1,4 @@
-"""Which bytes of which part files become which shard, and the books of what was refused."""
+"""Which bytes of which part files become which shard, and the list of what was refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Shard:
     samples: int
     ranges: tuple[Range, ...]
     sha256: str | None
-    """Set when a part file as it stands is the shard."""
+    """Set when a whole part file is the shard."""
     last_of: tuple[Path, ...]
     """Part files that no later shard needs."""
 

@@ -1,7 +1,7 @@
 """Shares of a source, made by separate jobs, that a last call joins.
 
 Share i of n takes every n-th chunk of records. Its result is one part file a chunk, byte for byte
-what the workers of an undivided call write, and `parts.json` with the books; so the shards are the
+what the workers of an undivided call write, and `parts.json` with the counts; so the shards are the
 same as those of an undivided call, in every byte.
 """
 
@@ -41,7 +41,7 @@ def write_share(
     workers: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write the part files of share "i/n" and their books into `settings.entry`.
+    """Write the part files of share "i/n" and their counts into `settings.entry`.
 
     Returns:
         Metrics: samples_in, samples_written and samples_quarantined of this share.
@@ -100,7 +100,7 @@ def read_shares(
             continue
         if differing := _differing(manifest, config, digest, code):
             # Of an earlier try: shares of another number of jobs can be beside the present ones.
-            why = f"was made from something else: {', '.join(differing)} differ"
+            why = f"was made from other settings or data: {', '.join(differing)} differ"
             useless.append(f"{directory} {why}")
             continue
         entry = store.entry_of(directory, manifest)
@@ -127,7 +127,7 @@ def read_shares(
 def _differing(
     manifest: Mapping[str, Any], config: Mapping[str, Any], digest: str, code: str
 ) -> list[str]:
-    """What a share was made from that is something else now."""
+    """What a share was made from that is different now."""
     made = {key: manifest["config"].get(key) for key in config}
     differing = sorted(key for key in config if made[key] != config[key])
     if manifest.get("inputs", {}).get("source", {}).get("digest") != digest:

@@ -1,7 +1,7 @@
-"""Tar archives: written so that equal content gives equal bytes, read without forgiving anything.
+"""Tar archives: written so that equal content gives equal bytes, read strictly.
 
 Written headers are USTAR with owner 0, time 0 and one mode. Reading walks the headers only and
-refuses what Python's tarfile and energon pass over in silence: a broken header in mid-file, a
+refuses what Python's tarfile and energon skip silently: a broken header in mid-file, a
 missing end of archive, bytes after it, links and devices.
 """
 

@@ -36,7 +36,7 @@ _BYTES_PER_PIXEL = 4
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Raise ConfigError when `tar_shards.columns` names a field that there is not."""
+    """Raise ConfigError when `tar_shards.columns` names an unknown field."""
     if unknown := set(columns) - set(COLUMNS):
         raise ConfigError(
             f"tar_shards.columns: {sorted(unknown)} are not fields; fields are {list(COLUMNS)}, "
@@ -117,7 +117,7 @@ def to_sample(
 
 
 def pair(question: Any, answer: Any, images: int) -> tuple[Turn, ...]:
-    """One question and one answer; the images stand before the question unless it places them.
+    """One question and one answer; the images come before the question unless it places them.
 
     Raises:
         SampleError: one of them is not text.

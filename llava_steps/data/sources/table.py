@@ -84,7 +84,7 @@ class Table(RecordSequence):
 
 
 def _broken(text: str) -> bool:
-    """Whether a text was no UTF-8: its bytes then are lone surrogates."""
+    """Whether a text was not UTF-8: its bytes then are lone surrogates."""
     return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
 
 

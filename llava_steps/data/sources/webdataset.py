@@ -99,7 +99,7 @@ class Webdataset(Source):
                 if parts:
                     yield key, tuple(parts)
                 if base in seen:
-                    raise InputError(f"{path}: the parts of sample {base!r} do not stand together")
+                    raise InputError(f"{path}: the parts of sample {base!r} are not adjacent")
                 seen.add(base)
                 key, parts = base, []
             if any(part == known for known, _, _ in parts):
