@@ -101,8 +101,10 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         plain, declared = _plain(field.annotation), facts(field)
         spec: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        shown = "" if default is None else f" (default: {default})"
-        spec["help"] = ((field.description or "") + shown).replace("%", "%%")
+        shown = _default_text(default)
+        spec["help"] = (
+            (field.description or "") + (f" (default: {shown})" if shown else "")
+        ).replace("%", "%%")
         if plain is bool:
             spec["action"] = _Switch
         elif get_origin(plain) is Literal:
@@ -126,6 +128,20 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         spelled = "--" + name.replace("_", "-")
         names = [flag for flag in dict.fromkeys([declared.short, long, spelled]) if flag]
         group.add_argument(*names, **spec)
+
+
+def _default_text(default: Any) -> str:
+    """A default as --help shows it, in the form of the command line; empty without one."""
+    if default is None:
+        return ""
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, dict):
+        return " ".join(f"{key}={value}" for key, value in default.items())
+    if isinstance(default, list):
+        numbers = all(isinstance(item, int) for item in default)
+        return ("," if numbers else " ").join(map(str, default))
+    return str(default)
 
 
 def add_configfile(parser: argparse.ArgumentParser) -> None:

@@ -128,7 +128,11 @@ def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
         help="directory that shows the result",
     )
     where.add_argument(
-        "--store", type=Path, default=Path("store"), metavar="DIR", help="store (default: store)"
+        "--store",
+        type=Path,
+        default=Path("store"),
+        metavar="DIR",
+        help="directory of the store (default: store)",
     )
     where.add_argument(
         "--image", default="", metavar="DIGEST", help="digest of the container image this runs in"

@@ -154,8 +154,24 @@ def test_help_says_what_a_flag_takes(model) -> None:
     for action in parser._actions:
         assert action.metavar != "STR"
         field = model.model_fields.get(action.dest)
-        if field is not None and cli.role(field) == "source" and field.annotation is str:
+        if field is not None and facts(field).role == "source" and field.annotation is str:
             assert action.metavar == "PATH"
+
+
+def test_help_shows_defaults_as_they_are_typed() -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_flags(parser, EnergonDataset)
+    text = " ".join(parser.format_help().split())
+    assert "(default: 9,1,0)" in text
+    assert "(default: image=jpg context=json[question] answers=txt)" in text
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_help_shows_no_empty_default(model) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_flags(parser, model)
+    for empty in ("(default: )", "(default: [", "(default: {", "(default: True", "(default: False"):
+        assert empty not in parser.format_help()
 
 
 def test_help_names_every_supported_family() -> None:
