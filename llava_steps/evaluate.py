@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from llava_steps.evaluation.ask import Model, Question
 
 MODELS = ("before", "after_stage1", "after_stage2")
-MAX_PIXELS = 25_000_000
 
 
 def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
@@ -135,7 +134,7 @@ def read_questions(path: Path) -> list[Question]:
     from llava_steps.data.samples import sample as samples
     from llava_steps.evaluation.ask import Question
 
-    source = sources.open_source(path, "llava", sources.Options(max_pixels=MAX_PIXELS))
+    source = sources.open_source(path, "llava")
     questions = []
     for chunk in source.chunks(1000):
         for record in source.read(chunk):
@@ -171,7 +170,7 @@ def _answers(given: Any, where: str) -> tuple[str, ...]:
 def _data_files(path: Path, cfg: Evaluation) -> tuple[Path, Iterable[Path]]:
     from llava_steps.data.sources import Options, content_files
 
-    return content_files(path, "llava", Options(max_pixels=MAX_PIXELS))
+    return content_files(path, "llava", Options())
 
 
 STEP = Step(

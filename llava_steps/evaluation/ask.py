@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.data.samples.images import ImageReader
+from llava_steps.data.samples.sample import SampleError
 
 PLACEHOLDER = "<image>"
 """Marks an image in a turn's text, for every model; its own image token replaces it."""
@@ -95,6 +95,7 @@ class Model:
             )
         self._processor.tokenizer.padding_side = "left"
         self._as_parts = takes_parts(self._processor, directory)
+        self._read = ImageReader(self._processor.image_processor)
         self.directory = directory
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network: Any = model.to(self.device).eval()
@@ -115,8 +116,12 @@ class Model:
 
     def inputs(self, questions: Sequence[Question]) -> Any:
         """Model inputs of a batch: input_ids, attention_mask int64 [n, longest], padded on the
-        left, and pixel_values float32 [images, 3, height, width] unless there are no images."""
-        images = [load(data) for question in questions for data in question.images]
+        left, and pixel_values float32 [images, 3, height, width] unless there are no images.
+
+        Raises:
+            SampleError: an image cannot be used; the message names its question.
+        """
+        images = [image for question in questions for image in self._images(question)]
         prompts = [self.prompt(question.turns) for question in questions]
         bos = self._processor.tokenizer.bos_token
         return self._processor(
@@ -127,6 +132,17 @@ class Model:
             add_special_tokens=not (bos and prompts[0].startswith(bos)),
             return_tensors="pt",
         )
+
+    def _images(self, question: Question) -> list[Any]:
+        """Upright RGB images, decoded as in training."""
+        images = []
+        for number, data in enumerate(question.images):
+            try:
+                images.append(self._read(data))
+            except SampleError as error:
+                name = f"question {question.id}, image {number}" if question.id else "the image"
+                raise SampleError(f"{name}: {error}") from error
+        return images
 
     @torch.inference_mode()
     def answers(
@@ -246,14 +262,6 @@ def content_parts(content: str) -> list[dict[str, str]]:
         if piece:
             parts.append({"type": "text", "text": piece})
     return parts
-
-
-def load(data: bytes) -> Image.Image:
-    """An encoded image as transformers loads it: upright, RGB."""
-    from transformers.image_utils import load_image
-
-    loaded: Image.Image = load_image(Image.open(io.BytesIO(data)))
-    return loaded
 
 
 def _length(question: Question) -> tuple[int, int]:

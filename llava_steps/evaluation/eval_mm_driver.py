@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 SCORES = "scores.json"
+DEEP_MODES = ("I", "I;16", "F")
+"""Of more than 8 bits, which not every Pillow writes as PNG."""
+KEPT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", *DEEP_MODES)
 
 
 def main(path: str) -> None:
@@ -91,13 +94,15 @@ class Unjudged:
 
 
 def question(task: Any, name: str, doc: Any) -> Any:
-    """The images, as PNG, before the text, in place of the task's own <image> marks."""
+    """The images, encoded without loss, before the text, in place of the task's own marks."""
     from llava_steps.evaluation.ask import PLACEHOLDER, Question
 
     images = []
     for image in task.doc_to_visual(doc):
         data = io.BytesIO()
-        image.convert("RGB").save(data, "PNG")
+        # As it is: the model's own reader treats transparency, and refuses more than 8 bits.
+        kept = image if image.mode in KEPT_MODES else image.convert("RGB")
+        kept.save(data, "TIFF" if image.mode in DEEP_MODES else "PNG")
         images.append(data.getvalue())
     text = f"{PLACEHOLDER}\n" * len(images) + task.doc_to_text(doc).replace(PLACEHOLDER, "").strip()
     turns = ({"role": "user", "content": text},)

@@ -31,7 +31,8 @@ class TarShards(StepConfig):
     question: str = value("", "question for texts that have none, such as captions")
     other_images: Literal["refuse", "jpeg"] = value(
         "refuse",
-        "images that are not JPEG: quarantine them, or convert to JPEG; JPEG files are not changed",
+        "images that are not JPEG, PNG or WebP, such as GIF: quarantine them, or convert to JPEG, "
+        "and to PNG where they are transparent; JPEG, PNG and WebP files are not changed",
     )
     decode_images: bool = value(
         False,
@@ -77,8 +78,8 @@ class EnergonDataset(StepConfig):
     split: Ratio3 = value([9, 1, 0], "parts of train, val and test, by shard; train is never empty")
     sample_type: Literal["VQAWebdataset"] = value("VQAWebdataset", "energon class of dataset.yaml")
     field_map: dict[str, str] = value(
-        {"image": "jpg", "context": "json[question]", "answers": "txt"},
-        "energon field map, as NAME=WHERE",
+        {"image": "jpg,jpeg,png,webp", "context": "json[question]", "answers": "txt"},
+        "energon field map, as NAME=WHERE; dataset.yaml names those image parts that occur",
     )
     workers: PositiveInt = quiet(2, "processes that index tars")
 

@@ -45,6 +45,8 @@ MAX_PIXELS = 25_000_000
 MEMORY = 4 * 3 * MAX_PIXELS
 QUESTION = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 TEXT = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
+KINDS = {"jpg": ("JPEG", "MPO"), "png": ("PNG",), "webp": ("WEBP",)}
+"""Parts of images, and what they may hold, in Pillow's words."""
 Case = tuple[str, Callable[[Path], tuple[str, dict[str, Any]]]]
 """Name, and what writes the input into a directory and says its name there and the options."""
 
@@ -57,6 +59,14 @@ def picture(
     image = small.resize(size, Image.Resampling.BICUBIC).convert("L" if mode[0] in "IF" else "RGB")
     out = io.BytesIO()
     image.convert(mode).save(out, form, **options)
+    return out.getvalue()
+
+
+def several(form: str) -> bytes:
+    """Two frames in one file."""
+    out = io.BytesIO()
+    frames = [Image.linear_gradient("L").rotate(n).convert("RGB") for n in (0, 90)]
+    frames[0].save(out, form, save_all=True, append_images=frames[1:])
     return out.getvalue()
 
 
@@ -73,7 +83,12 @@ def pictures() -> dict[str, bytes]:
         "cmyk": picture(mode="CMYK"), "exif": picture(exif=exif), "thin": picture(size=(1, 999)),
         "optimised": picture(optimize=True), "restarts": picture(restart_marker_rows=1),
         "subsampled": picture(subsampling=2), "full": picture(subsampling=0),
-        "gif": moving.getvalue(), "webp": picture("WEBP"), "bmp": picture("BMP"),
+        "gif": moving.getvalue(), "bmp": picture("BMP"),
+        "webp": picture("WEBP"), "webp-lossless": picture("WEBP", lossless=True),
+        "webp-RGBA": picture("WEBP", "RGBA"), "webp-exif": picture("WEBP", exif=exif),
+        "png-key": picture("PNG", "P", transparency=3), "png-exif": picture("PNG", exif=exif),
+        "png-packed": picture("PNG", compress_level=9),
+        "png-moving": several("PNG"), "webp-moving": several("WEBP"),
         "tiff": picture("TIFF"), "icon": picture("ICO"), "ppm": picture("PPM"),
     }  # fmt: skip
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
@@ -83,12 +98,22 @@ def pictures() -> dict[str, bytes]:
     return found
 
 
+def resized(data: bytes, width: int, height: int) -> bytes:
+    """A lossless WebP whose header claims another size."""
+    start = data.index(b"VP8L") + 9
+    bits = int.from_bytes(data[start : start + 4], "little") >> 28 << 28
+    bits |= (width - 1) | (height - 1) << 14
+    return data[:start] + bits.to_bytes(4, "little") + data[start + 4 :]
+
+
 @cache
 def large() -> dict[str, bytes]:
     """A bomb, and images just below and above the limit."""
     side = 5000
     return {
         "bomb": picture("PNG", "1", (13_400, 13_400)),
+        "bomb-webp": resized(picture("WEBP", lossless=True), 16_383, 16_383),
+        "below-webp": picture("WEBP", "RGBA", (2000, 2000), lossless=True, method=0),
         "below": picture("JPEG", "RGB", (side, side), progressive=True),
         "below-png": picture("PNG", "RGBA", (side, side - 1), compress_level=1),
         "above": picture("JPEG", "RGB", (side, side + 1)),
@@ -195,9 +220,10 @@ def tar(entries: list[tuple[tarfile.TarInfo, bytes]], form: int = tarfile.USTAR_
     return out.getvalue()
 
 
-def sample(key: str) -> list[tuple[tarfile.TarInfo, bytes]]:
+def sample(key: str, image: str = "jpeg") -> list[tuple[tarfile.TarInfo, bytes]]:
     meta = json.dumps({"question": "What?"}).encode()
-    parts = {"jpg": pictures()["jpeg"], "txt": b"A dog.", "json": meta}
+    part = {"jpeg": "jpg"}.get(image, image.partition("-")[0])
+    parts = {part: pictures()[image], "txt": b"A dog.", "json": meta}
     return [member(f"{key}.{part}", data) for part, data in parts.items()]
 
 
@@ -220,6 +246,7 @@ def tars(chance: random.Random) -> Iterator[Case]:
     }
     bases = {
         "good": tar(good),
+        "mixed": tar([*good, *sample("2", "png-RGBA"), *sample("3", "webp")]),
         "pax": tar([member("1.jpg", b"x", pax_headers={"comment": "y" * 9000})], 1),
         "outside": tar([*good, member("../outside.txt", b"x")]),
         "absolute": tar([*good, member("/tmp/outside.txt", b"x")]),
@@ -288,16 +315,21 @@ def check_shards(source: Path, out: Path, options: dict[str, Any]) -> None:
                 key, _, part = info.name.partition(".")
                 parts[key].add(part)
                 data = file.extractfile(info)
-                if part.endswith("jpg") and data is not None:
+                if not part.endswith(("txt", "json")) and data is not None:
                     try:
                         with Image.open(data) as image:
                             image.load()
+                        if image.format not in KINDS[part.rpartition(".")[2]]:
+                            raise Violation(f"{part} is {image.format}")
+                    except Violation:
+                        raise
                     except Exception as error:
                         raise Violation(f"accepted, but cannot be decoded: {error}") from error
     if any(not {"txt", "json"} <= found for found in parts.values()):
         raise Violation("a sample without text")
-    if not all(json.loads(line)["reason"] for line in refused):
-        raise Violation("refused without a reason")
+    reasons = [json.loads(line)["reason"] for line in refused]
+    if not all(reasons) or any(word in why for why in reasons for word in ("0x", "BytesIO")):
+        raise Violation(f"refused without a reason, or with an address: {reasons}")
     counts = (len(parts), len(refused))
     if counts != (metrics["samples_written"], metrics["samples_quarantined"]):
         raise Violation(f"{counts} on the disk, the books say {metrics}")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llava_steps import llm_jp_eval_mm, lmms_eval
 from llava_steps.conversion.build import build
@@ -142,7 +143,7 @@ def test_lmms_eval_asks_in_the_words_of_the_chat_template(
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    image = ask.Image.new("RGB", (24, 24))
+    image = Image.new("RGB", (24, 24))
     ids = processor(images=[image] * 2, text=prompt, return_tensors="pt")["input_ids"]
     turns = ({"role": "user", "content": "<image>\n<image>\n何色ですか?"},)
     jpeg = tmp_path / "image.jpg"

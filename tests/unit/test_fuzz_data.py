@@ -25,7 +25,7 @@ def test_an_image_that_is_accepted_unseen_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cut_image(tmp_path) == ""
-    monkeypatch.setattr(record, "check_jpeg", lambda *_: None)
+    monkeypatch.setattr(record, "check_image", lambda *_: None)
     assert "cannot be decoded" in cut_image(tmp_path)
 
 
@@ -43,5 +43,5 @@ def test_an_error_of_another_kind_is_noticed(
     def fail(*_: object) -> None:
         raise KeyError("x")
 
-    monkeypatch.setattr(decode, "_check", fail)
+    monkeypatch.setattr(decode.jpeg, "simple", fail)
     assert "uncaught KeyError" in cut_image(tmp_path)

@@ -13,9 +13,9 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from llava_steps.data.samples.conversation import ConversationEncoder, load_processor
-from llava_steps.data.samples.decode import check_image
+from llava_steps.data.samples.decode import check_image, decode
+from llava_steps.data.samples.images import ImageReader
 from llava_steps.data.samples.sample import Turn
-from llava_steps.evaluation import ask
 from tests.helpers.data_fixtures import make_hf_dir
 
 SIZES = {"square": (40, 40), "wide": (200, 31), "tall": (29, 170), "tiny": (5, 3)}
@@ -23,7 +23,10 @@ MODES = {
     "grey": "L", "cmyk": "CMYK", "palette": "P", "transparent": "RGBA", "grey-alpha": "LA",
     "bilevel": "1",
 }  # fmt: skip
-FILES = [*SIZES, *MODES, "palette-transparent", "16-bit", *(f"exif-{n}" for n in range(2, 9))]
+FILES = [
+    *SIZES, *MODES, "palette-transparent", "16-bit", "webp", "webp-lossless", "webp-transparent",
+    *(f"exif-{n}" for n in range(2, 9)),
+]  # fmt: skip
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -43,10 +46,14 @@ def write(path: Path, name: str) -> Path:
         image = image.convert(MODES[name])
     if name in ("transparent", "grey-alpha"):
         image.putalpha(picture(*image.size).convert("L"))
+    if name.startswith("webp"):
+        form, options = "WEBP", {"lossless": name != "webp"}
+    if name == "webp-transparent":
+        image.putalpha(picture(*image.size).convert("L"))
     if name == "palette-transparent":
         image, options = image.convert("P"), {"transparency": 3}
     if name == "16-bit":
-        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 3)
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16))
     if name.startswith("exif"):
         exif = Image.Exif()
         exif[0x0112] = int(name[-1])
@@ -88,7 +95,9 @@ def test_pixels_and_ids_are_those_of_the_saved_processor(
     talk = [{"role": "user", "content": parts}]
     prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
     options = {"add_special_tokens": False, "return_tensors": "pt"}
-    expected = processor(text=prompt, images=[load_image(str(path))], **options)
+    # The processor composes what is transparent onto white; load_image would onto black.
+    loaded = Image.open(path) if "transparent" in name or "alpha" in name else load_image(str(path))
+    expected = processor(text=prompt, images=[loaded], **options)
 
     pixels = encoder.images([data])
     assert (pixels - expected["pixel_values"]).abs().max() <= 1e-6
@@ -97,7 +106,7 @@ def test_pixels_and_ids_are_those_of_the_saved_processor(
     turns = (Turn("user", "<image>\nWhat digit is this?"), Turn("assistant", "It is a seven."))
     assert torch.equal(encoder.encode(turns).tokens[: len(ids)], ids)
     # Evaluation and chat.
-    asked = processor(text=prompt, images=[ask.load(data)], **options)
+    asked = processor(text=prompt, images=[ImageReader(processor.image_processor)(data)], **options)
     assert torch.equal(asked["input_ids"], expected["input_ids"])
     assert (asked["pixel_values"] - expected["pixel_values"]).abs().max() <= 1e-6
 
@@ -115,5 +124,5 @@ def test_rotated_files_come_upright(number: int, tmp_path: Path) -> None:
     exif[0x0112] = number
     out = io.BytesIO()
     upright.transpose(turned[number]).save(out, "JPEG", quality=98, subsampling=0, exif=exif)
-    difference = np.asarray(ask.load(out.getvalue()), float) - np.asarray(upright, float)
+    difference = np.asarray(decode(out.getvalue()), float) - np.asarray(upright, float)
     assert np.abs(difference).mean() < 3

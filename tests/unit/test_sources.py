@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.data.samples.decode import decode
 from llava_steps.data.sources import detect
 from llava_steps.settings.dataset import TarShards
 from llava_steps.shard_tars import run
@@ -243,11 +244,15 @@ def deep(form: str = "PNG", mode: str = "I;16") -> bytes:
     return out.getvalue()
 
 
-def test_other_images_become_jpeg_if_asked_for_and_jpeg_stays(tmp_path: Path) -> None:
+def test_other_images_become_jpeg_if_asked_for_and_ordinary_ones_stay(tmp_path: Path) -> None:
+    see_through = Image.new("RGBA", (40, 30), (255, 0, 0, 128))
+    out = io.BytesIO()
+    see_through.save(out, "TIFF")
     images = [
         jpeg(0), picture("PNG", "RGBA"), picture("WEBP"), picture("PNG", "P"), picture("BMP"),
         picture("GIF", save_all=True), picture("PNG")[:60], picture("PNG", "I;16"), deep(),
-        deep("TIFF", "F"),
+        deep("TIFF", "F"), picture("WEBP", save_all=True), picture("PNG", save_all=True),
+        out.getvalue(),
     ]  # fmt: skip
     lines = ["image\tquestion\tanswer"]
     for number, data in enumerate(images):
@@ -255,27 +260,29 @@ def test_other_images_become_jpeg_if_asked_for_and_jpeg_stays(tmp_path: Path) ->
         lines.append(f"{number}.any\t?\tred")
     (tmp_path / "t.tsv").write_text("\n".join(lines))
     metrics = shard(tmp_path / "t.tsv", tmp_path / "no", quarantine_limit=0.9)
-    assert metrics["samples_written"] == 1
     assert metrics["quarantine_reasons"] == {
-        "animated image": 1, "not a JPEG": 8
+        "animated image": 3, "more than 8 bits": 2, "not a JPEG, PNG or WebP": 2,
+        "unreadable image": 1,
     }  # fmt: skip
+    assert "other_images to jpeg" in quarantine(tmp_path / "no")[0]["reason"]
     metrics = shard(
         tmp_path / "t.tsv", tmp_path / "yes", quarantine_limit=0.9, other_images="jpeg",
-        samples_per_shard=9,
+        samples_per_shard=13,
     )  # fmt: skip
     assert metrics["quarantine_reasons"] == {
-        "animated image": 1, "more than 8 bits": 2, "unreadable image": 1
+        "animated image": 3, "more than 8 bits": 2, "unreadable image": 1
     }  # fmt: skip
     with tarfile.open(tmp_path / "yes/000000.tar") as tar:
-        found = {m.name: tar.extractfile(m) for m in tar if m.name.endswith(".jpg")}
-        first = found["000000000.jpg"]
-        assert first is not None and first.read() == images[0]
-        for number in (1, 2, 3, 4):
-            file = found[f"{number:09d}.jpg"]
-            assert file is not None
-            with Image.open(file) as image:
-                red, green, blue = image.getpixel((20, 15))  # type: ignore[misc]
-                assert image.format == "JPEG" and red > 245 and green < 10 and blue < 10
+        found = {m.name: tar.extractfile(m) for m in tar if not m.name.endswith(("txt", "json"))}
+        parts = {name: file.read() for name, file in found.items() if file is not None}
+    for number, kind in ((0, "jpg"), (1, "png"), (2, "webp"), (3, "png"), (7, "png")):
+        assert parts[f"{number:09d}.{kind}"] == images[number]
+    with Image.open(io.BytesIO(parts["000000004.jpg"])) as image:
+        red, green, blue = image.getpixel((20, 15))  # type: ignore[misc]
+        assert image.format == "JPEG" and red > 245 and green < 10 and blue < 10
+    with Image.open(io.BytesIO(parts["000000012.png"])) as image:
+        assert image.getpixel((20, 15)) == (255, 0, 0, 128)
+    assert decode(parts["000000012.png"]).getpixel((20, 15)) == (255, 127, 127)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """energon's field map: where a dataset keeps its image, question and answer.
 
-image: jpg                 a part by its name
+image: jpg,png             parts by their names
 context: json[question]    a field of a JSON part
 answers: txt,json[answer]  the first of several that exists
 """
@@ -45,7 +45,7 @@ class FieldMap:
         return tuple(path[0] for path in self.image)
 
 
-SEED = FieldMap((("jpg",),), (("json", "question"),), (("txt",),))
+SEED = FieldMap((("jpg",), ("jpeg",), ("png",), ("webp",)), (("json", "question"),), (("txt",),))
 """The field map of the seed's layout, which `shard_tars` writes."""
 
 

@@ -94,11 +94,13 @@ def prepare(
     meta.mkdir()
     writer = _SqliteIndex(meta)
     rows: list[dict[str, Any]] = []
+    kinds: set[str] = set()
     look = partial(index_tar, tar_dir, fields, known is None)
     for number, index in enumerate(pool.ordered(look, names, workers)):
         if known is not None:
             _compare(tar_dir, index, known[index.name])
         writer.add(number, index)
+        kinds |= {part.name.rpartition(".")[2] for part in index.parts}
         _link_into(tar_dir / index.name, entry / index.name)
         filesystem.write_bytes(entry / f"{index.name}.idx", index.offsets())
         rows.append(
@@ -109,7 +111,9 @@ def prepare(
     writer.close()
     filesystem.write_json(entry / SHARDS, {"shards": rows})
     counts = {row["name"]: row["samples"] for row in rows}
-    _write_metadata(meta, counts, parts, SAMPLE_TYPES[sample_type], field_map)
+    images = [name for name in fields.image_parts if name in kinds] or fields.image_parts[:1]
+    written = field_map | {"image": ",".join(images)}
+    _write_metadata(meta, counts, parts, SAMPLE_TYPES[sample_type], written)
     identity = uuid.uuid5(uuid.NAMESPACE_OID, filesystem.sha256_json(rows))
     filesystem.write_bytes(meta / "index.uuid", str(identity).encode())
     return {

@@ -1,9 +1,11 @@
 """Encoded images to pixels, exactly as the image processor saved in the HF directory makes them.
 
-The reference is `processor.image_processor(transformers.image_utils.load_image(file))`: decoded by
-Pillow, turned upright by the EXIF orientation, made RGB, then the processor's own steps. For the
-CLIP and SigLIP processors the same arithmetic runs here without the detours (one table look-up for
-rescale and normalise); any other processor is called itself.
+The reference for opaque images is
+`processor.image_processor(transformers.image_utils.load_image(file))`: decoded by Pillow, turned
+upright by the EXIF orientation, made RGB, then the processor's own steps. For the CLIP and SigLIP
+processors the same arithmetic runs here without the detours (one table look-up for rescale and
+normalise); any other processor is called itself. Transparent pixels are composed onto white, as
+the processor does with an image that still has them.
 """
 
 from __future__ import annotations
@@ -17,10 +19,40 @@ import torch
 from PIL import Image
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.data.samples.decode import decode
+from llava_steps.data.samples.decode import MAX_PIXELS, WHITE, decode
 from llava_steps.data.samples.sample import SampleError
 
 _KNOWN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil")
+
+
+class ImageReader:
+    """Decodes images for an image processor of transformers, within one set of limits.
+
+    An image costs what its pixels after the resize cost: a line of 3000 x 1 would become a million
+    pixels wide where the processor resizes the shorter side.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __call__(self, data: bytes) -> Image.Image:
+        """Upright RGB image from a file's bytes.
+
+        Raises:
+            SampleError: it cannot be decoded, or is too large once it is resized.
+        """
+        return decode(data, WHITE, self._check_size)
+
+    def _check_size(self, width: int, height: int) -> None:
+        size = getattr(self._processor, "size", None)
+        if not getattr(self._processor, "do_resize", False) or _size_kind(size) != "edge":
+            return
+        wide, high = _resized(size, width, height)
+        if wide * high > MAX_PIXELS:
+            raise SampleError(
+                f"too many pixels after the resize (at most {MAX_PIXELS}): {width} x {height} "
+                f"becomes {wide} x {high}; crop the image"
+            )
 
 
 class ImageTransform:
@@ -35,6 +67,7 @@ class ImageTransform:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
+        self._read = ImageReader(processor)
         self.height, self.width = _output_size(processor)
         self._table = _table(processor) if _plain(processor) else None
 
@@ -62,20 +95,17 @@ class ImageTransform:
         Raises:
             SampleError: it cannot be decoded.
         """
-        self._fill(out, decode(data))
+        self._fill(out, self._read(data))
 
     def _fill(self, out: npt.NDArray[np.float32], image: Image.Image) -> None:
         if self._table is None:
             out[...] = self._processor(image, return_tensors="np")["pixel_values"][0]
             return
-        from transformers.image_transforms import center_crop, convert_to_rgb
+        from transformers.image_transforms import center_crop
 
         processor = self._processor
-        if image.info.get("transparency") is not None:
-            # Pillow's RGB of a palette keeps its transparent colour; the processor makes it white.
-            image = Image.fromarray(convert_to_rgb(image, return_numpy=True))
         if processor.do_resize:
-            size = _resized(processor.size, image)
+            size = _resized(processor.size, *image.size)
             image = image.resize(size, resample=processor.resample)
         pixels = np.moveaxis(np.asarray(image), -1, 0)
         if processor.do_center_crop:
@@ -98,6 +128,8 @@ def _plain(processor: Any) -> bool:
 
 
 def _size_kind(size: Any) -> str | None:
+    if size is None:
+        return None
     if size.shortest_edge and not size.longest_edge:
         return "edge"
     if size.height and size.width and not (size.max_height or size.shortest_edge):
@@ -105,17 +137,17 @@ def _size_kind(size: Any) -> str | None:
     return None
 
 
-def _resized(size: Any, image: Image.Image) -> tuple[int, int]:
+def _resized(size: Any, width: int, height: int) -> tuple[int, int]:
     """(width, height) after the processor's resize."""
     if _size_kind(size) == "exact":
         return size.width, size.height
     from transformers.image_transforms import get_resize_output_image_size
 
-    shape = np.broadcast_to(np.uint8(0), (3, image.height, image.width))
-    height, width = get_resize_output_image_size(
+    shape = np.broadcast_to(np.uint8(0), (3, height, width))
+    high, wide = get_resize_output_image_size(
         shape, size=size.shortest_edge, default_to_square=False, input_data_format="channels_first"
     )
-    return width, height
+    return wide, high
 
 
 def _table(processor: Any) -> npt.NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 A sample in a tar is a set of parts with a common key:
 
-    {key}.jpg, {key}.1.jpg, ...   images, the files' own bytes
+    {key}.jpg, {key}.1.png, ...   images, the files' own bytes: jpg, png or webp
     {key}.txt                     first answer
     {key}.json                    {"question", "id", "conversations": [{"role", "content"}], ...}
 
@@ -22,6 +22,7 @@ from typing import Any
 
 from llava_steps.core.errors import InputError
 from llava_steps.data.energon.field_map import SEED, FieldMap, look_up
+from llava_steps.data.samples import formats
 
 PLACEHOLDER = "<image>"
 """Stands for an image in raw and stored conversations, whatever the model's token is."""
@@ -132,7 +133,7 @@ def to_parts(sample: Sample) -> list[tuple[str, bytes]]:
     Raises:
         SampleError: an extra field cannot be written as JSON, or has a name that is taken.
     """
-    parts = [("jpg" if n == 0 else f"{n}.jpg", data) for n, data in enumerate(sample.images)]
+    parts = [(_image_part(number, data), data) for number, data in enumerate(sample.images)]
     parts.append(("txt", sample.turns[1].content.encode()))
     if taken := RESERVED & set(sample.extra):
         raise SampleError(f"reserved field: {sorted(taken)}; rename it")
@@ -148,8 +149,18 @@ def to_parts(sample: Sample) -> list[tuple[str, bytes]]:
     except UnicodeEncodeError as error:
         raise SampleError("lone surrogate: in a field besides the conversation") from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise SampleError(f"not JSON: {error}") from error
+        raise SampleError(f"not JSON: field {_unwritable(sample.extra)}") from error
     return parts
+
+
+def _unwritable(extra: Mapping[str, Any]) -> str:
+    """Name of the first field that JSON has no form for."""
+    for name, value in extra.items():
+        try:
+            _JSON.encode({name: value})
+        except (ValueError, TypeError, RecursionError):
+            return ascii(name)
+    return "id"
 
 
 def from_parts(
@@ -182,6 +193,12 @@ def is_image_part(name: str, fields: FieldMap = SEED) -> bool:
     return _image_form(fields).fullmatch(name) is not None
 
 
+def _image_part(number: int, data: bytes) -> str:
+    """Name of the part of image `number`: by what the file is, not by what it is called."""
+    name = formats.KEPT.get(formats.kind(data), "jpg")
+    return f"{number}.{name}" if number else name
+
+
 @cache
 def _image_form(fields: FieldMap) -> re.Pattern[str]:
     names = "|".join(re.escape(name) for name in fields.image_parts)
@@ -208,7 +225,7 @@ def _meta(parts: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         meta = json.loads(parts["json"])
     except (ValueError, RecursionError) as error:
-        raise SampleError(f"not JSON: the .json part: {error}") from error
+        raise SampleError("not JSON: the .json part") from error
     if not isinstance(meta, dict):
         raise SampleError("not JSON: the .json part is not an object")
     return meta
@@ -228,7 +245,7 @@ def _seed_turns(
                 continue
             raise SampleError(f"missing {name}: no {error}; there are {sorted(parts)}") from error
         except (ValueError, RecursionError) as error:
-            raise SampleError(f"unreadable {name}: {error}") from error
+            raise SampleError(f"unreadable {name}: not UTF-8, or not JSON") from error
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if not isinstance(value, str):

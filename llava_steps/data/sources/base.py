@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava_steps.data.samples.decode import MAX_PIXELS
 from llava_steps.data.samples.sample import Sample
 
 
@@ -17,8 +18,9 @@ class Options:
 
     columns: Mapping[str, str] = field(default_factory=dict)
     question: str = ""
-    max_pixels: int = 25_000_000
-    other_images: str = "refuse"
+    max_pixels: int = MAX_PIXELS
+    other_images: str = ""
+    """`refuse` or `jpeg`; empty where nothing is converted and there is no such setting."""
     decode_images: bool = False
 
 

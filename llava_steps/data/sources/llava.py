@@ -44,9 +44,11 @@ def parse(value: Any) -> Any:
     try:
         return json.loads(value.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise SampleError(f"not UTF-8: {error}") from error
+        raise SampleError(f"not UTF-8: byte {error.start} of the line") from error
+    except json.JSONDecodeError as error:
+        raise SampleError(f"not JSON: character {error.pos} of the line") from error
     except (ValueError, RecursionError) as error:
-        raise SampleError(f"not JSON: {error}") from error
+        raise SampleError("not JSON: too deeply nested, or too long a number") from error
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Collection, Mapping
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.data.samples.decode import check_jpeg, to_jpeg
+from llava_steps.data.samples import formats
+from llava_steps.data.samples.decode import check_image, convert, not_kept
 from llava_steps.data.samples.sample import (
     Sample,
     SampleError,
@@ -31,6 +33,11 @@ COLUMNS = {
 }
 """Field -> names of the column that it is read from, the first that a record has."""
 
+_ERRORS = {
+    errno.ENOENT: "no such file", errno.ENOTDIR: "no such file", errno.EACCES: "no permission",
+    errno.ENAMETOOLONG: "the name is too long", errno.ELOOP: "a link that leads to itself",
+    errno.EIO: "the storage failed",
+}  # fmt: skip
 _BYTES_PER_PIXEL = 4
 """A file with more bytes than this per allowed pixel is not read at all."""
 
@@ -85,7 +92,7 @@ def to_sample(
     Args:
         value: decoded record, names to values.
         index: number of the record, used as id when it has none.
-        options: columns, limits and what is done with images that are not JPEG.
+        options: columns, limits and what is done with images of other formats.
         load: gives an image's bytes for the content of the image column; raises SampleError.
         spare: leave out further columns whose names the tar contract reserves.
 
@@ -129,7 +136,7 @@ def pair(question: Any, answer: Any, images: int) -> tuple[Turn, ...]:
 
 
 def accept(data: bytes, options: Options, name: Any) -> bytes:
-    """The bytes that go into the tar: a JPEG as it is, others as `other_images` says.
+    """The bytes that go into the tar: JPEG, PNG, WebP as they are, others as `other_images` says.
 
     Raises:
         SampleError: unusable, with the image's name.
@@ -137,9 +144,12 @@ def accept(data: bytes, options: Options, name: Any) -> bytes:
     try:
         if len(data) > options.max_pixels * _BYTES_PER_PIXEL:
             raise SampleError(f"image file too large: {len(data)} bytes")
-        if options.other_images == "jpeg" and not data.startswith(b"\xff\xd8\xff"):
-            return to_jpeg(data, options.max_pixels)
-        check_jpeg(data, options.max_pixels, options.decode_images)
+        if formats.kind(data) not in formats.KEPT and options.other_images == "jpeg":
+            return convert(data, options.max_pixels)
+        if reason := not_kept(data):
+            setting = ", or set other_images to jpeg" if options.other_images else ""
+            raise SampleError(f"{reason}; save it as PNG{setting}")
+        check_image(data, options.max_pixels, options.decode_images)
         return data
     except SampleError as error:
         where = f" ({name})" if isinstance(name, str) else ""
@@ -185,7 +195,13 @@ def read_image(root: Path, name: Any, max_pixels: int) -> bytes:
         finally:
             os.close(file)
     except OSError as error:
-        raise SampleError(f"unreadable file: {error.strerror} ({name})") from error
+        raise SampleError(f"unreadable file: {_why(error)} ({name})") from error
+
+
+def _why(error: OSError) -> str:
+    """In our own words: those of the system depend on library and locale."""
+    number = error.errno or 0
+    return _ERRORS.get(number) or errno.errorcode.get(number, "unknown error")
 
 
 def image_files(root: Path, names: Any) -> list[Path]:
