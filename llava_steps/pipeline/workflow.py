@@ -12,14 +12,16 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from snakemake.exceptions import MissingInputException  # type: ignore[import-untyped]
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, LockedError
 from llava_steps.core.log import PROGRESS
-from llava_steps.pipeline import outlook, rules, slurm
+from llava_steps.pipeline import missing, outlook, rules, slurm
 from llava_steps.settings import load
 from llava_steps.settings.config import Config
 from llava_steps.settings.stage.stage import Stage
@@ -87,8 +89,8 @@ class Run:
         self.config = configuration(workflow, sys.argv)
         self.image = image_digest(self.config.image, Path(self.config.store))
         self.rules = rules.chain(self.config, self.image)
-        if missing := rules.lost(self.rules) if workflow.is_main_process else []:
-            raise ConfigError("\n".join(missing))
+        if lost := rules.lost(self.rules) if workflow.is_main_process else []:
+            raise ConfigError("\n".join(lost))
         self.shares = rules.shares(self.config, self.rules)
         self.outlook: dict[str, outlook.State] = {}
         """State of each rule, once the graph of jobs is built."""
@@ -201,9 +203,14 @@ class Run:
         if "tar_shards" in names and self.shares:
             names.add(SHARE)
         dag.forcerules.update(self.workflow.get_rule(name) for name in names)
-        self._build()
+        try:
+            self._build()
+        except MissingInputException:
+            self._refuse_missing(self.demand)
+            raise
         planned = {job.rule.name for job in dag.needrun_jobs()} & {*self.rules}
         concerned = self._concerned()
+        self._refuse_missing([name for name in self.demand if name in concerned])
         lost = [name for name in self.demand if self.outlook[name].lost]
         for name in lost:
             if name in concerned and name not in self.forced:
@@ -225,6 +232,13 @@ class Run:
                     for name in sorted(wrong)
                 )
             )
+
+    def _refuse_missing(self, names: Iterable[str]) -> None:
+        """ConfigError if rules that are to run need files of the user that do not exist."""
+        messages = missing.missing(self.rules, names)
+        if messages:
+            head = [f"{len(messages)} paths of the configuration are missing:"]
+            raise ConfigError("\n  ".join([*head[: len(messages) - 1], *messages]))
 
     def take_over(
         self,

@@ -30,6 +30,12 @@ import json, os, time
 from pathlib import Path
 from llava_steps.settings.fields import facts
 
+def hub(name):
+    """Fields that may name a model on the hub, which the stub does not ask."""
+    return dict.fromkeys(HUB, lambda text, fetch: Path(text)) if name == "hf_model" else {}
+
+HUB = ("vision_tower", "text_model")
+
 def work(ctx, cfg):
     step = ctx.entry.parent.name
     fields = type(cfg).model_fields
@@ -64,7 +70,7 @@ from llava_steps.store.step import Context, Step
 def run(ctx: Context, cfg: {config}):
     return stub.work(ctx, cfg)
 
-STEP = Step(name={name}, config={config}, run=run, doc=__doc__)
+STEP = Step(name={name}, config={config}, run=run, doc=__doc__, resolve=stub.hub({name}))
 if __name__ == "__main__":
     main(STEP)
 '''

@@ -149,7 +149,8 @@ def test_data_of_ones_own_needs_no_demo(fresh: Project) -> None:
     assert fresh.planned("--configfile", overlay) == sorted(set(RULES) - {"demo_assets"})
     (fresh.root / "mine.json").unlink()
     text = fresh.snakemake("--cores", "1", "-n", "--configfile", overlay, code=1)
-    assert "Missing input files" in text and "mine.json" in text
+    assert "tar_shards.source: mine.json does not exist" in text
+    assert "evaluation.data: mine.json does not exist" in text and "hub/" not in text
 
 
 def test_benchmarks_are_run_where_they_are_asked_for(fresh: Project) -> None:

@@ -1,0 +1,50 @@
+"""Files of the user that a run needs and that do not exist, reported before its first job."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from llava_steps.pipeline.rules import Rule
+from llava_steps.settings import paths
+from llava_steps.settings.fields import facts
+from llava_steps.settings.steps import section_of
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+"""What a model on the hub can be called; any other text names a directory."""
+SHELL = re.compile(r"~|.*\$")
+"""Paths with signs that a shell expands."""
+
+
+def missing(rules: Mapping[str, Rule], names: Iterable[str]) -> list[str]:
+    """A message for each path that the rules of these names need and that does not exist."""
+    messages: dict[str, str] = {}
+    for name in names:
+        # The stage of an audit names the same path, with its own description.
+        messages |= dict(_of_rule(rules[name], rules))
+    return [f"{path} does not exist{message}" for path, message in messages.items()]
+
+
+def _of_rule(rule: Rule, rules: Mapping[str, Rule]) -> Iterator[tuple[str, str]]:
+    """Key with path, and what to bring, of each missing path."""
+    resolved = importlib.import_module(rule.module).STEP.resolve
+    for item in paths.given(rule.settings):
+        text = item.text
+        if not text or os.path.exists(text):
+            continue
+        of_run = any(other.holds(text) is not None for other in rules.values())
+        if of_run or (item.field in resolved and HUB_ID.fullmatch(text)):
+            continue
+        of_stage = rule.declared.stage and facts(item.info).of_stage
+        section = f"stage{rule.declared.stage}" if of_stage else section_of(rule.name)
+        yield f"{section}.{item.field}: {text}", f"{_where(text)}: {item.info.description}"
+
+
+def _where(text: str) -> str:
+    if SHELL.match(text):
+        expanded = os.path.expandvars(os.path.expanduser(text))
+        return f"; ~ and $ are not expanded, write {expanded} or another path"
+    return "; give another path" if os.path.isabs(text) else f" in {Path.cwd()}; give another path"
