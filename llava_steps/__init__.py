@@ -7,7 +7,7 @@ import select
 import sys
 from types import TracebackType
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def _report_uncaught(

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import yaml
+from packaging.version import Version
+
+from llava_steps import __version__
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,11 +59,24 @@ def test_files_for_other_services_say_what_they_should() -> None:
         name: yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
         for name in ("CITATION.cff", ".pre-commit-config.yaml", ".snakemake-workflow-catalog.yml")
     }
-    from llava_steps import __version__
-
     citation = read["CITATION.cff"]
-    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
+    assert citation["license"] == "Apache-2.0"
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     hooks = [h for repo in read[".pre-commit-config.yaml"]["repos"] for h in repo["hooks"]]
     assert {hook["language"] for hook in hooks} == {"system"}
     assert set(read[".snakemake-workflow-catalog.yml"]) == {"usage"}
+
+
+def test_versions_agree() -> None:
+    """The newest release is the one to cite; what is not released yet has a version after it."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## \[(.+)\](?: - (\d{4}-\d\d-\d\d))?$", text, flags=re.M)
+    assert titles[0] == ("Unreleased", "") and all(day for _, day in titles[1:])
+    released, day = titles[1]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], str(citation["date-released"])) == (released, day)
+    unreleased = text.partition("## [Unreleased]\n")[2].partition("\n## ")[0].strip()
+    if unreleased:
+        assert Version(__version__) > Version(released) and Version(__version__).is_devrelease
+    else:
+        assert __version__ == released
