@@ -9,8 +9,6 @@ parallel size; its files are split for --tp and --pp.
 
 from __future__ import annotations
 
-import json
-
 from llava_steps.settings.conversion import MegatronCheckpoint
 from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
@@ -24,6 +22,7 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
     from llava_steps.conversion.torch_dist_write import Reader
     from llava_steps.core import filesystem
     from llava_steps.geometry.geometry import Geometry
+    from llava_steps.geometry.hf_directory import read_object
     from llava_steps.store.commit import commit_dir, iteration_name
 
     source = ctx.inputs["hf_dir"].path
@@ -37,7 +36,7 @@ def run(ctx: Context, cfg: MegatronCheckpoint) -> dict[str, object]:
         certificate = hf_to_dcp(
             geometry, tensors, temporary / "weights", bar.advance, cfg.tp, cfg.pp
         )
-        text = json.loads((source / "config.json").read_bytes())["text_config"]
+        text = read_object(source / "config.json")["text_config"]
         forward = compare_layers(geometry, text, tensors, Reader(temporary / "weights"))
     commit_dir(temporary, final, {"iteration": 0, "tp": cfg.tp, "pp": cfg.pp})
     ctx.log.info("%(hf_tensors)d HF tensors -> %(megatron_tensors)d Megatron tensors", certificate)

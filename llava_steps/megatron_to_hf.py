@@ -11,8 +11,6 @@ writes names and files that transformers 4.45 to 4.57 read too.
 
 from __future__ import annotations
 
-import json
-
 from llava_steps.settings.conversion import HfExport
 from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
@@ -26,6 +24,7 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     from llava_steps.conversion.selfcheck import compare_layers
     from llava_steps.conversion.tensors import TensorDirectory
     from llava_steps.geometry.geometry import Geometry
+    from llava_steps.geometry.hf_directory import read_object
     from llava_steps.store.commit import latest_commit, read_commit
 
     template = ctx.inputs["tokenizer_dir"].path
@@ -43,7 +42,7 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
             rewrite_companions(ctx.entry, geometry)
             layout = older_layout(tensors)
         certificate = dcp_to_hf(geometry, weights, layout, ctx.entry, bar.advance)
-    text = json.loads((template / "config.json").read_bytes())["text_config"]
+    text = read_object(template / "config.json")["text_config"]
     with TensorDirectory(ctx.entry) as written:
         forward = compare_layers(geometry, text, written, open_weights(weights))
     ctx.log.info("%s -> %d tensors", checkpoint.name, certificate["hf_tensors"])

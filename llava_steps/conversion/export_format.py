@@ -12,7 +12,6 @@ transformers 5 reads what 4 wrote, but not the other way round. What differs:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from llava_steps.conversion.tensors import TensorDirectory, renamed
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, IntegrityError
 from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.hf_directory import read_object
 
 TOWER, OLDER_TOWER = "vision_tower.", "vision_tower.vision_model."
 VERSION = "4.45.0"
@@ -45,7 +45,7 @@ def rewrite_companions(directory: Path, geometry: Geometry) -> None:
         IntegrityError: the new config.json describes another model.
     """
     path = directory / "config.json"
-    filesystem.write_json(path, older_config(_read(path)))
+    filesystem.write_json(path, older_config(read_object(path)))
     if Geometry.load(directory).tokens_per_image != geometry.tokens_per_image:
         raise IntegrityError(
             f"{path}: the new format describes another model; keep --export-format transformers-5"
@@ -70,7 +70,7 @@ def older_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _older_processor(directory: Path, geometry: Geometry) -> None:
     path = directory / "processor_config.json"
-    processor = _read(path)
+    processor = read_object(path)
     images = processor.pop("image_processor", None)
     if images is not None:
         older = {**images, "processor_class": "LlavaProcessor"}
@@ -91,7 +91,7 @@ def _older_processor(directory: Path, geometry: Geometry) -> None:
 
 def _older_tokenizer(directory: Path) -> None:
     path = directory / "tokenizer_config.json"
-    tokenizer = _read(path)
+    tokenizer = read_object(path)
     for key in ("backend", "is_local", "local_files_only"):
         tokenizer.pop(key, None)
     # Their fast tokenizers also return token_type_ids by default; LLaVA does not take them.
@@ -101,8 +101,3 @@ def _older_tokenizer(directory: Path) -> None:
     names = special if isinstance(special, list) else list(special.values())
     tokenizer["additional_special_tokens"] = names
     filesystem.write_json(path, tokenizer)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return loaded

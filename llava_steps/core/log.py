@@ -13,7 +13,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from llava_steps.core.format import duration
@@ -105,12 +104,7 @@ class Progress:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._bar is not None:
             self._bar.stop()
         if error is None and self._shown < self._done:

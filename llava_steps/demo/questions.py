@@ -11,7 +11,6 @@ LANGS = ("en", "ja")
 ABOUT_ONE_SCAN = ("what_digit", "odd_even", "what_follows")
 TWO_SCANS = "which_larger"
 TEXT_ONLY = "text_only"
-KINDS = (*ABOUT_ONE_SCAN, TWO_SCANS, TEXT_ONLY)
 IMAGE = "<image>"
 
 QUESTIONS: dict[tuple[str, str], tuple[str, ...]] = {

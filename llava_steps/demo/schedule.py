@@ -40,3 +40,11 @@ def adamw(
 
     optimizer = AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     return optimizer, LambdaLR(optimizer, factor)
+
+
+def descend(loss: torch.Tensor, optimizer: AdamW, schedule: LambdaLR) -> None:
+    """One step of both."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    schedule.step()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llava_steps.data.samples.encoded import IGNORED
 from llava_steps.demo import questions as ask
-from llava_steps.demo.schedule import adamw, seeded
+from llava_steps.demo.schedule import adamw, descend, seeded
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -168,10 +168,7 @@ def pretrain_llama(
             logits = model(input_ids=ids, attention_mask=real.long()).logits[:, :-1]
             wanted = ids[:, 1:].masked_fill(~real[:, 1:], IGNORED)
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+            descend(loss, optimizer, schedule)
             advance(loss.item())
         model.eval()
 

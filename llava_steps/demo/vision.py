@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llava_steps.demo.schedule import adamw, seeded
+from llava_steps.demo.schedule import adamw, descend, seeded
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -112,10 +112,7 @@ def pretrain_tower(
                 nn.functional.cross_entropy(logits, target)
                 + nn.functional.cross_entropy(logits.T, target)
             ) / 2
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+            descend(loss, optimizer, schedule)
             advance(loss.item())
         tower.eval()
 

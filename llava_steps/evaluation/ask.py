@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.data.samples.images import ImageReader
 from llava_steps.data.samples.sample import SampleError
+from llava_steps.geometry.hf_directory import read_object
 
 PLACEHOLDER = "<image>"
 """Marks an image in a turn's text, for every model; its own image token replaces it."""
@@ -51,11 +51,8 @@ def check_llava(directory: Path) -> None:
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{directory} is not a complete LLaVA model: config.json is missing")
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    config = read_object(path)
+    kind = config.get("model_type")
     if kind != "llava":
         raise InputError(f"{directory} is not a complete LLaVA model: its model_type is {kind!r}")
     for part in ("vision_config", "text_config"):

@@ -9,14 +9,14 @@ The families are rows of tables in families.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_steps.core.errors import InputError, reason
+from llava_steps.core.errors import InputError
 from llava_steps.geometry.families import TEXT_FAMILIES, VISION_FAMILIES, refuse_window
+from llava_steps.geometry.hf_directory import read_object
 
 T = TypeVar("T")
 
@@ -86,12 +86,7 @@ class Geometry:
     def load(cls, directory: str | Path) -> Geometry:
         """The geometry of `<directory>/config.json`; InputError if it cannot be used."""
         path = Path(directory) / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{path} is missing; give a Hugging Face model directory") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} cannot be read: {reason(error)}") from error
+        config = read_object(path)
         try:
             return cls.from_hf(config)
         except InputError as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.errors import ConfigError, InputError, reason
 from llava_steps.settings.conversion import HfModel
 
 CONFIG = "config.json"
@@ -36,9 +36,11 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
+        raise InputError(f"{path} is missing; give a Hugging Face model directory") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}; copy it again") from error
+        raise InputError(
+            f"{path} cannot be read as JSON: {reason(error)}; copy it again"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold a JSON object; copy it again")
     return content

@@ -14,7 +14,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Any
 
 from llava_steps.core.errors import BY_CODE, StepError
@@ -136,12 +135,7 @@ class LauncherGroup:
     def __enter__(self) -> LauncherGroup:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.socket is not None:
             self.socket.close()
         if error is not None:

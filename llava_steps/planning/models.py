@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core.errors import InputError, reason
+from llava_steps.core.errors import InputError
 from llava_steps.geometry.geometry import Geometry, padded
-from llava_steps.geometry.hf_directory import llava_config
+from llava_steps.geometry.hf_directory import llava_config, read_object
 from llava_steps.settings.config import Config
 from llava_steps.settings.demo_assets import DemoAssets
 from llava_steps.settings.load import DEMO
@@ -42,19 +41,13 @@ def model_of(config: Config, done: bool = False, shapes: Path = SHAPES) -> Model
     built = Path(given or Path(config.results, config.run, "hf_model"))
     exists = (built / "config.json").is_file()
     if given or (exists and done):
-        return Model(_load(built), str(built), True)
+        return Model(Geometry.load(built), str(built), True)
     try:
         return _unbuilt(config, shapes)
     except InputError:
         if not (exists and _same_parts(built, config)):
             raise
-        return Model(_load(built), f"{built}, which will be rebuilt", False)
-
-
-def _load(built: Path) -> Geometry:
-    if (built / "config.json").is_file():
-        _read(built / "config.json")
-    return Geometry.load(built)
+        return Model(Geometry.load(built), f"{built}, which will be rebuilt", False)
 
 
 def _same_parts(built: Path, config: Config) -> bool:
@@ -92,15 +85,15 @@ def _part(
         return config, text, tokens
     local = Path(text) / "config.json"
     if local.is_file():
-        return _read(local), text, _tokens(Path(text))
+        return read_object(local), text, _tokens(Path(text))
     shipped = shapes / (text.replace("/", "--") + ".json")
     if shipped.is_file():
-        known = dict(_read(shipped))
+        known = read_object(shipped)
         tokens = known.pop("tokens_with_image", None)
         known.pop("from", None)
         return known, text, tokens
     if cached := _hub(text):
-        return _read(cached), text, _tokens(cached.parent)
+        return read_object(cached), text, _tokens(cached.parent)
     raise InputError(
         f"hf_model.{key}: {text} is not a directory here, and its config.json is neither in the "
         f"Hugging Face cache nor in {shapes}; download the model, or "
@@ -120,16 +113,6 @@ def _hub(text: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {reason(error)}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not the configuration of a model; expected keys and values")
-    return config
-
-
 def _tokens(directory: Path) -> int | None:
     """Tokens of a directory's tokenizer and those that building adds; None without a tokenizer."""
     path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
@@ -142,7 +125,7 @@ def _tokens(directory: Path) -> int | None:
     except Exception as error:  # tokenizers raises bare Exceptions
         raise InputError(f"{path} cannot be read: {error}") from error
     known = tokenizer.get_vocab(with_added_tokens=True)
-    pads = bool(settings.is_file() and _read(settings).get("pad_token"))
+    pads = bool(settings.is_file() and read_object(settings).get("pad_token"))
     ids = 1 + max(known.values(), default=-1)
     return max(ids, len(known) + ("<image>" not in known) + (not pads and "<pad>" not in known))
 

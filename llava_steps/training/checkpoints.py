@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,7 @@ from llava_steps.training.optimizer import Optimizer
 
 WEIGHTS, OPTIMIZER, RNG, STATE = "weights", "optimizer", "rng", "train_state.json"
 DAMAGED = ".work/damaged"
+T = TypeVar("T")
 
 
 def save(
@@ -119,20 +121,25 @@ def find(root: Path, log: logging.Logger) -> Path | None:
     IntegrityError if all are damaged: a begun training never silently starts over. A
     collective call.
     """
-    outcome: list[Path | str | None] = [None]
+    return _on_rank_0(lambda: _newest_valid(root, log))
+
+
+def _on_rank_0(read: Callable[[], T]) -> T:
+    """What `read` returns on rank 0, on every rank; so is its IntegrityError. Collective."""
+    outcome: list[Any] = [None]
     if dist.get_rank() == 0:
-        filesystem.remove_temporaries(root)
         try:
-            outcome[0] = _newest_valid(root, log)
+            outcome[0] = read()
         except IntegrityError as error:
-            outcome[0] = str(error)
+            outcome[0] = error
     dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], str):
-        raise IntegrityError(outcome[0])
-    return outcome[0]
+    if isinstance(outcome[0], IntegrityError):
+        raise IntegrityError(str(outcome[0]))
+    return cast(T, outcome[0])
 
 
 def _newest_valid(root: Path, log: logging.Logger) -> Path | None:
+    filesystem.remove_temporaries(root)
     damaged: list[tuple[Path, StepError]] = []
     for _, path in reversed(commit.iterations(root)):
         try:
@@ -160,15 +167,7 @@ def verified(path: Path) -> Path:
 
     A collective call: rank 0 reads, every rank raises the same IntegrityError.
     """
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            commit.read_commit(path)
-        except IntegrityError as error:
-            problem[0] = str(error)
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise IntegrityError(problem[0])
+    _on_rank_0(lambda: commit.read_commit(path))
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from llava_steps.conversion.lora import Lora
 from llava_steps.core.errors import ConfigError, DivergedError
 from llava_steps.data.loader.loader import TrainLoader
 from llava_steps.geometry.geometry import Geometry
+from llava_steps.geometry.hf_directory import read_object
 from llava_steps.geometry.layout import pipeline_split
 from llava_steps.launch.job import Job
 from llava_steps.model import flash
@@ -33,7 +33,7 @@ from llava_steps.training.share import loader_spec
 def build(job: Job, log: logging.Logger) -> list[Llava]:
     """This rank's chunks of the model, with uninitialised weights, frozen as configured."""
     stage = job.stage
-    geometry = Geometry.from_hf(json.loads((job.hf_dir / "config.json").read_bytes()))
+    geometry = Geometry.load(job.hf_dir)
     options = ModelOptions(
         precision=stage.precision,
         tp=stage.tensor_model_parallel,
@@ -130,7 +130,7 @@ def latest(job: Job) -> Path:
 
 def start_fresh(job: Job, model: list[Llava], log: logging.Logger) -> None:
     """Draw all weights, with the deviation of the language model's config."""
-    config = json.loads((job.hf_dir / "config.json").read_bytes())
+    config = read_object(job.hf_dir / "config.json")
     deviation = float(config.get("text_config", {}).get("initializer_range", 0.02))
     draw_weights(model, job.stage.seed, deviation)
     log.info("starting from random weights with deviation %g", deviation)

@@ -291,6 +291,8 @@ def test_families_are_refused_by_name(tmp_path: Path, tower: Path, text: Path) -
     refuse(ConfigError, r"vision_tower: .*'vit'; supported: clip", changed, text)
     (changed / "config.json").unlink()
     refuse(InputError, "vision_tower: .* is not a Hugging Face model directory", changed, text)
+    (changed / "config.json").write_text("[1]")
+    refuse(InputError, "vision_tower: .* does not hold a JSON object", changed, text)
 
 
 @pytest.mark.parametrize("part", ["lm_head", "layers.1.self_attn.q_proj.weight"])

@@ -236,6 +236,18 @@ def test_a_directory_without_a_processor_is_an_input_error(tmp_path: Path) -> No
         ConversationEncoder(tmp_path, 512)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"), [("[1]", "does not hold a JSON object"), ("{", "cannot be read")]
+)
+def test_a_generation_config_that_cannot_be_used_is_named(
+    tmp_path: Path, text: str, why: str
+) -> None:
+    make_hf_dir(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=rf"generation_config\.json.* {why}"):
+        ConversationEncoder(tmp_path, 512)
+
+
 def test_several_end_tokens_of_the_generation_config_are_accepted(tmp_path: Path) -> None:
     make_hf_dir(tmp_path)
     path = tmp_path / "generation_config.json"

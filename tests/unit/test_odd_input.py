@@ -273,7 +273,7 @@ def test_words_for_srun_and_apptainer(place: Path, capsys: pytest.CaptureFixture
     [
         (LLAMA, "model_type is 'llama'"),
         ({"model_type": "clip_vision_model"}, "model_type is 'clip_vision_model'"),
-        ([1], "model_type is None"),
+        ([1], "config.json is not the configuration of a model"),
         ('{"model_type": ', "cannot be read"),
         ({"model_type": "llava", "vision_config": {}}, "has no text_config"),
         ({"model_type": "llava", "text_config": LLAMA, "vision_config": 5}, "has no vision_config"),

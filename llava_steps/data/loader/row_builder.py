@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from llava_steps.core.errors import StepError
-from llava_steps.data.energon.reader import RawSample
 from llava_steps.data.loader.batch import MicroBatch, image_share, join
 from llava_steps.data.loader.corpus import Corpus, SampleRef
 from llava_steps.data.loader.lengths import Lengths
 from llava_steps.data.loader.spec import LoaderSpec
 from llava_steps.data.samples.conversation import ConversationEncoder
-from llava_steps.data.samples.encoded import Encoded
-from llava_steps.data.samples.sample import Sample, SampleError
+from llava_steps.data.samples.sample import SampleError
 
 
 class RowBuilder:
@@ -81,12 +80,8 @@ class RowBuilder:
 
     def _length(self, ref: SampleRef) -> int:
         raw = self.corpus.raw(ref, images=False)
-        try:
+        with _naming(self.corpus.where(ref, raw)):
             return self.encoder(ref.dataset).length(self.corpus.parse(ref, raw).turns)
-        except SampleError as error:
-            raise SampleError(f"{self.corpus.where(ref, raw)}: {error}") from error
-        except Exception as error:
-            raise RuntimeError(f"{self.corpus.where(ref, raw)}: {error}") from error
 
     def row(self, first: int, slots: Sequence[int], tokens: int | None) -> MicroBatch:
         """The row of the samples at `slots` of the global batch that begins at position `first`.
@@ -105,12 +100,9 @@ class RowBuilder:
             ref = self.corpus[first + slot]
             raw = self.corpus.raw(ref)
             where = self.corpus.where(ref, raw)
-            try:
-                sample, item = self._encode(ref, raw)
-            except SampleError as error:
-                raise SampleError(f"{where}: {error}") from error
-            except Exception as error:
-                raise RuntimeError(f"{where}: {error}") from error
+            with _naming(where):
+                sample = self.corpus.parse(ref, raw)
+                item = self.encoder(ref.dataset).encode(sample.turns)
             ids.append(sample.id)
             keys.append(raw.where)
             datasets.append(self.corpus.members[ref.dataset].name)
@@ -126,10 +118,6 @@ class RowBuilder:
         pixels = self._pixels(images) if self._spec.need_pixels else None
         return join(ids, keys, slots, datasets, encoded, pixels, len(images))
 
-    def _encode(self, ref: SampleRef, raw: RawSample) -> tuple[Sample, Encoded]:
-        sample = self.corpus.parse(ref, raw)
-        return sample, self.encoder(ref.dataset).encode(sample.turns)
-
     def _pixels(self, images: Sequence[tuple[int, bytes, str]]) -> torch.Tensor | None:
         """float32 [n, 3, H, W] of this rank's part of a row's images; None for a row of text."""
         if not images:
@@ -140,14 +128,21 @@ class RowBuilder:
         for target, number in enumerate(part):
             position, data, where = images[number]
             self.watch(position)
-            try:
+            with _naming(where):
                 transform.fill(pixels[target], data)
-            except SampleError as error:
-                raise SampleError(f"{where}: {error}") from error
-            except Exception as error:
-                raise RuntimeError(f"{where}: {error}") from error
         return torch.from_numpy(pixels)
 
 
 def _unwatched(position: int) -> None:
     return None
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Have an error name the sample that caused it."""
+    try:
+        yield
+    except SampleError as error:
+        raise SampleError(f"{where}: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"{where}: {error}") from error

@@ -21,6 +21,7 @@ from llava_steps.data.samples.encoded import IGNORED, Encoded
 from llava_steps.data.samples.images import ImageTransform
 from llava_steps.data.samples.sample import SampleError, Turn
 from llava_steps.data.samples.template import Template
+from llava_steps.geometry.hf_directory import read_object
 
 
 def load_processor(hf_dir: Path) -> Any:
@@ -263,7 +264,7 @@ def _end_ids(hf_dir: Path, tokenizer: Any) -> list[int]:
     ids: Any = None
     path = hf_dir / "generation_config.json"
     if path.is_file():
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = read_object(path).get("eos_token_id")
     if ids is None:
         ids = tokenizer.eos_token_id
     if ids is None:
