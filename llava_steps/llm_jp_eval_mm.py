@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.errors import ConfigError, InputError, reason
+from llava_steps.core.errors import InputError, reason
 from llava_steps.evaluation import eval_mm_driver, harness
 from llava_steps.evaluation.harness import Score
 from llava_steps.settings.evaluation import LlmJpEvalMm
@@ -26,7 +26,6 @@ from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
 
 SECTION = "llm_jp_eval_mm"
-PACKAGE = harness.PACKAGES[SECTION]
 
 
 def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
@@ -36,14 +35,7 @@ def run(ctx: Context, cfg: LlmJpEvalMm) -> Mapping[str, Any]:
         ConfigError: llm-jp-eval-mm is not installed, or no tasks are given.
         InputError: it failed, or gave no number for a task.
     """
-    if not cfg.tasks:
-        raise ConfigError(f"{SECTION}.tasks: name at least one task of llm-jp-eval-mm")
-    installed = harness.find(PACKAGE, SECTION, cfg.python)
-    log = ctx.work / "llm_jp_eval_mm.log"
-    ctx.log.info(
-        "llm-jp-eval-mm %s in %s: %s", installed.version, installed.python, ", ".join(cfg.tasks)
-    )
-    ctx.log.info("its output is written to %s", log)
+    installed, log = harness.begin(SECTION, cfg.tasks, cfg.python, ctx)
     raw = ctx.entry / "raw"
     raw.mkdir()
     job = {

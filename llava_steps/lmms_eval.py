@@ -29,7 +29,6 @@ from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
 
 SECTION = "lmms_eval"
-PACKAGE = harness.PACKAGES[SECTION]
 RESULTS = "*_results.json"
 _UNANSWERED = re.compile(r"Error (.*) (?:in generating|when loading video)")
 """Printed by llava_hf when generation failed and it uses an empty text as the answer."""
@@ -42,15 +41,8 @@ def run(ctx: Context, cfg: LmmsEval) -> Mapping[str, Any]:
         ConfigError: lmms-eval is not installed, no tasks are given, or a path cannot be passed on.
         InputError: it failed, or gave no number for a task.
     """
-    if not cfg.tasks:
-        raise ConfigError(f"{SECTION}.tasks: name at least one task of lmms-eval")
-    installed = harness.find(PACKAGE, SECTION, cfg.python)
+    installed, log = harness.begin(SECTION, cfg.tasks, cfg.python, ctx)
     raw = ctx.entry / "raw"
-    log = ctx.work / "lmms_eval.log"
-    ctx.log.info(
-        "lmms-eval %s in %s: %s", installed.version, installed.python, ", ".join(cfg.tasks)
-    )
-    ctx.log.info("its output is written to %s", log)
     from llava_steps.evaluation import same_prompts
 
     model = same_prompts.directory(ctx.inputs["model"].path, ctx.work / "model")
@@ -100,7 +92,7 @@ def arguments(cfg: LmmsEval, model: Path, raw: Path, cuda: bool) -> list[str]:
             )
     line = [
         "-m",
-        PACKAGE,
+        harness.PACKAGES[SECTION],
         "--model=llava_hf",
         "--model_args=" + ",".join(f"{key}={value}" for key, value in given.items()),
         "--tasks=" + ",".join(cfg.tasks),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.errors import ConfigError, InputError, StepError, report_error
 from llava_steps.core.log import ignore_known_warnings
+from llava_steps.settings import cli
 
 if TYPE_CHECKING:
     from llava_steps.evaluation.ask import Model, Question
@@ -55,10 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="llava-steps chat",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = cli.tool_parser(
+        "chat",
+        __doc__,
         usage="%(prog)s [options] MODEL [IMAGE ...] QUESTION\n       %(prog)s --page MODEL",
     )
     made.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face LLaVA directory")

@@ -53,11 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="llava-steps clean",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = cli.tool_parser("clean", __doc__)
     made.add_argument("--yes", action="store_true", help="remove what is listed")
     made.add_argument(
         "--store", type=Path, metavar="DIR", help="store (default: that of the configuration)"

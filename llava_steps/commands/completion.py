@@ -16,6 +16,7 @@ from pathlib import Path
 import shtab
 
 from llava_steps.pipeline import command_line
+from llava_steps.settings import cli
 from llava_steps.settings.fields import facts
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -29,11 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="llava-steps completion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = cli.tool_parser("completion", __doc__)
     made.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
     return made
 

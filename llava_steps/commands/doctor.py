@@ -50,11 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="llava-steps doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = cli.tool_parser("doctor", __doc__)
     cli.add_configfile(made)
     made.add_argument(
         "--profile",

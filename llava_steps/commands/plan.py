@@ -47,11 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="llava-steps plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = cli.tool_parser("plan", __doc__)
     cli.add_configfile(made)
     made.add_argument(
         "--gpu", choices=[*GPUS, "none"], default="H100", help="GPU; none: processes on a CPU"

@@ -39,11 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="llava-steps summary",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = cli.tool_parser("summary", __doc__)
     cli.add_configfile(made)
     made.add_argument(
         "--started", type=float, default=None, help="when the run began, in Unix seconds"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError, reason
+from llava_steps.settings import cli
 from llava_steps.store import commit, store
 
 
@@ -62,11 +63,7 @@ def verify(entry: Path) -> tuple[str, str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="llava-steps verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = cli.tool_parser("verify", __doc__)
     made.add_argument(
         "paths",
         nargs="*",

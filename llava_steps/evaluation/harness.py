@@ -9,13 +9,14 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.process import die_with_parent
+from llava_steps.store.step import Context
 
 TAIL = 12
 """Lines of a harness's output that an error shows."""
@@ -52,6 +53,22 @@ class Score:
     metric: str
     value: float
     stderr: float | None = None
+
+
+def begin(section: str, tasks: Collection[str], python: str, ctx: Context) -> tuple[Harness, Path]:
+    """The harness of a section, and the log file for its output.
+
+    Raises:
+        ConfigError: no tasks are given, or the harness is not installed.
+    """
+    name = section.replace("_", "-")
+    if not tasks:
+        raise ConfigError(f"{section}.tasks: name at least one task of {name}")
+    harness = find(PACKAGES[section], section, python)
+    log = ctx.work / f"{section}.log"
+    ctx.log.info("%s %s in %s: %s", name, harness.version, harness.python, ", ".join(tasks))
+    ctx.log.info("its output is written to %s", log)
+    return harness, log
 
 
 def find(package: str, section: str, python: str = "") -> Harness:

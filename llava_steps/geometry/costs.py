@@ -76,7 +76,7 @@ def parameters(geometry: Geometry) -> Parameters:
     """The parameters of a model; a tied head counts as 0."""
     g = geometry
     tower = _tower(g)
-    layer = _layer_weights(g) + 2 * g.hidden
+    layer = layer_weights(g) + 2 * g.hidden
     layer += g.qkv_bias * (q_width(g) + 2 * kv_width(g)) + g.output_bias * g.hidden
     layer += g.mlp_bias * (2 * g.ffn + g.hidden) + g.qk_norm * 2 * g.head_dim
     return Parameters(
@@ -185,7 +185,7 @@ def flops(
             g.vision_hidden * g.hidden * (2 + 2 * trained.vision + 2 * trained.projector)
             + g.hidden**2 * (2 + 2 * before + 2 * trained.projector)
         ),
-        layers=work.tokens * g.layers * _layer_weights(g) * through,
+        layers=work.tokens * g.layers * layer_weights(g) * through,
         # Two products, 2 operations each, over half the square.
         attention=g.layers * 2 * q_width(g) * work.squares * (3 if passes else 1),
         head=heads * g.vocab * g.hidden * through,
@@ -246,7 +246,7 @@ def kv_width(g: Geometry) -> int:
     return g.kv_heads * g.head_dim
 
 
-def _layer_weights(g: Geometry) -> int:
+def layer_weights(g: Geometry) -> int:
     """Elements of the matrices of one decoder layer."""
     return g.hidden * (2 * q_width(g) + 2 * kv_width(g) + 3 * g.ffn)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from llava_steps.geometry.costs import Sum, Trained, kv_width, parameters, q_width
+from llava_steps.geometry.costs import Sum, Trained, kv_width, layer_weights, parameters, q_width
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.layout import even_split, filled, pipeline_split
 
@@ -163,8 +163,7 @@ def _weights(g: Geometry, trained: Trained, layout: Layout, number: int) -> tupl
 
 def _products(g: Geometry, layout: Layout, number: int) -> int:
     """Weights of a stage's layers of which Transformer Engine keeps FP8 copies."""
-    widths = 2 * q_width(g) + 2 * kv_width(g) + 3 * g.ffn
-    return stage_layers(g, layout, number) * g.hidden * widths // layout.tp
+    return stage_layers(g, layout, number) * layer_weights(g) // layout.tp
 
 
 def _layers(

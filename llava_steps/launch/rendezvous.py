@@ -103,8 +103,8 @@ class _Lead(LauncherGroup):
                 missing = sorted({*range(1, self.launcher.count)} - self._by_index.keys())
                 raise StepError(
                     f"launchers {missing} did not connect within {MEET:.0f} seconds: start them "
-                    f"with "
-                    f"the same settings, --node {stage.nodes} and their --rank, on the same store"
+                    f"with the same settings, --node {stage.nodes} and their --rank, on the same "
+                    "store"
                 )
             time.sleep(POLL)
 
@@ -159,8 +159,7 @@ def _join(stage: Stage, launcher: Launcher, work: Path, again: bool) -> Launcher
         time.sleep(0.5)
     raise StepError(
         f"the first node did not connect within {MEET:.0f} seconds: start it with the same "
-        f"settings, "
-        f"--node {stage.nodes} --rank 0, on the same store as this one"
+        f"settings, --node {stage.nodes} --rank 0, on the same store as this one"
     )
 
 

@@ -144,6 +144,16 @@ def _default_text(default: Any) -> str:
     return str(default)
 
 
+def tool_parser(name: str, doc: str | None, **more: Any) -> argparse.ArgumentParser:
+    """The command line of a tool, without its arguments."""
+    return argparse.ArgumentParser(
+        prog=f"llava-steps {name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **more,
+    )
+
+
 def add_configfile(parser: argparse.ArgumentParser) -> None:
     """Add --configfile, for a command that reads the configuration of a run."""
     parser.add_argument(

@@ -102,7 +102,7 @@ def test_numbers_that_plan_cannot_use(
     ("key", "content", "message"),
     [
         ("text_model", None, "hf_model.text_model: "),
-        ("text_model", "[1]", "is not the configuration of a model"),
+        ("text_model", "[1]", "config.json does not hold a JSON object"),
         ("text_model", '{"model_type": ', "cannot be read"),
         ("text_model", LLAMA | {"vocab_size": "many"}, "vocab_size is 'many'"),
         ("text_model", LLAMA | {"num_attention_heads": 0}, "num_attention_heads is 0"),
@@ -143,7 +143,11 @@ def test_a_model_of_other_settings_is_not_planned_with(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "model/config.json is missing"), ([3], "is not the configuration"), ({}, "model_type")],
+    [
+        (None, "model/config.json is missing"),
+        ([3], "does not hold a JSON object"),
+        ({}, "model_type"),
+    ],
 )
 def test_directories_that_plan_is_given(
     place: Path, capsys: pytest.CaptureFixture[str], content: Any, message: str
@@ -273,7 +277,7 @@ def test_words_for_srun_and_apptainer(place: Path, capsys: pytest.CaptureFixture
     [
         (LLAMA, "model_type is 'llama'"),
         ({"model_type": "clip_vision_model"}, "model_type is 'clip_vision_model'"),
-        ([1], "config.json is not the configuration of a model"),
+        ([1], "config.json does not hold a JSON object"),
         ('{"model_type": ', "cannot be read"),
         ({"model_type": "llava", "vision_config": {}}, "has no text_config"),
         ({"model_type": "llava", "text_config": LLAMA, "vision_config": 5}, "has no vision_config"),

@@ -19,8 +19,7 @@ class Batch(StepConfig):
     too_long: Literal["refuse", "truncate"] = value(
         "refuse",
         "longer samples: refuse, with the name of the sample, or truncate after the last answer "
-        "that "
-        "fits",
+        "that fits",
     )
     packing: bool = value(False, "fill each microbatch with samples; micro_batch_size must be 1")
     pack_length: Count = value(0, "longest packed microbatch in tokens; 0: seq_length")

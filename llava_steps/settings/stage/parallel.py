@@ -26,8 +26,7 @@ class Parallel(StepConfig):
     virtual_pipeline: PositiveInt = value(
         1,
         "chunks of layers per pipeline rank; above 1: interleaved schedule, with less idle time "
-        "and "
-        "more communication",
+        "and more communication",
     )
     pipeline_split: str = value(
         "auto",
