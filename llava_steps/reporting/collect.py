@@ -257,7 +257,7 @@ def _stage(name: str, words: str, item: Input) -> dict[str, Any]:
             if config.get(key) is False
         ],
         "settings": [(key, config[key]) for key in SETTINGS if key in config],
-        "processes": int(config.get("gpus", 1)) * int(config.get("nodes", 1)),
+        "processes": _processes(config),
         "curves": curves,
         "left_out": metrics.get("steps", 0) - metrics.get("updates", metrics.get("steps", 0)),
         "attempts": manifest.get("attempts", 1),
@@ -283,11 +283,16 @@ def _certificates(manifests: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
     return certificates
 
 
+def _processes(config: Mapping[str, Any]) -> int:
+    """Processes of a step; those without such settings have one."""
+    return int(config.get("gpus", 1)) * int(config.get("nodes", 1))
+
+
 def _costs(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     rows = []
     for name, manifest in manifests.items():
         config = manifest.get("config", {})
-        processes = int(config.get("gpus", 1)) * int(config.get("nodes", 1))
+        processes = _processes(config)
         wall = float(manifest.get("wall_s", 0.0))
         size = sum(int(file["size"]) for file in manifest["files"])
         rows.append(

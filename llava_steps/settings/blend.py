@@ -137,8 +137,7 @@ def _member(base: Path, item: Any, here: str, split: str, share: str) -> Member:
     if options.get("augment", False) is not False:
         raise _Refused(
             f"{here}.subflavors.augment is {reprlib.repr(options['augment'])}; expected false, "
-            f"because "
-            "random augmentation is not supported"
+            "because random augmentation is not supported"
         )
     template = _value(options, "chat_template", f"{here}.subflavors", str, None)
     if template is not None and not os.path.isfile(base / template):

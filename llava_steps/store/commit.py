@@ -55,12 +55,11 @@ def remove_uncommitted(path: Path) -> None:
     filesystem.remove(path)
 
 
-def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
+def read_commit(path: Path) -> dict[str, Any]:
     """The `info` of a committed directory, after its files were compared with the marker.
 
-    Raises IntegrityError naming the first file that is missing, has another size or, with
-    `digests`, another sha256, one for files that the marker does not know, and one when the marker
-    itself was changed.
+    Raises IntegrityError naming the first file that is missing or has another size or sha256, one
+    for files that the marker does not know, and one when the marker itself was changed.
     """
     try:
         raw = (path / MARKER).read_bytes()
@@ -76,7 +75,7 @@ def read_commit(path: Path, digests: bool = True) -> dict[str, Any]:
         raise IntegrityError(f"{path / MARKER} is damaged: {error!r}") from None
     if raw != _marker(marker["files"], info):
         raise IntegrityError(f"{path / MARKER} is damaged: it is not what was written")
-    sealed.verify(path / MARKER, files, ADVICE, filesystem.sha256_file if digests else None)
+    sealed.verify(path / MARKER, files, ADVICE)
     listed = {file.name for file in files}
     for file in filesystem.files_below(path, skip=[MARKER]):
         name = file.relative_to(path).as_posix()

@@ -33,9 +33,9 @@ class Context:
     again: bool = False
     """Whether a value that is sealed already is to be computed again."""
 
-    def progress(self, what: str, total: int, done: int = 0) -> Progress:
+    def progress(self, what: str, total: int) -> Progress:
         """A progress bar or, without a terminal, progress lines."""
-        return Progress(self.log, what, total, done)
+        return Progress(self.log, what, total)
 
 
 @dataclass(frozen=True)

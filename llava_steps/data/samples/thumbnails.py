@@ -14,14 +14,14 @@ SIDE = 192
 _QUALITY = 85
 
 
-def thumbnail(data: bytes, side: int = SIDE) -> bytes:
-    """An image file as a JPEG that is at most `side` pixels wide and high.
+def thumbnail(data: bytes) -> bytes:
+    """An image file as a JPEG that is at most `SIDE` pixels wide and high.
 
     Raises:
         SampleError: not an image, or a truncated one.
     """
     image = decode(data)
-    image.thumbnail((side, side))
+    image.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=_QUALITY, subsampling=0)
     return out.getvalue()
