@@ -35,6 +35,8 @@ def run(ctx: Context, cfg: EnergonDataset) -> Mapping[str, Any]:
         )
     for part, samples in metrics["samples"].items():
         ctx.log.info("%s: %d samples in %d tars", part, samples, metrics["shards"][part])
+    for name, count in metrics.get("parts_left_out", {}).items():
+        ctx.log.warning("%d parts %r are in the tars, but in no field of the samples", count, name)
     return metrics
 
 

@@ -39,15 +39,16 @@ def run(ctx: Context, cfg: TarShards) -> Mapping[str, Any]:
 
     source = sources.open_source(ctx.inputs["source"].path, cfg.source_format, _options(cfg))
     ctx.log.info("reading %s as %s", source.path, source.name)
+    records = source.count()
     for note in source.notes():
         ctx.log.warning("%s", note)
     settings = writer.Settings(source, ctx.entry, cfg.samples_per_shard)
     if cfg.part:
-        size = shardparts.share_size(source.count(), cfg.samples_per_shard, cfg.part)
+        size = shardparts.share_size(records, cfg.samples_per_shard, cfg.part)
         with ctx.progress(f"sharding, share {cfg.part}", size) as bar:
             return shardparts.write_share(settings, cfg.part, cfg.workers, bar.advance)
     made = _shares(ctx, cfg, settings) if cfg.parts else None
-    with ctx.progress("sharding", source.count()) as bar:
+    with ctx.progress("sharding", records) as bar:
         metrics = writer.write_shards(
             settings, cfg.workers, cfg.quarantine_limit, bar.advance, made
         )

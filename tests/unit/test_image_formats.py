@@ -271,7 +271,7 @@ def test_pictures_of_a_harness_with_more_than_8_bits_are_refused(mode: str) -> N
         decode(data)
 
 
-@pytest.mark.parametrize("part", ["png", "webp", "jpg", "jpeg"])
+@pytest.mark.parametrize("part", ["png", "PNG", "webp", "jpg", "jpeg", "JPG"])
 def test_tars_of_others_keep_their_bytes(tmp_path: Path, part: str) -> None:
     data = encoded(drawing(), "WEBP" if part == "webp" else "PNG")
     sample = {part: data, "txt": b"x", "json": b'{"question": "?"}'}

@@ -18,7 +18,8 @@ from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
 from llava_steps.data.energon.field_map import FieldMap
 from llava_steps.data.samples.decode import check_image
-from llava_steps.data.samples.sample import SampleError, from_parts
+from llava_steps.data.samples.sample import SampleError, from_parts, is_image_part
+from llava_steps.data.samples.unread import IMAGE_SUFFIXES, medium
 from llava_steps.data.shards import tars
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
@@ -84,7 +85,7 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
     seen: set[str] = set()
     key, end = "", 0
     for member in tars.members(path):
-        base, part = split_name(path, member.name, fields.image_parts)
+        base, part = split_name(path, member.name, IMAGE_SUFFIXES)
         if base != key:
             if base in closed:
                 raise InputError(f"{path}: the parts of sample {base!r} are not adjacent")
@@ -105,10 +106,24 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
     )
     if deep:
         bad = _check_contents(path, fields, rows, parts)
+    else:
+        bad = _unread_images(fields, rows, parts)
     if bad:
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise InputError(f"{path}: unusable samples: {'; '.join(bad[:_SHOWN])}{more}")
     return TarIndex(name, path.stat().st_size, filesystem.sha256_file(path), rows, tuple(parts))
+
+
+def _unread_images(
+    fields: FieldMap, samples: tuple[SampleRow, ...], parts: list[PartRow]
+) -> list[str]:
+    """Parts that are images by their names, but not read as such."""
+    return [
+        f"{samples[part.sample].key}: part {part.name!r} is {what}, which field_map.image does "
+        f"not name: {','.join(fields.image_parts)}"
+        for part in parts
+        if not is_image_part(part.name, fields) and (what := medium(part.name))
+    ]
 
 
 def split_name(path: Path, name: str, image_parts: Collection[str]) -> tuple[str, str]:
@@ -122,7 +137,7 @@ def split_name(path: Path, name: str, image_parts: Collection[str]) -> tuple[str
             "in the key, such as 000001.jpg"
         )
     number, dot, kind = match[2].rpartition(".")
-    further_image = number.isdecimal() and kind in image_parts
+    further_image = number.isdecimal() and kind.lower() in image_parts
     if dot and not further_image:
         raise InputError(
             f"{path}: the key of member {name!r} has a dot; everything after the first dot counts "

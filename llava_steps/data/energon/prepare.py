@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from llava_steps.data.energon.field_map import FieldMap
 from llava_steps.data.energon.index import TarIndex, index_tar
 from llava_steps.data.energon.metadata import META, SHARDS
 from llava_steps.data.energon.split import split
+from llava_steps.data.samples.sample import is_image_part, text_parts
 
 SAMPLE_TYPES = {"VQAWebdataset": "VQASample"}
 """energon renamed its classes; the config keeps the name that the seed's dialogue shows."""
@@ -79,7 +81,8 @@ def prepare(
     """Make `entry` an energon dataset of the tars in `tar_dir`, which stay as they are.
 
     Returns:
-        Metrics: samples and shards of each split, bytes.
+        Metrics: samples and shards of each split, bytes; parts_left_out, the number of parts of
+        each name that no field is read from, if there are any.
 
     Raises:
         ConfigError: a field map or split that cannot be.
@@ -94,13 +97,13 @@ def prepare(
     meta.mkdir()
     writer = _SqliteIndex(meta)
     rows: list[dict[str, Any]] = []
-    kinds: set[str] = set()
+    held: Counter[str] = Counter()
     look = partial(index_tar, tar_dir, fields, known is None)
     for number, index in enumerate(pool.ordered(look, names, workers)):
         if known is not None:
             _compare(tar_dir, index, known[index.name])
         writer.add(number, index)
-        kinds |= {part.name.rpartition(".")[2] for part in index.parts}
+        held.update(part.name for part in index.parts)
         _link_into(tar_dir / index.name, entry / index.name)
         filesystem.write_bytes(entry / f"{index.name}.idx", index.offsets())
         rows.append(
@@ -111,16 +114,21 @@ def prepare(
     writer.close()
     filesystem.write_json(entry / SHARDS, {"shards": rows})
     counts = {row["name"]: row["samples"] for row in rows}
+    kinds = {name.rpartition(".")[2] for name in held}
     images = [name for name in fields.image_parts if name in kinds] or fields.image_parts[:1]
     written = field_map | {"image": ",".join(images)}
     _write_metadata(meta, counts, parts, SAMPLE_TYPES[sample_type], written)
     identity = uuid.uuid5(uuid.NAMESPACE_OID, filesystem.sha256_json(rows))
     filesystem.write_bytes(meta / "index.uuid", str(identity).encode())
-    return {
+    metrics: dict[str, Any] = {
         "samples": {part: sum(counts[name] for name in parts[part]) for part in parts},
         "shards": {part: len(parts[part]) for part in parts},
         "bytes": sum(row["size"] for row in rows),
     }
+    unread = {name for name in held if not is_image_part(name, fields)} - text_parts(fields)
+    if unread:
+        metrics["parts_left_out"] = {name: held[name] for name in sorted(unread)}
+    return metrics
 
 
 def _compare(tar_dir: Path, index: TarIndex, row: dict[str, Any]) -> None:

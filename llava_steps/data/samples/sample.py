@@ -23,6 +23,7 @@ from typing import Any
 from llava_steps.core.errors import InputError
 from llava_steps.data.energon.field_map import SEED, FieldMap, look_up
 from llava_steps.data.samples import formats
+from llava_steps.data.samples.unread import unread_field, unread_part, unread_placeholder
 
 PLACEHOLDER = "<image>"
 """Stands for an image in raw and stored conversations, whatever the model's token is."""
@@ -100,6 +101,8 @@ def check_turns(turns: tuple[Turn, ...], images: int) -> None:
         if turn.role != expected:
             raise SampleError(f"wrong role: turn {number} is {turn.role}, expected {expected}")
         check_text(turn.content, f"turn {number}")
+        if turn.role == "user" and (mark := unread_placeholder(turn.content)):
+            raise SampleError(f"{mark[1:-1]} is not supported: turn {number} contains {mark}")
         if turn.role == "assistant" and PLACEHOLDER in turn.content:
             raise SampleError(f"image placeholder in an answer: turn {number}")
         if not turn.content.strip():
@@ -178,6 +181,9 @@ def from_parts(
         SampleError: a part is missing or broken, or the conversation is not usable.
     """
     images = _images(parts, fields)
+    if lost := unread_part(parts, lambda name: is_image_part(name, fields), text_parts(fields)):
+        shown = ", ".join(fields.image_parts[:4])
+        raise SampleError(f"{lost}; images are parts with the names {shown}")
     meta = _meta(parts)
     if "conversations" in meta:
         turns = parse_turns(meta["conversations"])
@@ -185,6 +191,8 @@ def from_parts(
         turns = _seed_turns(parts, len(images), fields, question)
     check_turns(turns, len(images))
     extra = {name: meta[name] for name in meta if name not in RESERVED and name != "id"}
+    if lost := unread_field(extra, len(images)):
+        raise SampleError(lost)
     return Sample(str(meta.get("id", key)), turns, images, extra)
 
 
@@ -197,6 +205,12 @@ def _image_part(number: int, data: bytes) -> str:
     """Name of the part of image `number`: by what the file is, not by what it is called."""
     name = formats.KEPT.get(formats.kind(data), "jpg")
     return f"{number}.{name}" if number else name
+
+
+@cache
+def text_parts(fields: FieldMap = SEED) -> frozenset[str]:
+    """Names of the parts that question, answer and the other fields are read from."""
+    return frozenset({"txt", "json", *(path[0] for path in (*fields.context, *fields.answers))})
 
 
 @cache

@@ -95,7 +95,7 @@ class Source(ABC):
         """Every file that the content of this source consists of."""
 
     def notes(self) -> list[str]:
-        """What the user should know about how this source is read."""
+        """What the user should know about how this source is read; complete after `count`."""
         return []
 
     def label(self, item: Record) -> str:

@@ -39,6 +39,8 @@ class Parquet(Source):
             if field.name in used or (_plain(field.type) and field.name not in RESERVED)
         )
         self.left_out = tuple(name for name in schema.names if name not in self.columns)
+        # Read nevertheless: an image in them must not get lost.
+        self.files_in = tuple(f.name for f in schema if f.name in self.left_out and _bytes(f.type))
 
     def notes(self) -> list[str]:
         return [f"columns left out: {', '.join(self.left_out)}"] if self.left_out else []
@@ -68,7 +70,11 @@ class Parquet(Source):
                 index += 1
 
     def sample(self, item: Record) -> Sample:
-        return record.to_sample(item.value, item.index, self.options, _image, spare=True)
+        left_out = {name: item.value[name] for name in self.files_in}
+        value = {name: item.value[name] for name in self.columns}
+        return record.to_sample(
+            value, item.index, self.options, _image, spare=True, left_out=left_out
+        )
 
     def files(self) -> Iterable[Path]:
         return [self.root / name for name in self.names]
@@ -94,7 +100,8 @@ class Parquet(Source):
 
         batch_first = begin
         try:
-            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=list(self.columns)):
+            columns = [*self.columns, *self.files_in]
+            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns):
                 low, high = max(first - batch_first, 0), min(last - batch_first, batch.num_rows)
                 if low < high:
                     for number, value in enumerate(batch.slice(low, high - low).to_pylist(), low):
@@ -129,6 +136,17 @@ def _plain(kind: Any) -> bool:
         types.is_boolean, types.is_null,
     )  # fmt: skip
     return any(test(kind) for test in tests)
+
+
+def _bytes(kind: Any) -> bool:
+    """Whether values of this type may hold a file."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(_bytes(kind.field(n).type) for n in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _bytes(kind.value_type)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
 
 def _image(value: Any) -> bytes:

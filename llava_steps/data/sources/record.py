@@ -22,6 +22,7 @@ from llava_steps.data.samples.sample import (
     images_first,
     parse_turns,
 )
+from llava_steps.data.samples.unread import unread_field
 from llava_steps.data.sources.base import Options
 
 COLUMNS = {
@@ -85,7 +86,12 @@ def check_header(path: Path, names: Collection[str], options: Options) -> None:
 
 
 def to_sample(
-    value: Any, index: int, options: Options, load: Callable[[Any], bytes], spare: bool = False
+    value: Any,
+    index: int,
+    options: Options,
+    load: Callable[[Any], bytes],
+    spare: bool = False,
+    left_out: Mapping[str, Any] | None = None,
 ) -> Sample:
     """The sample of record `index`.
 
@@ -95,6 +101,7 @@ def to_sample(
         options: columns, limits and what is done with images of other formats.
         load: gives an image's bytes for the content of the image column; raises SampleError.
         spare: leave out further columns whose names the tar contract reserves.
+        left_out: further columns that do not get into the sample; none may be its image.
 
     Raises:
         SampleError: any reason for which this record cannot be trained on.
@@ -114,9 +121,13 @@ def to_sample(
         question = value[columns["question"]] if columns["question"] else options.question
         turns = pair(question, value[columns["answer"]], len(images))
         used = set(COLUMNS)
+    taken = {columns[field] for field in used}
+    unread = {key: item for key, item in value.items() if key not in taken} | dict(left_out or {})
+    if lost := unread_field(unread, len(images)):
+        setting = ", or give tar_shards.columns, such as image=NAME" if options.other_images else ""
+        raise SampleError(f"{lost}; call the field of images `image`{setting}")
     check_turns(turns, len(images))
     loaded = tuple(accept(load(image), options, image) for image in images)
-    taken = {columns[field] for field in used}
     if spare:
         taken |= {"question", "images", "conversations"}
     extra = {key: item for key, item in value.items() if key not in taken}

@@ -7,24 +7,34 @@ be counted cannot be accounted for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llava_steps.core.errors import InputError
-from llava_steps.data.energon.field_map import FieldMap
+from llava_steps.data.energon.field_map import SEED, FieldMap
 from llava_steps.data.energon.index import split_name
 from llava_steps.data.samples.sample import Sample, SampleError, from_parts
+from llava_steps.data.samples.unread import IMAGE_SUFFIXES
 from llava_steps.data.shards import tars
 from llava_steps.data.sources import record
 from llava_steps.data.sources.base import Chunk, Options, Record, Source
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGES = (*SEED.image_parts, *sorted(IMAGE_SUFFIXES - set(SEED.image_parts)))
+TEXTS = ("txt", "json")
 FIELDS = FieldMap(
     tuple((name,) for name in IMAGES), (("json", "question"),), (("txt",), ("json", "answer"))
 )
 _LARGEST_TEXT = 1 << 24
+_HEAD = 1000
+"""Bytes of another part that say whether it is an image."""
 Parts = tuple[tuple[str, int, int], ...]
 """(part, offset, size) of each part of a sample."""
+
+
+def _read(part: str) -> bool:
+    """Whether parts of this name get into a sample."""
+    return part.lower() in TEXTS or part.lower().rpartition(".")[2] in IMAGE_SUFFIXES
 
 
 class Webdataset(Source):
@@ -40,9 +50,20 @@ class Webdataset(Source):
         if not paths:
             raise InputError(f"{path} holds no .tar files")
         self.names = tuple(sorted(p.relative_to(self.root).as_posix() for p in paths))
+        self._left_out: Counter[str] = Counter()
 
     def count(self) -> int:
-        return sum(1 for name in self.names for _ in self._samples(name))
+        self._left_out.clear()
+        samples = 0
+        for name in self.names:
+            for _, parts in self._samples(name):
+                samples += 1
+                self._left_out.update(part for part, _, _ in parts if not _read(part))
+        return samples
+
+    def notes(self) -> list[str]:
+        names = [f"{part} ({count})" for part, count in sorted(self._left_out.items())]
+        return [f"parts left out: {', '.join(names)}"] if names else []
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         start, work = 0, []
@@ -64,14 +85,17 @@ class Webdataset(Source):
         limit = 4 * self.options.max_pixels
         content = {}
         with open(self.root / item.file, "rb") as file:
-            for part, offset, size in parts:
+            for name, offset, size in parts:
+                part = name.lower()
                 if part.rpartition(".")[2] in IMAGES:
                     if size > limit:
-                        raise SampleError(f"image file too large: {size} bytes ({part})")
-                elif part not in ("txt", "json"):
-                    continue
+                        raise SampleError(f"image file too large: {size} bytes ({name})")
+                elif part not in TEXTS:
+                    size = min(size, _HEAD)
                 elif size > _LARGEST_TEXT:
-                    raise SampleError(f"text too large: {size} bytes ({part})")
+                    raise SampleError(f"text too large: {size} bytes ({name})")
+                if part in content:
+                    raise SampleError(f"ambiguous part: {name} is there in another case too")
                 file.seek(offset)
                 content[part] = file.read(size)
         sample = from_parts(key, content, FIELDS, self.options.question)

@@ -1,0 +1,99 @@
+"""What a sample must not lose silently: images that nothing reads, video and sound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from llava_steps.data.samples import formats
+
+IMAGE_SUFFIXES = frozenset({
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif",
+    "heic", "heif", "jxl", "jp2", "j2k", "ico", "svg", "psd", "ppm", "pgm", "pbm", "pnm", "tga",
+})  # fmt: skip
+_VIDEO_AND_SOUND_SUFFIXES = frozenset({
+    "mp4", "m4v", "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv", "3gp", "wav", "mp3",
+    "flac", "ogg", "oga", "ogv", "opus", "m4a", "aac",
+})  # fmt: skip
+VIDEO_AND_SOUND = ("video", "videos", "audio", "audios")
+"""Fields, and placeholders in questions."""
+_TEXTS = frozenset({"id", "conversations", "messages", "question", "answer", "text", "caption"})
+"""Fields that hold words, which may end in the name of a file."""
+_LONGEST_NAME = 1000
+_SHOWN = 40
+
+
+def unread_field(fields: Mapping[str, Any], images: int) -> str:
+    """What would be lost of a record, for a message; empty if nothing.
+
+    Args:
+        fields: the fields of the record that are not read as text or image.
+        images: number of images that are read. Without any, every field is searched for one.
+    """
+    for name in VIDEO_AND_SOUND:
+        if _present(fields.get(name)):
+            return f"{name} is not supported: the field {name!r} is set"
+    for name, value in fields.items() if images == 0 else ():
+        if name not in _TEXTS and (image := _image_in(value)) is not None:
+            return f"image in the field {name!r}, which is not read: {image}"
+    return ""
+
+
+def unread_placeholder(text: str) -> str:
+    """The placeholder of a video or sound in a question; empty if it has none."""
+    marks = (f"<{name}>" for name in VIDEO_AND_SOUND if f"<{name}" in text)
+    return next((mark for mark in marks if mark in text), "")
+
+
+def unread_part(
+    parts: Mapping[str, bytes], is_image: Callable[[str], bool], others: Collection[str]
+) -> str:
+    """What would be lost of a sample in a tar, for a message; empty if nothing.
+
+    A part of another name may be left out beside an image, unless it is an image, a video or
+    sound, by its name or its content. In a sample without images it may be one of any form.
+
+    Args:
+        parts: names of the parts to their bytes, or to their first bytes.
+        is_image: whether a part of this name is read as an image.
+        others: names of the other parts that are read.
+    """
+    unknown = [name for name in parts if name not in others and not is_image(name)]
+    for name in unknown:
+        if what := medium(name, parts[name]):
+            return f"part {name!r} is not read: it is {what}"
+    if unknown and not any(map(is_image, parts)):
+        return f"no image is recognised: part {unknown[0]!r} is not read"
+    return ""
+
+
+def medium(name: str, data: bytes = b"") -> str:
+    """What kind of medium a part is, by its content or else its name; empty for anything else."""
+    kind, suffix = formats.kind(data), name.rpartition(".")[2].lower()
+    if kind in formats.KEPT or kind in formats.FURTHER_IMAGES or suffix in IMAGE_SUFFIXES:
+        return f"an image ({kind or suffix})"
+    if kind in formats.SOUND_AND_VIDEO or suffix in _VIDEO_AND_SOUND_SUFFIXES:
+        return f"video or sound ({kind or suffix})"
+    return ""
+
+
+def _present(value: Any) -> bool:
+    return value is not None and value == value and value not in ("", [], {})
+
+
+def _image_in(value: Any, depth: int = 3) -> str | None:
+    """What names or is an image in a value, as short as a message needs it."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text.startswith("data:image/"):
+            return "a data: URI"
+        name = text.partition("?")[0].partition("#")[0]
+        named = "." in name and name.rpartition(".")[2] in IMAGE_SUFFIXES
+        return ascii(value)[:_SHOWN] if named and len(text) <= _LONGEST_NAME else None
+    if isinstance(value, bytes):
+        kind = formats.kind(value)
+        return f"a {kind} file" if kind in formats.KEPT or kind in formats.FURTHER_IMAGES else None
+    if depth and isinstance(value, list | dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return next((image for one in inner if (image := _image_in(one, depth - 1))), None)
+    return None
