@@ -19,7 +19,11 @@ from llava_steps.store.step import Context, Step
 def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     """Write the HF directory into the entry."""
     from llava_steps.conversion.convert import copy_companions, count_entries, dcp_to_hf
-    from llava_steps.conversion.export_format import older_layout, rewrite_companions
+    from llava_steps.conversion.export_format import (
+        complete_processor,
+        older_layout,
+        rewrite_companions,
+    )
     from llava_steps.conversion.lora import open_weights
     from llava_steps.conversion.selfcheck import compare_layers
     from llava_steps.conversion.tensors import TensorDirectory
@@ -37,6 +41,7 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
         ctx.progress("converting", total=count_entries(geometry)) as bar,
     ):
         copied = copy_companions(tensors, ctx.entry)
+        complete_processor(ctx.entry)
         weights, layout = checkpoint / "weights", tensors
         if cfg.export_format == "transformers-4":
             rewrite_companions(ctx.entry, geometry)

@@ -18,7 +18,8 @@ from typing import Any
 from llava_steps.conversion.hf_names import canonical
 from llava_steps.conversion.tensors import TensorDirectory, renamed
 from llava_steps.core import filesystem
-from llava_steps.core.errors import ConfigError, IntegrityError
+from llava_steps.core.errors import ConfigError, InputError, IntegrityError
+from llava_steps.geometry import processor_settings
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.geometry.hf_directory import read_object
 
@@ -35,6 +36,27 @@ def older_name(name: str) -> str:
 def older_layout(template: TensorDirectory) -> TensorDirectory:
     """`template` with the names of transformers 4: a layout for writing only."""
     return renamed(template, older_name)
+
+
+def complete_processor(directory: Path) -> None:
+    """Give the processor in `directory` the settings that plain transformers needs.
+
+    A whole one keeps its bytes, and a directory without a processor gets none.
+
+    Raises:
+        ConfigError, InputError: they cannot be known, or contradict the model.
+    """
+    path = directory / processor_settings.FILE
+    if not (path.is_file() or (directory / "preprocessor_config.json").is_file()):
+        return
+    given = read_object(path) if path.is_file() else {"processor_class": "LlavaProcessor"}
+    config = read_object(directory / "config.json")
+    try:
+        settings = processor_settings.completed(given, config)
+    except (InputError, ConfigError) as error:
+        raise type(error)(f"{directory}: {error}") from error
+    if settings != given:
+        filesystem.write_json(path, settings)
 
 
 def rewrite_companions(directory: Path, geometry: Geometry) -> None:
@@ -85,8 +107,11 @@ def _older_processor(directory: Path, geometry: Geometry) -> None:
     processor["vision_feature_select_strategy"] = strategies[geometry.tokens_per_image]
     processor["num_additional_image_tokens"] = 1
     filesystem.write_json(path, processor)
-    template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    filesystem.write_json(directory / "chat_template.json", {"chat_template": template})
+    template = directory / "chat_template.jinja"
+    # Without it an older version wrote the template, where 4.45 finds it.
+    if template.is_file():
+        text = template.read_text(encoding="utf-8")
+        filesystem.write_json(directory / "chat_template.json", {"chat_template": text})
 
 
 def _older_tokenizer(directory: Path) -> None:

@@ -16,6 +16,7 @@ from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.core.third_party import reported
 from llava_steps.geometry.families import TEXT_FAMILIES
 from llava_steps.geometry.hf_directory import read_config, read_object, remote_code
+from llava_steps.geometry.processor_settings import longest_text, remove_truncation
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 TOWERS = {
@@ -250,14 +251,14 @@ def _tokenizer_advice(path: Path) -> dict[str, str]:
 
 
 def _remove_truncation(tokenizer: Any, path: Path, tokens_per_image: int) -> None:
-    backend = tokenizer.backend_tokenizer
-    longest = (backend.truncation or {}).get("max_length")
+    longest = longest_text(tokenizer)
     if longest is not None and longest < tokens_per_image:
         raise ConfigError(
             f"{TEXT_KEY}: the tokenizer of {path} cuts texts after {longest} tokens, but an image "
-            f"has {tokens_per_image}; set truncation to null in tokenizer.json"
+            f"has {tokens_per_image}; set truncation to null in tokenizer.json, and remove "
+            "max_length from tokenizer_config.json"
         )
-    backend.no_truncation()
+    remove_truncation(tokenizer)
 
 
 def load_image_processor(path: Path) -> Any:

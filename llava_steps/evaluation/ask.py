@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from llava_steps.conversion.weight_files import check_weight_files
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.third_party import reported
 from llava_steps.data.samples.images import ImageReader
+from llava_steps.data.samples.processor import load_processor
 from llava_steps.data.samples.sample import SampleError
-from llava_steps.geometry.hf_directory import read_object
+from llava_steps.geometry.hf_directory import read_config
 
 PLACEHOLDER = "<image>"
 """Marks an image in a turn's text, for every model; its own image token replaces it."""
@@ -44,14 +47,14 @@ class Question:
 
 
 def check_llava(directory: Path) -> None:
-    """InputError unless config.json is that of a LLaVA.
+    """InputError unless config.json is that of a LLaVA; ConfigError if it is quantized.
 
     Checked first: transformers would continue with LLaVA-1.5, 7 billion random weights.
     """
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{directory} is not a complete LLaVA model: config.json is missing")
-    config = read_object(path)
+    config = read_config(directory)
     kind = config.get("model_type")
     if kind != "llava":
         raise InputError(f"{directory} is not a complete LLaVA model: its model_type is {kind!r}")
@@ -70,25 +73,32 @@ class Model:
             InputError: the directory is not a whole LLaVA model with its processor.
             ConfigError: its chat template has no place for an image.
         """
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import LlavaForConditionalGeneration
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         check_llava(directory)
-        try:
-            self._processor = AutoProcessor.from_pretrained(
-                directory, backend="pil", local_files_only=True
-            )
+        self._processor = load_processor(directory)
+        check_weight_files(directory)
+        with reported(f"{directory} is not a complete LLaVA model"):
             model, report = LlavaForConditionalGeneration.from_pretrained(
-                directory, local_files_only=True, dtype="auto", output_loading_info=True
+                directory,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype="auto",
+                output_loading_info=True,
+                # Reported below, with names and sizes.
+                ignore_mismatched_sizes=True,
             )
-        except Exception as error:
-            raise InputError(f"{directory} is not a complete LLaVA model: {error}") from error
-        wrong = {k: sorted(report[k]) for k in ("missing_keys", "mismatched_keys") if report[k]}
-        if wrong:
+        for name, stored, described in sorted(report["mismatched_keys"]):
+            raise InputError(
+                f"{directory}: config.json describes other weights: {name} is {list(stored)} in "
+                f"the files, but {list(described)} by config.json; export the model again"
+            )
+        if missing := sorted(report["missing_keys"]):
             raise InputError(
                 f"{directory}: the files lack weights, which transformers would fill with random "
-                f"numbers: {wrong}; export the model again"
+                f"numbers: {', '.join(missing[:3])} ({len(missing)} in all); export the model again"
             )
         self._processor.tokenizer.padding_side = "left"
         self._as_parts = takes_parts(self._processor, directory)

@@ -47,12 +47,11 @@ def directory(model: Path, parent: Path) -> Path:
         InputError, ConfigError: as `ask.Model`.
         ConfigError: the prompts would differ from those of the model.
     """
-    from transformers import AutoProcessor
-
+    from llava_steps.data.samples.processor import load_processor
     from llava_steps.evaluation import ask
 
     ask.check_llava(model)
-    processor = AutoProcessor.from_pretrained(model, backend="pil", local_files_only=True)
+    processor = load_processor(model)
     as_parts = ask.takes_parts(processor, model)
     wanted = _ids(processor, _own(processor, as_parts), special=not _begins(processor, as_parts))
     lines = "" if as_parts else TEXT_OF_PARTS.replace(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from llava_steps.core.errors import InputError
 from llava_steps.geometry.families import TEXT_FAMILIES, VISION_FAMILIES, refuse_window
-from llava_steps.geometry.hf_directory import read_object
+from llava_steps.geometry.hf_directory import quantized, read_object
 
 T = TypeVar("T")
 
@@ -99,6 +99,8 @@ class Geometry:
             raise InputError(
                 f"model_type {config.get('model_type')!r} is not supported; supported: 'llava'"
             )
+        if message := quantized(config):
+            raise InputError(message)
         text = _section(config, "text_config", "llama")
         vision = _section(config, "vision_config", "clip_vision_model")
         family = text["model_type"]

@@ -57,20 +57,22 @@ def read_config(directory: Path) -> dict[str, Any]:
         if (directory / name).exists():
             read_object(directory / name)
     config = read_object(directory / CONFIG)
-    refuse_quantized(directory, config)
+    if message := quantized(config):
+        raise ConfigError(f"{directory}: {message}")
     return config
 
 
-def refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
-    """ConfigError if config.json, or a section of it, describes quantized weights."""
+def quantized(config: Mapping[str, Any]) -> str:
+    """What to say if config.json, or a section of it, describes quantized weights; else empty."""
     for name, section in _sections(config):
         for key in QUANTIZATION:
             if section.get(key) is not None:
-                raise ConfigError(
-                    f"{directory}: the weights are quantized ({name}{key}{_method(section[key])}), "
-                    "and only plain weights can be trained; give the model that it was made from, "
-                    "in bf16, fp16 or fp32"
+                return (
+                    f"the weights are quantized ({name}{key}{_method(section[key])}), and only "
+                    "plain weights can be trained; give the model that it was made from, in bf16, "
+                    "fp16 or fp32"
                 )
+    return ""
 
 
 def remote_code(path: Path, key: str) -> bool:

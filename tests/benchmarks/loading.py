@@ -38,7 +38,7 @@ from PIL import Image
 from llava_steps.data.loader.feed import Feed
 from llava_steps.data.loader.packing import pack
 from llava_steps.data.loader.workers import start_server
-from llava_steps.data.samples.conversation import load_processor
+from llava_steps.data.samples.processor import load_processor
 from tests.helpers.data_fixtures import make_hf_dir, members, train_loader, write_tar
 
 ROUNDS, STEPS, BATCH = 5, 4, 16

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_steps.core.errors import ConfigError, InputError
-from llava_steps.data.samples.conversation import ConversationEncoder, load_processor
+from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.data.samples.decode import decode
 from llava_steps.data.samples.images import ImageTransform
+from llava_steps.data.samples.processor import load_processor
 from llava_steps.data.samples.sample import Sample, SampleError, Turn, from_parts
 from llava_steps.data.samples.template import message_parts
 from tests.helpers.data_fixtures import TEMPLATE, jpeg, make_hf_dir, sample_parts

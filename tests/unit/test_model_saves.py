@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
@@ -215,6 +217,12 @@ TOKENIZERS: dict[str, Change] = {
         path / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast"
     ),
     "harmless truncation": lambda path: saves.truncated(path, TOKENS),
+    "harmless max_length": lambda path: saves.edit(
+        path / "tokenizer_config.json", max_length=TOKENS, truncation_strategy="longest_first"
+    ),
+    "truncation asked for": lambda path: saves.edit(
+        path / "tokenizer_config.json", truncation=True, model_max_length=TOKENS
+    ),
     "ids with a gap": gap,
 }
 TEXT = "What digit is this? <s>これ</s> <|user|> x  y\n"
@@ -230,7 +238,10 @@ def check_tokenizer(text: Path, tower: Path, out: Path) -> None:
     )
     vocab = built.get_vocab()
     assert len(set(vocab.values())) == len(vocab) and max(vocab.values()) < metrics["vocab"]
-    assert json.loads((out / "tokenizer.json").read_text())["truncation"] is None
+    processor = AutoProcessor.from_pretrained(out, backend="pil")
+    image = Image.new("RGB", (50, 30))
+    inputs = processor(text=["<image>" + TEXT], images=[image], return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == TOKENS + len(built.encode(TEXT))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -379,6 +390,11 @@ REFUSED_TEXTS: dict[str, tuple[Change, type[StepError], str]] = {
     ),
     "truncation": (
         lambda path: saves.truncated(path, TOKENS - 1),
+        ConfigError,
+        f"cuts texts after {TOKENS - 1} tokens, but an image has {TOKENS}",
+    ),
+    "max_length": (
+        lambda path: saves.edit(path / "tokenizer_config.json", max_length=TOKENS - 1),
         ConfigError,
         f"cuts texts after {TOKENS - 1} tokens, but an image has {TOKENS}",
     ),

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from transformers.image_utils import load_image
 
-from llava_steps.data.samples.conversation import ConversationEncoder, load_processor
+from llava_steps.data.samples.conversation import ConversationEncoder
 from llava_steps.data.samples.decode import check_image, decode
 from llava_steps.data.samples.images import ImageReader
+from llava_steps.data.samples.processor import load_processor
 from llava_steps.data.samples.sample import Turn
 from tests.helpers.data_fixtures import make_hf_dir
 

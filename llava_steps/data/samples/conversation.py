@@ -16,34 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.errors import ConfigError
 from llava_steps.data.samples.encoded import IGNORED, Encoded
 from llava_steps.data.samples.images import ImageTransform
+from llava_steps.data.samples.processor import load_processor
 from llava_steps.data.samples.sample import SampleError, Turn
 from llava_steps.data.samples.template import Template
 from llava_steps.geometry.hf_directory import read_object
-
-
-def load_processor(hf_dir: Path) -> Any:
-    """The processor saved in an HF directory, with Pillow image processing, from disk only.
-
-    Raises:
-        InputError: the directory holds no loadable processor.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(hf_dir, backend="pil", local_files_only=True)
-    except Exception as error:
-        if not (hf_dir / "config.json").is_file():
-            # transformers would tell of hub ids, or of the model types that it knows.
-            raise InputError(
-                f"{hf_dir}: no processor can be loaded from it, config.json is missing; give the "
-                "directory of a Hugging Face LLaVA model, as build_hf makes it"
-            ) from error
-        raise InputError(
-            f"{hf_dir}: no processor can be loaded from it ({type(error).__name__}: {error})"
-        ) from error
 
 
 class ConversationEncoder:
