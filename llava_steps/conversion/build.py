@@ -31,6 +31,8 @@ from llava_steps.geometry.geometry import Geometry, padded
 from llava_steps.geometry.hf_directory import llava_config
 from llava_steps.settings.conversion import HfModel
 
+BACKGROUND = "transparency_background"
+"""Key of the image processor for the colour under transparent pixels, as red, green and blue."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -71,6 +73,7 @@ def build(
     check_configs(tower_dir, text_dir)
     tokenizer, added = load_tokenizer(text_dir, template, planned.tokens_per_image)
     images = load_image_processor(tower_dir)
+    set_background(images, cfg.background)
     tower, text = load_tower(tower_dir, tower_class), load_text(text_dir)
     known = len(tokenizer) - len(added)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
@@ -188,6 +191,16 @@ def assign(model: Any, weights: dict[str, Tensor]) -> None:
             f"weights of vision_tower and text_model do not form a LLaVA model: missing "
             f"{sorted(missing)}, unexpected {sorted(result.unexpected_keys)}"
         )
+
+
+def set_background(images: Any, color: str) -> None:
+    """Save the colour under transparent pixels with an image processor.
+
+    White is what processors of transformers compose onto; data/samples/images.py reads the rest.
+    """
+    named = {"white": "#ffffff", "black": "#000000"}
+    if color != "white" or hasattr(images, BACKGROUND):
+        setattr(images, BACKGROUND, list(bytes.fromhex(named.get(color, color)[1:])))
 
 
 def save_processor(images: Any, tokenizer: Any, config: Any, class_tokens: int, out: Path) -> None:

@@ -29,6 +29,12 @@ class HfModel(StepConfig):
     vision_feature_select_strategy: Literal["default", "full"] = value(
         "default", "'default' drops the class token, 'full' keeps it"
     )
+    background: str = value(
+        "white",
+        "colour that transparent pixels are composed onto, in training, evaluation and chat: "
+        "white, black or #rrggbb",
+        pattern=r"^(white|black|#[0-9a-fA-F]{6})$",
+    )
     projector_hidden_act: Literal["gelu"] = value("gelu", "activation between the projector layers")
     vocab_size_padding: Count = value(
         128,

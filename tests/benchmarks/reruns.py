@@ -100,6 +100,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nodes": {},  # more than one needs Slurm
     "min_lr": {"min_lr": 1e-5},
     "columns": {"columns": {"question": "q"}},
+    "background": {"background": "black"},
     "field_map": {"field_map": {"image": "png"}},
     "model_args": {"model_args": {"a": "b"}},
     "metrics": {"metrics": ["vqa_accuracy"]},

@@ -5,7 +5,7 @@ The reference for opaque images is
 upright by the EXIF orientation, made RGB, then the processor's own steps. For the CLIP and SigLIP
 processors the same arithmetic runs here without the detours (one table look-up for rescale and
 normalise); any other processor is called itself. Transparent pixels are composed onto white, as
-the processor does with an image that still has them.
+the processor does with an image that still has them, or onto the colour saved with it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import torch
 from PIL import Image
 
 from llava_steps.core.errors import ConfigError
-from llava_steps.data.samples.decode import MAX_PIXELS, WHITE, decode
+from llava_steps.data.samples.decode import MAX_PIXELS, WHITE, Color, decode
 from llava_steps.data.samples.sample import SampleError
 
+BACKGROUND = "transparency_background"
+"""Key of the image processor that `hf_model.background` sets: red, green and blue."""
 _KNOWN = ("CLIPImageProcessorPil", "SiglipImageProcessorPil")
 
 
@@ -34,6 +36,7 @@ class ImageReader:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
+        self.background = background(processor)
 
     def __call__(self, data: bytes) -> Image.Image:
         """Upright RGB image from a file's bytes.
@@ -41,7 +44,7 @@ class ImageReader:
         Raises:
             SampleError: it cannot be decoded, or is too large once it is resized.
         """
-        return decode(data, WHITE, self._check_size)
+        return decode(data, self.background, self._check_size)
 
     def _check_size(self, width: int, height: int) -> None:
         size = getattr(self._processor, "size", None)
@@ -115,6 +118,23 @@ class ImageTransform:
             )
         for channel in range(3):
             np.take(self._table[channel], pixels[channel], out=out[channel])
+
+
+def background(processor: Any) -> Color:
+    """The colour that transparent pixels are composed onto.
+
+    Raises:
+        ConfigError: the key holds something else.
+    """
+    color = getattr(processor, BACKGROUND, WHITE)
+    parts = color if isinstance(color, list | tuple) else ()
+    if len(parts) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in parts):
+        raise ConfigError(
+            f"the image processor's {BACKGROUND} is {ascii(color)[:60]}; give three numbers from 0 "
+            "to 255, red, green and blue"
+        )
+    red, green, blue = parts
+    return red, green, blue
 
 
 def _plain(processor: Any) -> bool:
