@@ -107,7 +107,8 @@ def _results(store: Path, named: list[Path]) -> list[Path]:
     if gone:
         raise InputError(
             f"results directory {', '.join(gone)} is missing or empty, and its runs may still need "
-            f"what nothing else shows; mount it or, if it is gone for good, --forget {gone[0]}"
+            f"what nothing else shows; mount it or, if it is gone for good, --forget {gone[0]}; "
+            "if it was moved, also name where it is now: --results"
         )
     if not known and not named:
         raise ConfigError(f"{store} lists no results directory; name those of its runs: --results")

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_steps.store.registry import DEPTH
 from llava_steps.store.store import MANIFEST
 
+LONGEST_CHAIN = 40
+"""Links that are followed one after the other, as in Linux."""
 Key = tuple[str, str]
 """An entry by the names of its step and of its directory."""
 
@@ -34,7 +35,7 @@ def shown(store: Path, directories: Iterable[Path]) -> Shown:
     """
     result, root = Shown(), store.resolve()
     for directory in directories:
-        for path in _files(directory.resolve(), root, DEPTH):
+        for path in _files(directory.resolve(), root):
             if path.is_symlink():
                 for key, whole in targets(root, path):
                     (result.works if whole else result.values).add(key)
@@ -46,18 +47,38 @@ def shown(store: Path, directories: Iterable[Path]) -> Shown:
 def targets(root: Path, link: Path) -> Iterator[tuple[Key, bool]]:
     """The entries of the resolved store `root` that `link` leads to; whether to a whole entry.
 
-    Both the first step and the end of a chain count: a payload may itself be a link.
+    Every step of a chain counts, because a payload may itself be a link.
     """
+    depths: dict[Key, int] = {}
     with contextlib.suppress(FileNotFoundError):
-        first = os.path.normpath(Path(os.path.realpath(link.parent), os.readlink(link)))
-        for path in {Path(first), Path(os.path.realpath(link))}:
+        for path in _passed(link):
             inside = path.relative_to(root).parts if path.is_relative_to(root) else ()
             if len(inside) >= 2:
-                yield (inside[0], inside[1]), len(inside) == 2
+                key = inside[0], inside[1]
+                depths[key] = max(len(inside), depths.get(key, 0))
+    for key, depth in depths.items():
+        yield key, depth == 2
 
 
-def _files(directory: Path, store: Path, depth: int) -> Iterator[Path]:
-    """Links and files at most `depth` levels of directories below; the store is left out."""
+def _passed(link: Path) -> Iterator[Path]:
+    """Each path, free of links above it, on the way from a link to its end."""
+    here, rest, links = Path(os.path.realpath(link.parent)), [link.name], 0
+    while rest and links < LONGEST_CHAIN:
+        name = rest.pop()
+        if name == "..":
+            here = here.parent
+            continue
+        here = here / name
+        yield here
+        if here.is_symlink():
+            links += 1
+            target = Path(os.readlink(here))
+            here = Path("/") if target.is_absolute() else here.parent
+            rest += reversed(target.parts[target.is_absolute() :])
+
+
+def _files(directory: Path, store: Path) -> Iterator[Path]:
+    """Links and files below a directory; the store is left out."""
     if directory == store:
         return
     try:
@@ -66,8 +87,7 @@ def _files(directory: Path, store: Path, depth: int) -> Iterator[Path]:
         return  # a run removed it meanwhile
     for item in items:
         if item.is_dir() and not item.is_symlink():
-            if depth:
-                yield from _files(item, store, depth - 1)
+            yield from _files(item, store)
         else:
             yield item
 

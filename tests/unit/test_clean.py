@@ -288,9 +288,83 @@ def test_directories_are_registered_once(tmp_path: Path) -> None:
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == before
     registry.register_result(made, tmp_path / "out")
     registry.register_result(made, tmp_path / "results/1/2/3/4")
-    assert set(registry.registered(made)) == {
-        tmp_path / "results", tmp_path / "out", tmp_path / "results/1/2/3/4",
-    }  # fmt: skip
+    assert set(registry.registered(made)) == {tmp_path / "results", tmp_path / "out"}
+    store.publish(sealed(made, "model", 1), tmp_path / "results/1/2/3/4")
+    assert ("model", name(1)) in shown(made, registry.registered(made)).values
+
+
+@pytest.mark.parametrize("depth", [1, 4, 5, 12])
+def test_a_link_at_any_depth_is_shown(
+    depth: int, root: Path, cleaned: Callable[..., dict[str, Any]]
+) -> None:
+    folder = root.parent.joinpath("results/a", *map(str, range(depth)))
+    folder.mkdir(parents=True)
+    (folder / "value").symlink_to(sealed(root, "model", 1) / "out.txt")
+    (folder / "whole").symlink_to(os.path.relpath(sealed(root, "model", 2), folder))
+    store.publish(sealed(root, "model", 3), folder / "share")
+    (folder / "copy").mkdir()
+    shutil.copy(sealed(root, "model", 4) / "manifest.json", folder / "copy")
+    sealed(root, "model", 5)
+    assert paths(cleaned("--yes")) == {f"model/{name(5)}": "value"}
+    assert (folder / "value").read_text() == (folder / "whole/out.txt").read_text() == "value"
+
+
+def test_every_step_of_a_chain_of_links_is_shown(
+    root: Path, cleaned: Callable[..., dict[str, Any]]
+) -> None:
+    """results -> alias of the store -> payload that is a link -> another entry -> outside."""
+    parent = root.parent
+    (parent / "outside").write_text("x")
+    first, second = sealed(root, "model", 1), sealed(root, "model", 2)
+    (second / "far").symlink_to(parent / "outside")
+    (first / "data").symlink_to(second)
+    (parent / "alias").symlink_to(root)
+    (parent / "hop").symlink_to(Path("alias/model") / name(1) / "data/far")
+    (parent / "results/mine").symlink_to(parent / "hop")
+    (parent / "results/round").symlink_to("round")
+    keys = {("model", name(number)) for number in range(3)}
+    assert shown(root, [parent / "results"]).values == keys
+    assert paths(cleaned()) == {}
+
+
+def test_store_and_results_that_moved_to_different_places(
+    root: Path, cleaned: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A directory of the same name beside the new store does not stand for the registered one."""
+    parent = root.parent
+    moved, project = parent / "big/store", parent / "project"
+    for folder in ("big/results/other", "project"):
+        (parent / folder).mkdir(parents=True)
+    (parent / "big/results/other/x").write_text("of somebody else")
+    root.rename(moved)
+    (parent / "results").rename(project / "results")
+    assert registry.registered(moved) == [parent / "results"], "where it was last seen"
+    before = digest(moved)
+    for _ in range(2):
+        assert clean.main(["--store", str(moved), "--yes"]) == 3
+        error = capsys.readouterr().err
+        assert str(parent / "results") in error and "--results" in error
+        # A new project beside the store registers its own directory under the same path.
+        registry.register(moved, parent / "big/results")
+        assert parent / "results" in registry.registered(moved)
+        assert parent / "big/results" in registry.registered(moved)
+    shutil.rmtree(moved / "results")
+    registry.register(moved, project / "results")
+    assert registry.registered(moved) == [project / "results"]
+    assert before != digest(moved) and (moved / "model" / name(0) / "out.txt").exists()
+    figures = clean.main(["--store", str(moved), "--yes"])
+    assert figures == 0 and (moved / "model" / name(0) / "out.txt").exists()
+
+
+def test_a_moved_project_is_registered_once_where_it_is(tmp_path: Path, root: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    root.rename(moved / "store")
+    (tmp_path / "results").rename(moved / "results")
+    registry.register(moved / "store", moved / "results")
+    (file,) = (moved / "store/results").iterdir()
+    assert json.loads(file.read_bytes())["store"] == str(moved / "store")
+    assert registry.registered(moved / "store") == [moved / "results"]
 
 
 def test_a_value_that_is_shown_after_it_was_listed_stays(
@@ -388,10 +462,36 @@ def test_an_entry_that_is_shown_again_is_shown_at_every_moment(
         Path, "unlink",
         lambda path, **k: (states.append(shown(root, [results])), unlink(path, **k))[1],
     )  # fmt: skip
+    link = store._link
+    monkeypatch.setattr(
+        store, "_link",
+        lambda *pair: (states.append(shown(root, [results])), link(*pair))[1],
+    )  # fmt: skip
     with store.claimed(entry, out):
+        states.clear()  # from here on the claim is set
         store.publish(entry, out)
+        assert (out / store.CLAIM).is_symlink()
+    assert not (out / store.CLAIM).is_symlink()
     assert len(states) > 3
     assert all(("model", name(0)) in found.works | found.values for found in states)
+
+
+def test_the_claim_of_a_killed_step_goes_when_the_next_one_shows_its_work(
+    root: Path, cleaned: Callable[..., dict[str, Any]]
+) -> None:
+    """Until then it stays, also while the result of before is taken away."""
+    out = root.parent / "results/a/model"
+    claimed = sealed(root, "model", 1)
+    store._link(claimed, out / store.CLAIM)
+    store.unpublish(out)
+    assert [item.name for item in out.iterdir()] == [store.CLAIM]
+    assert paths(cleaned()) == {f"model/{name(0)}": "value"}
+    store.show_work(killed(root, "model", 2, time.time()), out)
+    assert [item.name for item in out.iterdir()] == ["work"]
+    assert set(paths(cleaned())) == {f"model/{name(0)}", f"model/{name(1)}"}
+    store._link(claimed, out / store.CLAIM)
+    with store.claimed(root / "model" / name(0), out):
+        assert (out / store.CLAIM).resolve() == root / "model" / name(0)
 
 
 def test_killed_while_it_removes(
