@@ -75,7 +75,7 @@ def _entries(store: Path) -> Iterator[tuple[Path, list[Path]]]:
         if beside == was:
             yield file, [was]
             continue
-        # What stands beside the new location may be another directory of the same name.
+        # Beside the new location, another directory may have the same name.
         came_along = beside.is_dir() and beside not in now and _shows(store, beside)
         known = was.is_dir() or came_along
         yield file, [path for path in (beside, was) if path.is_dir()] if known else [was]
@@ -98,8 +98,8 @@ def _read(file: Path) -> dict[str, str]:
 
 def _shows(store: Path, directory: Path) -> bool:
     """Whether a directory shows anything of the store."""
-    found = shown(store, [directory])
-    return bool(found.values or found.works)
+    entries = shown(store, [directory])
+    return bool(entries.values or entries.works)
 
 
 def _join(store: Path, entry: dict[str, str]) -> Path:
