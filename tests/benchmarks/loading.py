@@ -4,9 +4,10 @@
 
 Prints one JSON line for each of
 
-* images: pixels of 640 x 480 JPEG files at 336 pixels through the loader with one worker process,
-  against a bare loop of Pillow's decoder and the HF processor; images per second of CPU time, the
-  worker's and this process's together, median of alternating rounds; whether the pixels are equal
+* images: pixels of 640 x 480 JPEG, WebP and PNG files at 336 pixels through the loader with one
+  worker process, against a bare loop of Pillow's decoder and the HF processor; images per second of
+  CPU time, the worker's and this process's together, median of alternating rounds; whether the
+  pixels are equal; a line for each format, PNG last
 * packing: share of positions that belong to samples, padding of every kind counted, on a mix of
   texts of lognormal(5.3, 0.8) tokens clipped to 32..1472 with 576 image tokens each; what planning
   costs a sample
@@ -46,7 +47,7 @@ MIX, CAPACITY, GLOBAL = 1024, 4096, 256
 ENDLESS = 1_000_000
 
 
-def prepare(root: Path, tars: dict[str, int]) -> Path:
+def prepare(root: Path, tars: dict[str, int], image: str = "jpg") -> Path:
     """Let energon prepare the tars in `root`; all of them are for training."""
     from megatron.energon.flavors import BaseWebdatasetFactory
 
@@ -55,19 +56,19 @@ def prepare(root: Path, tars: dict[str, int]) -> Path:
     )
     (root / ".nv-meta" / "dataset.yaml").write_text(
         "sample_type:\n  __module__: megatron.energon\n  __class__: VQASample\n"
-        "field_map:\n  image: jpg\n  context: json[question]\n  answers: txt\n"
+        f"field_map:\n  image: {image}\n  context: json[question]\n  answers: txt\n"
     )
     return root
 
 
-def sample(number: int, image: bytes, answer: str) -> dict[str, bytes]:
+def sample(number: int, image: bytes, answer: str, part: str = "jpg") -> dict[str, bytes]:
     """Parts of a sample with one image."""
     meta = {"question": "What is in the picture?", "id": f"id-{number}"}
-    return {"jpg": image, "txt": answer.encode(), "json": json.dumps(meta).encode()}
+    return {part: image, "txt": answer.encode(), "json": json.dumps(meta).encode()}
 
 
-def photo(seed: int, size: tuple[int, int]) -> bytes:
-    """A JPEG file with structure at several scales, about 100 kB at 640 x 480."""
+def photo(seed: int, size: tuple[int, int], form: str = "JPEG") -> bytes:
+    """A file with structure at several scales, as JPEG about 100 kB at 640 x 480."""
     rng = np.random.default_rng(seed)
     total = np.zeros((size[1], size[0], 3))
     for cells, weight in ((4, 90), (16, 60), (64, 40), (160, 30)):
@@ -75,7 +76,8 @@ def photo(seed: int, size: tuple[int, int]) -> bytes:
         scaled = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
         total += weight / 220 * np.asarray(scaled)
     out = io.BytesIO()
-    Image.fromarray(total.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+    options = {"quality": 90} if form == "JPEG" else {}
+    Image.fromarray(total.clip(0, 255).astype(np.uint8)).save(out, form, **options)
     return out.getvalue()
 
 
@@ -85,14 +87,15 @@ def cpu_of(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure_images(root: Path, hf_dir: Path) -> dict[str, Any]:
+def measure_images(root: Path, hf_dir: Path, form: str) -> dict[str, Any]:
     count = STEPS * BATCH
-    images = [photo(number, (640, 480)) for number in range(count)]
-    data = root / "photos"
+    images = [photo(number, (640, 480), form) for number in range(count)]
+    data = root / form
     data.mkdir()
-    parts = {f"{n:06d}": sample(n, image, f"It is {n}.") for n, image in enumerate(images)}
+    part = {"JPEG": "jpg"}.get(form, form.lower())
+    parts = {f"{n:06d}": sample(n, image, f"It is {n}.", part) for n, image in enumerate(images)}
     write_tar(data / "000000.tar", members(parts))
-    prepare(data, {"000000.tar": count})
+    prepare(data, {"000000.tar": count}, part)
     processor = load_processor(hf_dir).image_processor
     expected: dict[str, torch.Tensor] = {}
 
@@ -130,7 +133,7 @@ def measure_images(root: Path, hf_dir: Path) -> dict[str, Any]:
     steps.close()  # type: ignore[attr-defined]
     theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
     return {
-        "what": "images", "bare_images_per_cpu_s": round(theirs, 1),
+        "what": f"images, {form}", "bare_images_per_cpu_s": round(theirs, 1),
         "loader_images_per_cpu_s": round(ours, 1),
         "ratio": round(statistics.median(b / a for a, b in pairs), 2), "pixels_equal": equal,
     }  # fmt: skip
@@ -256,13 +259,12 @@ def main() -> int:
         root = Path(name)
         hf_dir = make_hf_dir(root / "hf", size=336, patch=14)
         resume = measure_resume(root, hf_dir)  # first: it starts the fork server
-        lines = [measure_images(root, hf_dir), measure_packing(root, hf_dir), resume]
-    for line in lines:
+        images = [measure_images(root, hf_dir, form) for form in ("JPEG", "WEBP", "PNG")]
+        packing = measure_packing(root, hf_dir)
+    for line in (packing, resume, *images):
         print(json.dumps(line))
-    images, packing, resume = lines
     good = (
-        images["ratio"] >= 1.0
-        and images["pixels_equal"]
+        all(line["ratio"] >= 1.0 and line["pixels_equal"] for line in images)
         and packing["fill"] >= 0.97
         and resume["resume_s_2_workers"] <= 5
     )
