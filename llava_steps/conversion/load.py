@@ -13,6 +13,7 @@ from typing import Any
 
 from llava_steps.conversion.weight_files import PICKLE, check_weight_files, first_form
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
+from llava_steps.core.format import listing
 from llava_steps.core.third_party import reported
 from llava_steps.geometry.families import TEXT_FAMILIES
 from llava_steps.geometry.hf_directory import read_config, read_object, remote_code
@@ -173,8 +174,7 @@ def _refuse_unknown(unknown: Collection[str], path: Path) -> None:
 
 
 def _some(names: Collection[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(sorted(names)[:SHOWN]) + more
+    return listing(sorted(names), SHOWN)
 
 
 def load_tokenizer(

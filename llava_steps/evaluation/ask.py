@@ -12,16 +12,14 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from llava_steps.conversion.weight_files import check_weight_files
-from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.errors import InputError
 from llava_steps.core.third_party import reported
 from llava_steps.data.samples.images import ImageReader
 from llava_steps.data.samples.processor import load_processor
-from llava_steps.data.samples.sample import SampleError
+from llava_steps.data.samples.sample import PLACEHOLDER, SampleError
+from llava_steps.data.samples.template import message_parts, takes_parts
 from llava_steps.geometry.hf_directory import read_config
 
-PLACEHOLDER = "<image>"
-"""Marks an image in a turn's text, for every model; its own image token replaces it."""
-PROBE = "probe-question"
 TINY = 10_000_000
 """Parameters below which a second CPU thread costs more than it gains, above all on busy cores."""
 
@@ -101,7 +99,7 @@ class Model:
                 f"numbers: {', '.join(missing[:3])} ({len(missing)} in all); export the model again"
             )
         self._processor.tokenizer.padding_side = "left"
-        self._as_parts = takes_parts(self._processor, directory)
+        self._as_parts = takes_parts(self._processor)
         self._read = ImageReader(self._processor.image_processor)
         self.directory = directory
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,7 +116,7 @@ class Model:
     def _content(self, turn: dict[str, str]) -> str | list[dict[str, str]]:
         text = turn["content"]
         if self._as_parts:
-            return content_parts(text)
+            return message_parts(text)
         return text.replace(PLACEHOLDER, self._processor.image_token)
 
     def inputs(self, questions: Sequence[Question]) -> Any:
@@ -231,44 +229,6 @@ class Stream(BaseStreamer):  # type: ignore[misc]
         if len(text) > self._written:
             self._write(text[self._written :])
             self._written = len(text)
-
-
-def takes_parts(processor: Any, directory: Path) -> bool:
-    """Whether the chat template takes content as a list of parts (True) or only as text.
-
-    Raises:
-        ConfigError: it writes the image token in neither case.
-    """
-    parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
-    forms: dict[bool, Any] = {True: parts, False: f"{processor.image_token}\n{PROBE}"}
-    for as_parts, content in forms.items():
-        try:
-            text: str = processor.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False
-            )
-        except Exception:  # noqa: S112  the other form may fail in any way
-            continue
-        if text.count(processor.image_token) == 1 and PROBE in text and "'type'" not in text:
-            return as_parts
-    raise ConfigError(
-        f"{directory}: the chat template writes the image token neither for {{'type': 'image'}} "
-        f"parts nor for {processor.image_token!r} in a text; correct chat_template.jinja"
-    )
-
-
-def content_parts(content: str) -> list[dict[str, str]]:
-    """A text with placeholders as parts; the template adds the line breaks around images."""
-    pieces = content.split(PLACEHOLDER)
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(pieces):
-        if number > 0:
-            parts.append({"type": "image"})
-            piece = piece.removeprefix("\n")
-        if number < len(pieces) - 1:
-            piece = piece.removesuffix("\n")
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
 
 
 def _length(question: Question) -> tuple[int, int]:

@@ -95,7 +95,8 @@ class Unjudged:
 
 def question(task: Any, name: str, doc: Any) -> Any:
     """The images, encoded without loss, before the text, in place of the task's own marks."""
-    from llava_steps.evaluation.ask import PLACEHOLDER, Question
+    from llava_steps.data.samples.sample import PLACEHOLDER
+    from llava_steps.evaluation.ask import Question
 
     images = []
     for image in task.doc_to_visual(doc):

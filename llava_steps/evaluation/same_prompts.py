@@ -19,6 +19,8 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError
+from llava_steps.data.samples.sample import PLACEHOLDER
+from llava_steps.data.samples.template import message_parts, takes_parts
 
 TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"
 WITHOUT_BOS = "{%- set bos_token = '' %}"
@@ -52,7 +54,7 @@ def directory(model: Path, parent: Path) -> Path:
 
     ask.check_llava(model)
     processor = load_processor(model)
-    as_parts = ask.takes_parts(processor, model)
+    as_parts = takes_parts(processor)
     wanted = _ids(processor, _own(processor, as_parts), special=not _begins(processor, as_parts))
     lines = "" if as_parts else TEXT_OF_PARTS.replace(
         "IMAGE", json.dumps(processor.image_token + "\n")
@@ -72,13 +74,11 @@ def directory(model: Path, parent: Path) -> Path:
 
 def _own(processor: Any, as_parts: bool) -> str:
     """The prompt of two turns, the first with an image, its content as parts or as text."""
-    from llava_steps.evaluation import ask
-
-    conversation = [("user", f"{ask.PLACEHOLDER}\nA?"), ("assistant", "B."), ("user", "C?")]
+    conversation = [("user", f"{PLACEHOLDER}\nA?"), ("assistant", "B."), ("user", "C?")]
     turns = []
     for role, text in conversation:
-        content: Any = text.replace(ask.PLACEHOLDER, processor.image_token)
-        turns.append({"role": role, "content": ask.content_parts(text) if as_parts else content})
+        content: Any = text.replace(PLACEHOLDER, processor.image_token)
+        turns.append({"role": role, "content": message_parts(text) if as_parts else content})
     prompt: str = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return prompt
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.errors import ConfigError, InputError, reason
-from llava_steps.settings.conversion import HfModel
+
+if TYPE_CHECKING:
+    from llava_steps.settings.conversion import HfModel
 
 CONFIG = "config.json"
 OBJECTS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError
-from llava_steps.core.format import duration
+from llava_steps.core.format import duration, listing
 from llava_steps.pipeline.rules import Rule
 from llava_steps.settings import paths
 from llava_steps.settings.config import Config
@@ -195,8 +195,7 @@ def _difference(shown: Mapping[str, Any] | None, computation: identity.Identity)
     if not changed:
         gone = shown["fingerprint"] == computation.fingerprint
         return "its value is no longer in the store" if gone else "changed: the container image"
-    more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
-    return "changed: " + ", ".join(changed[:LISTED]) + more
+    return "changed: " + listing(changed, LISTED)
 
 
 def audit_of(outlooks: Mapping[str, State], stage: int) -> Mapping[str, Any] | None:

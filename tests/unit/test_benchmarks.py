@@ -253,3 +253,14 @@ def test_a_comma_would_be_taken_apart() -> None:
     given = LmmsEval(tasks=["a"], model_args={"device_map": "auto"})
     line = lmms_eval.arguments(given, Path("/m"), Path("raw"), True)
     assert "--model_args=pretrained=/m,device_map=auto" in line
+
+
+def test_what_runs_in_the_python_of_a_harness_needs_only_its_packages() -> None:
+    """That environment has torch and transformers, not what the rest of this project needs."""
+    code = (
+        "import sys\n"
+        "from llava_steps.evaluation import ask, eval_mm_driver\n"
+        "print(sorted({'pydantic', 'megatron'} & {*sys.modules}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "[]"

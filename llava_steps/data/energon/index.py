@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Collection
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
+from llava_steps.core.format import listing
 from llava_steps.data.energon.field_map import FieldMap
 from llava_steps.data.samples.decode import check_image
 from llava_steps.data.samples.sample import SampleError, from_parts, is_image_part
@@ -80,23 +81,13 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
     path = root / name
     samples: list[SampleRow] = []
     parts: list[PartRow] = []
-    closed: set[str] = set()
     bad: list[str] = []
-    seen: set[str] = set()
-    key, end = "", 0
-    for member in tars.members(path):
-        base, part = split_name(path, member.name, IMAGE_SUFFIXES)
-        if base != key:
-            if base in closed:
-                raise InputError(f"{path}: the parts of sample {base!r} are not adjacent")
-            samples.append(SampleRow(base, member.start, 0))
-            closed.add(base)
-            key, seen = base, set()
-        if part in seen:
-            raise InputError(f"{path}: {member.name!r} occurs twice in a row; samples would merge")
-        seen.add(part)
-        parts.append(PartRow(len(samples) - 1, part, member.data, member.size))
-        end = member.end
+    end = 0
+    for key, members in samples_of(path):
+        number = len(samples)
+        samples.append(SampleRow(key, next(iter(members.values())).start, 0))
+        parts += [PartRow(number, part, m.data, m.size) for part, m in members.items()]
+        end = max(member.end for member in members.values())
     if not samples:
         raise InputError(f"{path} holds no samples")
     borders = [*(sample.start for sample in samples), end]
@@ -109,8 +100,7 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
     else:
         bad = _unread_images(fields, rows, parts)
     if bad:
-        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise InputError(f"{path}: unusable samples: {'; '.join(bad[:_SHOWN])}{more}")
+        raise InputError(f"{path}: unusable samples: {listing(bad, _SHOWN, '; ')}")
     return TarIndex(name, path.stat().st_size, filesystem.sha256_file(path), rows, tuple(parts))
 
 
@@ -126,7 +116,31 @@ def _unread_images(
     ]
 
 
-def split_name(path: Path, name: str, image_parts: Collection[str]) -> tuple[str, str]:
+def samples_of(path: Path) -> Iterator[tuple[str, dict[str, tars.Member]]]:
+    """Key and parts of each sample of a tar, in order.
+
+    Raises:
+        InputError: damaged, or names that other readers would take for other samples.
+    """
+    key, seen = "", set()
+    parts: dict[str, tars.Member] = {}
+    for member in tars.members(path):
+        base, part = split_name(path, member.name)
+        if base != key:
+            if parts:
+                yield key, parts
+            if base in seen:
+                raise InputError(f"{path}: the parts of sample {base!r} are not adjacent")
+            seen.add(base)
+            key, parts = base, {}
+        if part in parts:
+            raise InputError(f"{path}: {member.name!r} occurs twice in a row; samples would merge")
+        parts[part] = member
+    if parts:
+        yield key, parts
+
+
+def split_name(path: Path, name: str) -> tuple[str, str]:
     """Key and part of a member's name, as energon splits them, or InputError."""
     if name.startswith("/") or ".." in name.split("/"):
         raise InputError(f"{path}: member {name!r} points outside the archive")
@@ -137,7 +151,7 @@ def split_name(path: Path, name: str, image_parts: Collection[str]) -> tuple[str
             "in the key, such as 000001.jpg"
         )
     number, dot, kind = match[2].rpartition(".")
-    further_image = number.isdecimal() and kind.lower() in image_parts
+    further_image = number.isdecimal() and kind.lower() in IMAGE_SUFFIXES
     if dot and not further_image:
         raise InputError(
             f"{path}: the key of member {name!r} has a dot; everything after the first dot counts "

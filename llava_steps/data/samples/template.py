@@ -44,6 +44,36 @@ def message_parts(content: str) -> list[dict[str, str]]:
     return parts
 
 
+def takes_parts(processor: Any, template: str | None = None) -> bool:
+    """Whether a chat template takes lists of parts, the form of HF's processors, or only texts.
+
+    Args:
+        processor: LLaVA-like processor with tokenizer and chat template.
+        template: Jinja text used instead of the processor's own template.
+
+    Raises:
+        ConfigError: it writes the image token for neither.
+    """
+    own = {} if template is None else {"chat_template": template}
+    image, probe = processor.image_token, _PROBE[0]
+    parts = [{"type": "image"}, {"type": "text", "text": probe}]
+    forms: dict[bool, Any] = {True: parts, False: f"{image}\n{probe}"}
+    for as_parts, content in forms.items():
+        try:
+            text: str = processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, **own
+            )
+        except Exception:  # noqa: S112  a template may fail in any way on the other form
+            continue
+        if text.count(image) == 1 and probe in text and "'type'" not in text:
+            return as_parts
+    where = processor.tokenizer.name_or_path if template is None else "a blend"
+    raise ConfigError(
+        f"the chat template of {where} writes the image token neither for {{'type': 'image'}} "
+        f"parts nor for {image!r} in a text; correct it"
+    )
+
+
 class Template:
     """The chat template of a processor.
 
@@ -67,7 +97,7 @@ class Template:
         special = {str(token) for token in added if token.special}
         special |= {*processor.tokenizer.all_special_tokens, self.image_token, PLACEHOLDER}
         self._control = re.compile("|".join(re.escape(t) for t in sorted(special)))
-        self._as_parts = self._wants_parts()
+        self._as_parts = takes_parts(processor, text)
         self._check()
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
@@ -147,22 +177,6 @@ class Template:
             "role": turn.role,
             "content": turn.content.replace(PLACEHOLDER, self.image_token),
         }
-
-    def _wants_parts(self) -> bool:
-        """Whether the template takes lists of parts, the form of HF's processors."""
-        parts = [{"type": "image"}, {"type": "text", "text": _PROBE[0]}]
-        forms: dict[bool, Any] = {True: parts, False: f"{self.image_token}\n{_PROBE[0]}"}
-        for as_parts, content in forms.items():
-            try:
-                text = self._apply([{"role": "user", "content": content}])
-            except Exception:  # noqa: S112  a template may fail in any way on the other form
-                continue
-            if text.count(self.image_token) == 1 and _PROBE[0] in text and "'type'" not in text:
-                return as_parts
-        raise ConfigError(
-            "the chat template writes the image token neither for {'type': 'image'} parts nor for "
-            f"{self.image_token!r} in a text; check chat_template.jinja of the HF directory"
-        )
 
     def _check(self) -> None:
         """Render a conversation of two rounds; what fails here fails for every sample."""

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from llava_steps.core.errors import InputError
 from llava_steps.data.energon.field_map import SEED, FieldMap
-from llava_steps.data.energon.index import split_name
+from llava_steps.data.energon.index import samples_of
 from llava_steps.data.samples.sample import Sample, SampleError, from_parts
 from llava_steps.data.samples.unread import IMAGE_SUFFIXES
-from llava_steps.data.shards import tars
 from llava_steps.data.sources import record
 from llava_steps.data.sources.base import Chunk, Options, Record, Source
 
@@ -114,22 +113,5 @@ class Webdataset(Source):
         Raises:
             InputError: damaged, or names that other readers would take for other samples.
         """
-        path = self.root / name
-        key, seen = "", set()
-        parts: list[tuple[str, int, int]] = []
-        for member in tars.members(path):
-            base, part = split_name(path, member.name, IMAGES)
-            if base != key:
-                if parts:
-                    yield key, tuple(parts)
-                if base in seen:
-                    raise InputError(f"{path}: the parts of sample {base!r} are not adjacent")
-                seen.add(base)
-                key, parts = base, []
-            if any(part == known for known, _, _ in parts):
-                raise InputError(
-                    f"{path}: {member.name!r} occurs twice in a row; samples would merge"
-                )
-            parts.append((part, member.data, member.size))
-        if parts:
-            yield key, tuple(parts)
+        for key, members in samples_of(self.root / name):
+            yield key, tuple((part, m.data, m.size) for part, m in members.items())
