@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check reruns matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots bench-cli newcomer release-check test-cluster docs format describe environment clean
+.PHONY: help demo test check sharing reruns matrix mutants bench-convert chaos faults damage layouts soak-data fuzz-data bench-data screenshots bench-cli newcomer release-check test-cluster docs format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -80,6 +80,10 @@ EVERY ?= 1
 faults: ## a kill, a full disk, a broken disk in every file operation of a save
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.drive --every $(EVERY)
+
+sharing: ## start two runs together ROUNDS times (1), half of them killed: each shared step runs once
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.sharing --rounds $(ROUNDS)
 
 CHANGES ?= 700
 reruns: ## change each setting of a run, singly and in pairs: only what it feeds is computed

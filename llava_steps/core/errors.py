@@ -6,7 +6,7 @@
 | 2 | ConfigError | the configuration or the command line is wrong |
 | 3 | InputError | an input file is missing or unusable |
 | 4 | IntegrityError | an artefact disagrees with its manifest, or a mapping is incomplete |
-| 5 | LockedError | another live process is writing the same store entry |
+| 5 | LockedError | a run of the same name is alive, or the store entry was taken over |
 | 6 | DivergedError | training produced non-finite values beyond its budget |
 | 75 | StoppedError | stopped with its state saved; run it again (EX_TEMPFAIL) |
 
@@ -44,7 +44,7 @@ class IntegrityError(StepError):
 
 
 class LockedError(StepError):
-    """A live lease of another process covers the store entry."""
+    """A live lease of another process covers the directory."""
 
     exit_code = 5
 

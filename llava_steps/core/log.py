@@ -13,8 +13,9 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from llava_steps.core.errors import StepError
 from llava_steps.core.format import duration
 
 LINE_EVERY = 10.0
@@ -48,6 +49,24 @@ def ignore_known_warnings() -> None:
         warnings.filterwarnings("ignore", message=re.escape(text))
 
 
+class _Stoppable(logging.Handler):
+    """A handler in which a stop signal is not lost, although logging swallows errors."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report an error of the log; raise one that a signal raised while a line was written."""
+        if isinstance(error := sys.exc_info()[1], StepError):
+            raise error
+        super().handleError(record)
+
+
+class _Lines(_Stoppable, logging.StreamHandler[TextIO]):
+    pass
+
+
+class _FileLines(_Stoppable, logging.FileHandler):
+    pass
+
+
 def logger(name: str, file: Path | None = None) -> logging.Logger:
     """The logger of a step: to stderr and, if given, appended to `file`."""
     log = logging.getLogger(f"llava_steps.{name}")
@@ -57,9 +76,9 @@ def logger(name: str, file: Path | None = None) -> logging.Logger:
         log.removeHandler(handler)
         handler.close()
     plain = logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s", "%H:%M:%S")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [_Lines(sys.stderr)]
     if file is not None:
-        handlers.append(logging.FileHandler(file))
+        handlers.append(_FileLines(file))
     for handler in handlers:
         handler.setFormatter(plain)
         log.addHandler(handler)

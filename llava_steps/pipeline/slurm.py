@@ -5,7 +5,6 @@ Commands are lists of words: the caller quotes each word before a shell runs the
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 from llava_steps.settings.cluster import Cluster
 from llava_steps.settings.fields import StepConfig
 from llava_steps.settings.stage.stage import Stage
+from llava_steps.store import lease
 
 TASK = (
     "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURMD_NODENAME",
@@ -84,11 +84,7 @@ def wait_for_jobs(directories: Mapping[str, Path]) -> None:
     `directories` show the results, by rule.
     """
     for name, out in directories.items():
-        lease = out / "work/.work/lease.json"
-        try:
-            job = json.loads(lease.read_bytes())["slurm_job_id"]
-        except FileNotFoundError:
-            continue
+        job = lease.slurm_job(out / "work/.work")
         while job and shutil.which("squeue") and _is_queued(job):
             print(f"waiting for Slurm job {job}, which computes {name}", file=sys.stderr)
             time.sleep(10)

@@ -329,9 +329,8 @@ class Run:
         directory = Path(self.config.results, self.config.run, ".work")
         directory.mkdir(parents=True, exist_ok=True)
         registry.register(Path(self.config.store), Path(self.config.results))
-        lease = Lease(directory)
         try:
-            return lease.__enter__()
+            return Lease(directory).__enter__()
         except LockedError as error:
             raise LockedError(f"run {self.config.run!r}: {error}") from None
 

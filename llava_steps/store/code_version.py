@@ -32,9 +32,12 @@ NOT_COMPUTING = frozenset(
         "store.digest",
         "store.identity",
         "store.lease",
+        "store.registry",
         "store.run",
+        "store.shown",
         "store.step",
         "store.store",
+        "store.waiting",
     )
 )
 """Modules every step shares that decide where and when a value is computed, never which value."""

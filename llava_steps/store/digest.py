@@ -56,6 +56,10 @@ class Digests:
             self._known[f"hub {name}"] = digest
             self._new = True
 
+    def reload(self) -> None:
+        """Learn what others have read since this process read the cache."""
+        self._known = self._read() | self._known
+
     def save(self) -> None:
         """Write the cache when it learnt something, keeping what others wrote meanwhile."""
         if self._new:

@@ -5,7 +5,8 @@
 reads the command line, finds the store entry that the step's value belongs to and returns at once
 when it is sealed. Otherwise it takes the lease, calls `run(ctx, config)`, which writes its payload
 into the empty `ctx.entry`, seals the entry and publishes it at `--save-dir`. Only a step that
-resumes is given what an earlier attempt left. Exit codes are those of core/errors.py.
+resumes is given what an earlier attempt left. While another process writes the entry the step waits
+for its value. Exit codes are those of core/errors.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import logging
 import os
 import signal
@@ -37,9 +39,10 @@ from llava_steps.settings.fields import StepConfig, flag_name, values, whole_of
 from llava_steps.store import container, registry, store
 from llava_steps.store.digest import Digests
 from llava_steps.store.identity import Identity, changed_input, identify
-from llava_steps.store.lease import Lease, wait_until_free
+from llava_steps.store.lease import Lease, Waiting, wait_until_free
 from llava_steps.store.step import C, Context, Step
 from llava_steps.store.store import Input
+from llava_steps.store.waiting import Report, only_writer, stamp
 
 FORCE_REQUEST = ".force"
 """File in the published directory that makes the next run of the step recompute its value."""
@@ -166,44 +169,41 @@ def _evaluate(
         _follow(step, module, config, entry, identity.inputs, forced)
         return
     _register(root, out, log)
-    if not (forced or entry.exists()):
-        whole = _sealed_whole(config, identity, image, root)
-        if whole is not None and _publish_whole(whole, out):
-            log.info(
-                "%s %s, the whole value, is up to date; no share of it is needed",
-                identity.name,
-                whole.name,
-            )
+    replaced = stamp(entry) if forced else None
+    waiting = Report(log, f"{identity.name} {entry.name}")
+    whole = functools.partial(_sealed_whole, config, identity, image, root)
+    while True:
+        if not forced and stamp(entry) is None and _publish_whole(whole(), out, waiting):
+            log.info("%s, the whole value, is up to date; no share of it is needed", identity.name)
             return
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_claimed(entry, out))
-        _take_aside(entry, out, forced)
-        (entry / store.WORK / "logs").mkdir(parents=True, exist_ok=True)
-        if not (entry / store.MANIFEST).exists():
-            stack.enter_context(Lease(entry / store.WORK))
-        # Read again under the lease: its last holder may just have finished this very value.
-        manifest = store.read_manifest(entry)
-        if manifest is not None:
-            store.check(entry, manifest, known.file)
-        else:
-            attempt = _Attempt(identity, image, module, entry)
-            log = attempt.log
-            until_sealed = stack.enter_context(contextlib.ExitStack())
-            description = attempt.run(step, config, out, until_sealed)
-            if changed := changed_input(step, config, identity.inputs, known):
-                # What was read from both versions is of no use to the next attempt either.
-                clear(entry)
-                raise InputError(
-                    f"{changed} changed while the step read it; nothing was kept, so run it again"
-                )
-            store.seal(entry, description, step.volatile, known.file)
-        known.save()
-        store.publish(entry, out)
-        step.published(config)
-        if manifest is not None:
-            log.info("%s %s is up to date; nothing to compute", identity.name, entry.name)
-        else:
-            log.info("%s is done: %s", identity.name, out)
+        with contextlib.ExitStack() as stack:
+            sealed = stack.enter_context(_claimed(entry, out, waiting))
+            held: Lease | None = None
+            # Shares are removed with no regard to claims: only the lease protects them.
+            if replaced or not sealed or whole_of(config):
+                held = stack.enter_context(only_writer(entry, replaced, waiting))
+                if not forced and stamp(entry) is None and whole():
+                    _remove(entry, held)  # shares are no longer needed
+                    continue
+            (out / FORCE_REQUEST).unlink(missing_ok=True)
+            if waiting.waited:
+                known.reload()
+            manifest = store.read_manifest(entry)
+            if manifest is None and held is None:
+                continue  # another process has just set the value aside
+            if manifest is not None:
+                store.check(entry, manifest, known.file)
+                done = f"{identity.name} {entry.name} is up to date; nothing to compute"
+            else:
+                attempt = _Attempt(identity, image, module, entry)
+                log, done = attempt.log, f"{identity.name} is done: {out}"
+                until_sealed = stack.enter_context(contextlib.ExitStack())
+                attempt.compute(step, config, out, until_sealed, known)
+            known.save()
+            store.publish(entry, out)
+            step.published(config)
+            log.info("%s", done)
+        return
 
 
 class _Attempt:
@@ -216,7 +216,29 @@ class _Attempt:
         self._number = 1 + len(list(logs.glob("attempt-*.log")))
         self.log = logger(module.rpartition(".")[2], logs / f"attempt-{self._number:04d}.log")
 
-    def run(
+    def compute(
+        self,
+        step: Step[C],
+        config: C,
+        out: Path,
+        until_sealed: contextlib.ExitStack,
+        known: Digests,
+    ) -> None:
+        """Compute the value and seal it.
+
+        Raises:
+            InputError: an input changed meanwhile.
+        """
+        description = self._run(step, config, out, until_sealed)
+        if changed := changed_input(step, config, self._identity.inputs, known):
+            # What was read from both versions is of no use to the next attempt either.
+            clear(self._entry)
+            raise InputError(
+                f"{changed} changed while the step read it; nothing was kept, so run it again"
+            )
+        store.seal(self._entry, description, step.volatile, known.file)
+
+    def _run(
         self, step: Step[C], config: C, out: Path, until_sealed: contextlib.ExitStack
     ) -> dict[str, Any]:
         """Compute the value; returns what its manifest says beside the list of files."""
@@ -289,22 +311,31 @@ def _register(root: Path, out: Path, log: logging.Logger) -> None:
 
 
 @contextlib.contextmanager
-def _claimed(entry: Path, out: Path) -> Iterator[bool]:
+def _claimed(entry: Path, out: Path, waiting: Waiting = lambda holder: None) -> Iterator[bool]:
     """Keep `clean` from a value that is about to be shown; whether there is one."""
     if not (entry / store.MANIFEST).exists():
         yield False
         return
     with store.claimed(entry, out):
-        wait_until_free(entry / store.WORK)
+        wait_until_free(entry / store.WORK, waiting)
         yield (entry / store.MANIFEST).exists()
 
 
-def _publish_whole(entry: Path, out: Path) -> bool:
+def _publish_whole(entry: Path | None, out: Path, waiting: Waiting) -> bool:
     """Show the value that a share is part of; False when `clean` has just removed it."""
-    with _claimed(entry, out) as sealed:
+    if entry is None:
+        return False
+    with _claimed(entry, out, waiting) as sealed:
         if sealed:
             store.publish(entry, out)
         return sealed
+
+
+def _remove(entry: Path, held: Lease) -> None:
+    """Remove an entry whose lease is held."""
+    doomed = store.removed_name(entry)
+    if held.rename(entry, doomed):
+        filesystem.remove(doomed)
 
 
 def _note_inputs(entry: Path, inputs: Mapping[str, Input]) -> None:
@@ -355,16 +386,6 @@ def clear(entry: Path) -> None:
     for made in entry.iterdir():
         if made.name != store.WORK:
             filesystem.remove(made)
-
-
-def _take_aside(entry: Path, out: Path, force: bool) -> None:
-    """Set a finished value aside when asked to compute it again; an unfinished one resumes."""
-    if force and (entry / store.MANIFEST).exists():
-        number = 1
-        while (aside := entry.with_name(f"{entry.name}.replaced-{number}")).exists():
-            number += 1
-        os.rename(entry, aside)
-    (out / FORCE_REQUEST).unlink(missing_ok=True)
 
 
 def _image(given: Mapping[str, Any], digests: Digests) -> str:

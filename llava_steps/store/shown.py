@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,15 +27,21 @@ class Shown:
     """By a link to the entry itself, as an unfinished one is shown."""
 
 
-def shown(store: Path, directories: Iterable[Path]) -> Shown:
+def shown(store: Path, directories: Iterable[Path], without: Collection[Path] = ()) -> Shown:
     """What `directories` show of `store`; links are followed, also through other links.
+
+    Directories in `without` and what is below them do not count.
 
     Raises:
         OSError: a directory cannot be read, so what it shows is not known.
     """
     result, root = Shown(), store.resolve()
+    hidden = [path.resolve() for path in without]
+    left_out = {root, *hidden}
     for directory in directories:
-        for path in _files(directory.resolve(), root):
+        if any(directory.resolve().is_relative_to(path) for path in hidden):
+            continue
+        for path in _files(directory.resolve(), left_out):
             if path.is_symlink():
                 for key, whole in targets(root, path):
                     (result.works if whole else result.values).add(key)
@@ -77,9 +83,9 @@ def _passed(link: Path) -> Iterator[Path]:
             rest += reversed(target.parts[target.is_absolute() :])
 
 
-def _files(directory: Path, store: Path) -> Iterator[Path]:
-    """Links and files below a directory; the store is left out."""
-    if directory == store:
+def _files(directory: Path, left_out: Collection[Path]) -> Iterator[Path]:
+    """Links and files below a directory, but for the directories that are left out."""
+    if directory in left_out:
         return
     try:
         items = sorted(directory.iterdir())
@@ -87,7 +93,7 @@ def _files(directory: Path, store: Path) -> Iterator[Path]:
         return  # a run removed it meanwhile
     for item in items:
         if item.is_dir() and not item.is_symlink():
-            yield from _files(item, store)
+            yield from _files(item, left_out)
         else:
             yield item
 

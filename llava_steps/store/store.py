@@ -16,6 +16,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ WORK = ".work"
 READS = "inputs.json"
 """In `WORK`: the entries that the attempt reads, relative to its own."""
 CLAIM = f"{filesystem.TEMPORARY}claim"
+REMOVED = f"{filesystem.TEMPORARY}removed-"
+"""Beginning of the name of an entry that is being removed."""
 FORMAT = 1
 PACKAGES = (
     "llava-steps",
@@ -191,6 +194,11 @@ def shows(out: Path, entry: Path) -> bool:
     if (out / MANIFEST).read_bytes() != (entry / MANIFEST).read_bytes():
         return False
     return all((out / item.name).resolve() == item.resolve() for item in _payload(entry))
+
+
+def removed_name(entry: Path) -> Path:
+    """A name for an entry that is being removed: it is no longer taken for a value."""
+    return entry.with_name(f"{REMOVED}{entry.name}-{secrets.token_hex(4)}")
 
 
 def is_held(out: Path, manifest: Mapping[str, Any]) -> bool:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import stat
 import time
 from collections import Counter
@@ -25,11 +24,10 @@ from llava_steps.store import lease
 from llava_steps.store.digest import CACHE
 from llava_steps.store.registry import registered
 from llava_steps.store.shown import Key, Shown, targets
-from llava_steps.store.store import MANIFEST, READS, WORK
+from llava_steps.store.store import MANIFEST, READS, REMOVED, WORK, removed_name
 
 YOUNG = 24 * 3600.0
 """Seconds after its last change during which unfinished work stays."""
-REMOVED = f"{filesystem.TEMPORARY}removed-"
 _ENTRY = re.compile(r"[0-9a-f]{32}(\.replaced-\d+)?")
 
 
@@ -101,19 +99,16 @@ def remove(
         chosen = [i for i in items if i.path in still and (not i.is_entry or i.path in held)]
         for item in chosen:
             if item.is_entry:
-                held[item.path].settle()
-                if not held[item.path].is_ours():
+                path = removed_name(item.path)
+                if not held[item.path].rename(item.path, path):
                     continue  # forced meanwhile: a new entry has its name
-            doomed.append((item, _rename(item) if item.is_entry else item.path))
+            else:
+                path = item.path
+            doomed.append((item, path))
     for _, path in doomed:
         with contextlib.suppress(FileNotFoundError):  # another `clean` removes it too
             filesystem.remove(path)
     return [item for item, _ in doomed]
-
-
-def _rename(item: Unused) -> Path:
-    name = f"{REMOVED}{item.path.name}-{secrets.token_hex(4)}"
-    return item.path.rename(item.path.with_name(name))
 
 
 def is_store(root: Path) -> bool:
@@ -153,8 +148,9 @@ def _judge(key: Key, path: Path, shown: Shown, unfinished: bool, ours: bool) -> 
 
 
 def _newest(path: Path) -> float:
-    """Time of the last change at or below `path`."""
-    return max((status.st_mtime for _, status in _below(path)), default=0.0)
+    """Time of the last change at or below `path`; a lock is touched to learn the time."""
+    times = (status.st_mtime for each, status in _below(path) if each.name != lease.LOCK)
+    return max(times, default=0.0)
 
 
 def _below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -127,21 +126,31 @@ def test_damaged_manifest_is_an_error(place: Path, text: str) -> None:
     assert call().returncode == 4
 
 
-def test_live_lease_refuses_and_dead_one_is_taken_over(place: Path) -> None:
+def started(*flags: str) -> subprocess.Popen[str]:
+    where = [] if "--save-dir" in flags else ["--save-dir", "out"]
+    line = [sys.executable, "-m", "copystep", "--data", "data.txt", *where, *flags]
+    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_live_writer_is_waited_for_and_a_dead_one_is_replaced(place: Path) -> None:
     (place / "hold").touch()
-    line = [sys.executable, "-m", "copystep", "--save-dir", "out", "--data", "data.txt"]
-    first = subprocess.Popen(line, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: list((place / "store").glob("copy/*/partial")))
-        second = call()
-        assert second.returncode == 5 and str(first.pid) in second.stderr
-    finally:
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
+    first = started()
+    wait_for(lambda: list((place / "store").glob("copy/*/partial")), first)
+    second = started("--save-dir", "out2")
+    assert second.stderr is not None
+    line = second.stderr.readline()
+    (entry,) = (place / "store/copy").iterdir()
+    assert f"copy {entry.name} is being computed by process {first.pid} on " in line
+    first.kill()
+    first.communicate()
+    wait_for(lambda: (place / "out2/work/.work/logs/attempt-0002.log").exists(), second)
     assert not (place / "out/manifest.json").exists()
+    third = started()
     (place / "hold").unlink()
-    assert call().returncode == 0
-    assert manifest(place)["attempts"] == 2
+    for process in (second, third):
+        assert process.communicate(timeout=PATIENCE) and process.returncode == 0
+    assert manifest(place)["attempts"] == 2 and calls(place) == 1
+    assert (place / "out2/manifest.json").read_bytes() == (place / "out/manifest.json").read_bytes()
     assert not list((place / "store").glob("copy/*/.work/lease.json"))
 
 

@@ -184,9 +184,8 @@ def test_a_source_that_names_a_result_of_the_run_is_read_like_any_other(
         "    blend:\n      - {path: results/demo/energon_dataset, weight: 1}\n"
     )
     overlay = finished.overlay(given + "\n", "given.yaml")
-    # One at a time: both exports may be one value, which has one writer.
-    finished.run("--cores", "1", "--configfile", overlay)
-    both = ("--cores", "1", "--configfile", overlay, finished.overlay(change + "\n"))
+    finished.run("--configfile", overlay)
+    both = ("--configfile", overlay, finished.overlay(change + "\n"))
     assert finished.planned(*both) == rerun
     assert finished.run(*both) == rerun
     assert finished.planned(*both) == []

@@ -23,7 +23,9 @@ from llava_steps.data.shards import writer
 from llava_steps.data.shards.plan import Part, Refused, Written
 from llava_steps.data.sources import Chunk
 from llava_steps.store import lease, store
+from llava_steps.store.registry import registered
 from llava_steps.store.run import FORCE_REQUEST
+from llava_steps.store.shown import shown
 
 BOOKS = "parts.json"
 
@@ -140,30 +142,38 @@ def _differing(
 def remove_shares(folder: Path) -> None:
     """Remove the results of shares below `folder` and their store entries, if there are any.
 
-    What a live process writes stays, and so does what is not a share.
+    What a live process writes stays, and so does what is not a share. An entry that other results
+    show too stays for them.
     """
-    for shown in sorted(path for path in folder.glob("*") if path.is_dir()):
-        links = [path for path in shown.iterdir() if path.is_symlink()]
-        removed = [_removed(entry) for entry in {*map(_entry, links)} if _is_share(entry)]
+    for results in sorted(path for path in folder.glob("*") if path.is_dir()):
+        links = [path for path in results.iterdir() if path.is_symlink()]
+        entries = [entry for entry in {*map(_entry, links)} if _is_share(entry)]
+        removed = [_removed(entry, folder) for entry in entries]
         if all(removed):
-            for path in (*links, shown / store.MANIFEST, shown / FORCE_REQUEST):
+            for path in (*links, results / store.MANIFEST, results / FORCE_REQUEST):
                 path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else too
-            shown.rmdir()
+            results.rmdir()
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
-def _removed(entry: Path) -> bool:
-    """Remove an entry, unless a live process writes it."""
+def _removed(entry: Path, folder: Path) -> bool:
+    """Remove an entry that nothing outside of `folder` shows; False if a live process writes it."""
+    root = entry.parent.parent
+    doomed = store.removed_name(entry)
     try:
-        with lease.Lease(entry / store.WORK):
-            for item in sorted(entry.iterdir(), key=lambda path: path.name != store.MANIFEST):
-                if item.name != store.WORK:
-                    filesystem.remove(item)
+        with lease.Lease(entry / store.WORK) as held:
+            others = shown(root, registered(root), without=[folder])
+            if (entry.parent.name, entry.name) in others.values | others.works:
+                return True
+            if not held.rename(entry, doomed):
+                return False
     except LockedError:
         return False
-    filesystem.remove(entry)
+    except FileNotFoundError:
+        return True  # another run that shared it has just removed it
+    filesystem.remove(doomed)
     return True
 
 
