@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline.rules import Rule
 from llava_steps.settings import paths
 from llava_steps.settings.fields import facts
@@ -17,6 +18,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 """What a model on the hub can be called; any other text names a directory."""
 SHELL = re.compile(r"~|.*\$")
 """Paths with signs that a shell expands."""
+
+
+def refuse(rules: Mapping[str, Rule], names: Iterable[str]) -> None:
+    """ConfigError if the rules of these names, which are to run, need paths that do not exist."""
+    if messages := missing(rules, names):
+        head = [f"{len(messages)} paths of the configuration are missing:"]
+        raise ConfigError("\n  ".join([*head[: len(messages) - 1], *messages]))
 
 
 def missing(rules: Mapping[str, Rule], names: Iterable[str]) -> list[str]:

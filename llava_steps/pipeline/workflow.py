@@ -12,11 +12,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-from snakemake.exceptions import MissingInputException  # type: ignore[import-untyped]
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, LockedError
@@ -205,12 +203,12 @@ class Run:
         dag.forcerules.update(self.workflow.get_rule(name) for name in names)
         try:
             self._build()
-        except MissingInputException:
-            self._refuse_missing(self.demand)
+        except self._missing_input:
+            missing.refuse(self.rules, self.demand)
             raise
         planned = {job.rule.name for job in dag.needrun_jobs()} & {*self.rules}
         concerned = self._concerned()
-        self._refuse_missing([name for name in self.demand if name in concerned])
+        missing.refuse(self.rules, [name for name in self.demand if name in concerned])
         lost = [name for name in self.demand if self.outlook[name].lost]
         for name in lost:
             if name in concerned and name not in self.forced:
@@ -233,22 +231,18 @@ class Run:
                 )
             )
 
-    def _refuse_missing(self, names: Iterable[str]) -> None:
-        """ConfigError if rules that are to run need files of the user that do not exist."""
-        messages = missing.missing(self.rules, names)
-        if messages:
-            head = [f"{len(messages)} paths of the configuration are missing:"]
-            raise ConfigError("\n  ".join([*head[: len(messages) - 1], *messages]))
-
     def take_over(
         self,
         wrap: Callable[[Callable[[], None]], Callable[[], None]],
         check: Callable[[], None],
+        missing_input: type[Exception],
     ) -> None:
         """Have Snakemake call `build`, through `wrap`, where it would build its graph.
 
-        `check` is called after it when jobs are to run or a dry run shows them.
+        `check` is called after it when jobs are to run or a dry run shows them. `missing_input` is
+        what Snakemake raises when a file is missing that no rule makes.
         """
+        self._missing_input = missing_input
 
         def build() -> None:
             self.build()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llava_steps.settings.cluster import Cluster
@@ -57,6 +60,9 @@ class Config(BaseModel):
     @field_validator("run", "results", "store")
     @classmethod
     def _can_be_made(cls, path: str) -> str:
+        if re.match(r"~[\w.-]*(/|$)|\$(\w+|{\w+})(/|$)", path):
+            whole = os.path.expandvars(os.path.expanduser(path))
+            raise ValueError(f"~ and $ are not expanded in a path; write {whole}")
         if any(len(name.encode()) > 255 for name in path.split("/")):
             raise ValueError("file systems accept names of at most 255 bytes; shorten it")
         return path

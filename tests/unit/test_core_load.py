@@ -237,6 +237,25 @@ def test_signs_of_yaml_are_part_of_a_text_on_the_command_line(text: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("store", "~/x"),
+        ("store", "~"),
+        ("store", "$HOME/x"),
+        ("store", "${HOME}/x"),
+        ("results", "~/x"),
+        ("results", "$HOME/x"),
+    ],
+)
+def test_a_path_that_a_shell_would_expand_is_refused(key: str, path: str) -> None:
+    """Otherwise a directory of the name ~ would be made, which `rm -r` takes for another one."""
+    expanded = path.replace("${HOME}", "~").replace("$HOME", "~").replace("~", str(Path.home()))
+    shown = problems(SHIPPED, arguments=[f"{key}='{path}'"])
+    assert f"{key}: ~ and $ are not expanded in a path; write {expanded}" in shown
+    assert load([SHIPPED], [f"store='a{path}'"]).store == f"a{path}"
+
+
+@pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("stage2={lr: '2e-5'}", "--config: stage2.lr: '2e-5' is text in YAML, not a number; write"),

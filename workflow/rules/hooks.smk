@@ -2,6 +2,8 @@
 import atexit
 import sys
 
+from snakemake.exceptions import MissingInputException
+
 from llava_steps.commands import plan
 from llava_steps.core import filesystem
 from llava_steps.pipeline import slurm
@@ -17,7 +19,7 @@ def check_plan():
     plan.refuse(this_run.config, this_run.stages_to_train())
 
 
-this_run.take_over(in_one_line, check_plan)
+this_run.take_over(in_one_line, check_plan, MissingInputException)
 
 
 @in_one_line
