@@ -5,11 +5,12 @@
 
 Reads, tokenizes and decodes --samples of it (0: all) with the code of training. Each answer must be
 supervised up to its end token, padding and image tokens must not be, and every image must have its
-tokens. Writes report.json (shares, lengths, names of samples that are refused or truncated) and
-examples.txt, three samples with their supervised text in [[ ]], in colour on a terminal. Exit code
-3 when samples are refused, 4 when labels or image tokens are wrong; the report is then in the store
-entry that the log names. Also writes examples.json, the same samples, and --thumbnails of the
-images, for report.html.
+tokens. Images that the resize would make too large are found in all samples, by the sizes that
+prepare_energon lists. Writes report.json (shares, lengths, names of samples that are refused or
+truncated) and examples.txt, three samples with their supervised text in [[ ]], in colour on a
+terminal. Exit code 3 when samples are refused, 4 when labels or image tokens are wrong; the report
+is then in the store entry that the log names. Also writes examples.json, the same samples, and
+--thumbnails of the images, for report.html.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def run(ctx: Context, cfg: Audit) -> Mapping[str, Any]:
     auditor = audit.Auditor(
         corpus, ctx.inputs["tokenizer_load_dir"].path, cfg.seq_length, cfg.too_long == "truncate"
     )
+    auditor.inspect_sizes()
     chosen = audit.choose(corpus, cfg.samples, cfg.seed)
     examples: list[Example] = []
     pictures: list[dict[str, str]] = []

@@ -17,7 +17,9 @@ from pathlib import Path
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError
 from llava_steps.core.format import listing
+from llava_steps.data.energon import long_images
 from llava_steps.data.energon.field_map import FieldMap
+from llava_steps.data.energon.long_images import LongImage
 from llava_steps.data.samples.decode import check_image
 from llava_steps.data.samples.sample import SampleError, from_parts, is_image_part
 from llava_steps.data.samples.unread import IMAGE_SUFFIXES, medium
@@ -59,6 +61,8 @@ class TarIndex:
     sha256: str
     samples: tuple[SampleRow, ...]
     parts: tuple[PartRow, ...]
+    long: tuple[LongImage, ...]
+    """Images that are many times as long as wide."""
 
     def offsets(self) -> bytes:
         """Content of the .tar.idx file: native uint64 offsets of the samples and of the end."""
@@ -101,7 +105,21 @@ def index_tar(root: Path, fields: FieldMap, deep: bool, name: str) -> TarIndex:
         bad = _unread_images(fields, rows, parts)
     if bad:
         raise InputError(f"{path}: unusable samples: {listing(bad, _SHOWN, '; ')}")
-    return TarIndex(name, path.stat().st_size, filesystem.sha256_file(path), rows, tuple(parts))
+    digest, size = filesystem.sha256_file(path), path.stat().st_size
+    long = long_images.longest(_sizes(path, name, fields, rows, parts))
+    return TarIndex(name, size, digest, rows, tuple(parts), long)
+
+
+def _sizes(
+    path: Path, name: str, fields: FieldMap, samples: tuple[SampleRow, ...], parts: list[PartRow]
+) -> Iterator[LongImage]:
+    """The sizes of all images whose headers can be read."""
+    with open(path, "rb") as file:
+        for part in parts:
+            if is_image_part(part.name, fields):
+                sides = long_images.sides(file, part.data, part.size)
+                if sides is not None:
+                    yield LongImage(name, samples[part.sample].key, part.name, *sides)
 
 
 def _unread_images(

@@ -20,6 +20,7 @@ import yaml
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, IntegrityError
 from llava_steps.data import pool
+from llava_steps.data.energon import long_images
 from llava_steps.data.energon.field_map import FieldMap
 from llava_steps.data.energon.index import TarIndex, index_tar
 from llava_steps.data.energon.metadata import META, SHARDS
@@ -98,12 +99,14 @@ def prepare(
     writer = _SqliteIndex(meta)
     rows: list[dict[str, Any]] = []
     held: Counter[str] = Counter()
+    long: list[long_images.LongImage] = []
     look = partial(index_tar, tar_dir, fields, known is None)
     for number, index in enumerate(pool.ordered(look, names, workers)):
         if known is not None:
             _compare(tar_dir, index, known[index.name])
         writer.add(number, index)
         held.update(part.name for part in index.parts)
+        long += index.long
         _link_into(tar_dir / index.name, entry / index.name)
         filesystem.write_bytes(entry / f"{index.name}.idx", index.offsets())
         rows.append(
@@ -113,6 +116,7 @@ def prepare(
         advance(1)
     writer.close()
     filesystem.write_json(entry / SHARDS, {"shards": rows})
+    long_images.write(entry, long)
     counts = {row["name"]: row["samples"] for row in rows}
     kinds = {name.rpartition(".")[2] for name in held}
     images = [name for name in fields.image_parts if name in kinds] or fields.image_parts[:1]

@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, reason
+from llava_steps.data.energon import long_images
 from llava_steps.data.energon.field_map import SEED, FieldMap
+from llava_steps.data.energon.long_images import LongImage
 from llava_steps.data.energon.metadata import SHARDS, read_metadata, split_shards
 from llava_steps.data.samples.sample import Sample, SampleError, from_parts, is_image_part
 
@@ -107,6 +109,15 @@ class SampleReader:
         parts = {name: data for name, data in sample.items() if not name.startswith("__")}
         parts |= dict.fromkeys(passed, b"")
         return RawSample(sample["__shard__"], sample["__key__"], parts)
+
+    def long_images(self) -> list[LongImage]:
+        """Images of this split that are many times as long as wide, as far as they are listed.
+
+        Raises:
+            InputError: the list is damaged.
+        """
+        shards = set(self.shards)
+        return [image for image in long_images.read(self.root) if image.tar in shards]
 
     def _pass_by(self, names: list[str]) -> Callable[[str], bool]:
         """energon's filter that leaves image parts unread and notes their names."""

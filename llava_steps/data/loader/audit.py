@@ -80,6 +80,7 @@ class Auditor:
     """Samples that max_turns of their dataset or seq_length cuts."""
 
     def __post_init__(self) -> None:
+        self._named: set[str] = set()
         self._encoders = {
             template: ConversationEncoder(self.hf_dir, self.seq_length, template, self.truncate)
             for template in {member.chat_template for member in self.corpus.members}
@@ -88,6 +89,19 @@ class Auditor:
     def encoder(self, ref: SampleRef) -> ConversationEncoder:
         """The encoder of the sample's dataset."""
         return self._encoders[self.corpus.members[ref.dataset].chat_template]
+
+    def inspect_sizes(self) -> None:
+        """Judge the sizes of all images of the datasets, as far as these list them."""
+        for reader, member in zip(self.corpus.readers, self.corpus.members, strict=True):
+            images = self._encoders[member.chat_template].images
+            for image in reader.long_images():
+                where = str(reader.root / f"{image.tar}/{image.key}")
+                try:
+                    images.read.check_size(image.width, image.height)
+                except SampleError as error:
+                    if where not in self._named:
+                        self._named.add(where)
+                        self._name(self.refused, where, f"part {image.part}: {error}", "refused")
 
     def inspect(self, ref: SampleRef) -> Example | None:
         """Judge one sample; None if training would refuse it.
@@ -98,6 +112,8 @@ class Auditor:
         self.totals["samples"] += 1
         raw = self.corpus.raw(ref)
         where = self.corpus.where(ref, raw)
+        if where in self._named:
+            return None
         encoder = self.encoder(ref)
         try:
             sample = self.corpus.parse(ref, raw)

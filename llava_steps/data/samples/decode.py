@@ -71,6 +71,17 @@ def check_image(data: bytes, max_pixels: int | None = None, full: bool = False) 
         _rgb(image, WHITE)
 
 
+def header_size(head: bytes) -> tuple[int, int] | None:
+    """(width, height) by the beginning of a file; None if it is too short, or broken."""
+    if (size := formats.size(head)) is not None:
+        return size
+    try:
+        with _opened(head, None) as image:
+            return image.size
+    except SampleError:
+        return None
+
+
 def convert(data: bytes, max_pixels: int) -> bytes:
     """An image of another format as a JPEG of quality 95 without chroma subsampling.
 
@@ -111,6 +122,9 @@ def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
     kind = formats.kind(data)
     if not data:
         raise SampleError("unreadable image: the file is empty")
+    if kind and kind not in formats.KEPT and kind not in formats.FURTHER_IMAGES:
+        # Pillow would have PostScript run by another program.
+        raise SampleError(_unreadable(data, kind, ""))
     if (size := formats.size(data)) is not None:
         _check_size(*size, max_pixels)
     opened = ""

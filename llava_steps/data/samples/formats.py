@@ -15,6 +15,7 @@ _MAGIC = (
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"), (b"\xff\x4f\xff\x51", "JPEG 2000"),
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"), (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\1\0", "ICO"), (b"8BPS", "PSD"), (b"%PDF-", "PDF"), (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript"),
     (b"\x1a\x45\xdf\xa3", "Matroska"), (b"ID3", "MP3"), (b"\xff\xfb", "MP3"), (b"fLaC", "FLAC"),
     (b"OggS", "Ogg"), (b"\0\0\1\xba", "MPEG"), (b"\0\0\1\xb3", "MPEG"),
     (b"\x1f\x8b", "gzip"), (b"PK\3\4", "ZIP"),

@@ -44,9 +44,10 @@ class ImageReader:
         Raises:
             SampleError: it cannot be decoded, or is too large once it is resized.
         """
-        return decode(data, self.background, self._check_size)
+        return decode(data, self.background, self.check_size)
 
-    def _check_size(self, width: int, height: int) -> None:
+    def check_size(self, width: int, height: int) -> None:
+        """Raise SampleError if an image of this size is too large once it is resized."""
         size = getattr(self._processor, "size", None)
         if not getattr(self._processor, "do_resize", False) or _size_kind(size) != "edge":
             return
@@ -70,7 +71,7 @@ class ImageTransform:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._read = ImageReader(processor)
+        self.read = ImageReader(processor)
         self.height, self.width = _output_size(processor)
         self._table = _table(processor) if _plain(processor) else None
 
@@ -98,7 +99,7 @@ class ImageTransform:
         Raises:
             SampleError: it cannot be decoded.
         """
-        self._fill(out, self._read(data))
+        self._fill(out, self.read(data))
 
     def _fill(self, out: npt.NDArray[np.float32], image: Image.Image) -> None:
         if self._table is None:
