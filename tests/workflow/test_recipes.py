@@ -48,6 +48,10 @@ def test_a_recipe_is_whole_fits_and_plans(
     for path in (config.tar_shards.source, config.evaluation.data):
         (fresh.root / path).parent.mkdir(exist_ok=True)
         (fresh.root / path).write_text("[]")
+    if data := config.stage1.data_path:  # the recipe says how to make it first
+        text = fresh.snakemake("-n", "--configfile", f"config/recipes/{name}", code=1)
+        assert f"stage1.data_path: {data} does not exist" in text
+        (fresh.root / data).mkdir(parents=True)
     rules = fresh.planned("--configfile", f"config/recipes/{name}")
     assert rules == sorted(name for name, step in STEPS.items() if not step.optional)
 
