@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llava_steps.evaluation.ask import Model, Question
 
 MODELS = ("before", "after_stage1", "after_stage2")
+"""Models with their own flag; --models names others."""
 
 
 def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
@@ -39,17 +40,20 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
     from llava_steps.data.samples.thumbnails import Thumbnails
     from llava_steps.evaluation import ask, metrics, score
 
-    names = [name for name in MODELS if name in ctx.inputs]
-    if not names:
-        raise ConfigError("nothing to evaluate: give --before, --after-stage1 or --after-stage2")
+    models = {name: ctx.inputs[name] for name in MODELS if name in ctx.inputs}
+    models |= {name: ctx.inputs[f"models.{name}"] for name in cfg.models}
+    if not models:
+        raise ConfigError(
+            "nothing to evaluate: give --before, --after-stage1, --after-stage2 or --models"
+        )
     metrics.check(cfg.metrics)
     questions = read_questions(ctx.inputs["data"].path)
     prompts = prompted(questions, cfg.prompts, cfg.prompt_images)
     results: dict[str, Any] = {}
     samples: dict[str, Any] = {}
     generations: dict[str, list[str]] = {}
-    for name in names:
-        model = ask.Model(ctx.inputs[name].path)
+    for name, directory in models.items():
+        model = ask.Model(directory.path)
         with ctx.progress(f"evaluating {name}", len(questions)) as bar:
             answers = model.answers(questions, cfg.batch_size, cfg.max_new_tokens, bar.advance)
         results[name] = _scores(ctx, cfg, name, model, questions, answers)
@@ -62,7 +66,7 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
     thumbnails = Thumbnails(ctx.entry, "images")
     for row, number in enumerate(score.chosen(questions, cfg.samples_shown)):
         images = thumbnails.add(questions[number].images)
-        for name in names:
+        for name in models:
             samples[name][row]["images"] = images
     filesystem.write_json(ctx.entry / "results.json", results)
     filesystem.write_json(ctx.entry / "samples.json", samples)
@@ -71,7 +75,7 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
             {
                 "prompt": prompt.turns[-1]["content"],
                 "images": thumbnails.add(prompt.images),
-                "answers": {name: generations[name][i] for name in names},
+                "answers": {name: generations[name][i] for name in models},
             }
             for i, prompt in enumerate(prompts)
         ]

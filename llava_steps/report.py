@@ -15,11 +15,15 @@ from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.settings.forms import FIRST_STAGES
 from llava_steps.settings.report import Report
 from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
+from llava_steps.store.store import Input
 
 PAGE = "report.html"
+MADE_BY = {f"{stage}_export": "hf_export" for stage in FIRST_STAGES}
+"""Result -> step that makes it, where the names differ."""
 
 
 def run(ctx: Context, cfg: Report) -> Mapping[str, Any]:
@@ -33,23 +37,26 @@ def run(ctx: Context, cfg: Report) -> Mapping[str, Any]:
 
     if not ctx.inputs:
         raise ConfigError("no results given: give at least one, such as --evaluation")
-    for name, item in ctx.inputs.items():
-        flag = "--" + name.replace("_", "-")
+    results: dict[str, Input] = {}
+    for key, item in ctx.inputs.items():
+        field, _, given = key.partition(".")
+        name, flag = given or field, "--" + field.replace("_", "-")
+        results[name] = item
         made_by = (item.manifest or {}).get("step")
         if made_by is None:
             raise InputError(f"{flag} {item.shown} has no manifest; give the result of a step")
-        if made_by != ("hf_export" if name == "stage1_export" else name):
+        if not given and made_by != MADE_BY.get(name, name):
             raise InputError(f"{flag} {item.shown}: this is the result of {made_by}, not of {name}")
         ctx.log.info("reading %s", name)
     try:
-        page = collect.page(ctx.inputs, cfg.title or "run", cfg.samples)
+        page = collect.page(results, cfg.title or "run", cfg.samples)
     except KeyError as error:
         raise InputError(
             f"a result has no {error}; another version made it: run its step again"
         ) from error
     text = html.render(page).encode()
     filesystem.write_bytes(ctx.entry / PAGE, text)
-    return {"bytes": len(text), "sections": sorted(ctx.inputs)}
+    return {"bytes": len(text), "sections": sorted(results)}
 
 
 STEP = Step(

@@ -61,7 +61,7 @@ def check(rules: Mapping[str, Rule], cluster: Cluster, profile: Path) -> Iterato
     rows = parse(answer.stdout)
     alike: dict[str, list[str]] = {}
     for name, rule in rules.items():
-        wanted = site["default-resources"] | slurm.asks(name, rule.settings, cluster)
+        wanted = site["default-resources"] | slurm.asks(rule.names, rule.settings, cluster)
         wanted |= site["set-resources"].get(name, {})
         asked = {key: wanted.get(key) for key in ("slurm_partition", *LIMITS) if wanted.get(key)}
         alike.setdefault(yaml.safe_dump(asked), []).append(name)

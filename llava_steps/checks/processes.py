@@ -16,6 +16,7 @@ from llava_steps.checks.finding import Finding
 from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline import slurm
 from llava_steps.settings.config import Config
+from llava_steps.settings.recipe import stage_title
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import container
 
@@ -45,7 +46,7 @@ def here(config: Config, arguments: Sequence[str]) -> Iterator[Finding]:
         return
     with tempfile.TemporaryDirectory(dir=config.store, prefix=".probe-") as directory:
         line = [*inside, "python" if config.image else sys.executable, "-m", PROBE]
-        line += _options(config.stage2, Path(directory))
+        line += _options(_last(config), Path(directory))
         running = []
         for rank in ("0", "1"):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
@@ -57,13 +58,17 @@ def here(config: Config, arguments: Sequence[str]) -> Iterator[Finding]:
                 )
             )
         answers = [process.communicate() for process in running]
-    yield from _findings("this machine", answers, config.stage2)
+    yield from _findings("this machine", answers, _last(config))
 
 
-def on_nodes(config: Config, stage: Stage, site: Sequence[str], arguments: Sequence[str]
+def _last(config: Config) -> Stage:
+    return config.stages[config.last_stage].settings
+
+
+def on_nodes(config: Config, name: str, site: Sequence[str], arguments: Sequence[str]
              ) -> Iterator[Finding]:  # fmt: skip
     """The nodes of a stage, requested with srun; waits until Slurm allocates them."""
-    what = f"nodes of stage {stage.stage}"
+    stage, what = config.stages[name].settings, f"nodes of {stage_title(name)}"
     if not shutil.which("srun"):
         yield Finding(
             "fail", what, "srun is missing here", "Run the doctor where jobs are submitted"
@@ -73,7 +78,7 @@ def on_nodes(config: Config, stage: Stage, site: Sequence[str], arguments: Seque
     if inside is None:
         return
     with tempfile.TemporaryDirectory(dir=config.store, prefix=".probe-") as directory:
-        wanted = slurm.asks(f"stage{stage.stage}_checkpoint", stage, config.cluster)
+        wanted = slurm.asks((f"{name}_checkpoint", "checkpoint"), stage, config.cluster)
         line = [
             *slurm.tasks(stage.nodes, stage.gpus, config.cluster.gres, inside),
             *("python", "-m", PROBE),

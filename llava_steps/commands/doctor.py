@@ -84,7 +84,7 @@ def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
     yield from disk.check("results", Path(config.results))
     if store.is_dir():
         yield disk.free_space("store", store, needed(config))
-    yield from tracking.check([config.stage1, config.stage2])
+    yield from tracking.check([stage.settings for stage in config.stages.values()])
     yield from harnesses(config)
     yield from processes.image(config)
     if given.profile:
@@ -92,8 +92,8 @@ def findings(config: Config, given: argparse.Namespace) -> Iterator[Finding]:
         yield from partitions.check(chain(config), config.cluster, profile)
     yield from processes.here(config, inside)
     if given.on_nodes:
-        for stage in (config.stage1, config.stage2):
-            yield from processes.on_nodes(config, stage, srun, inside)
+        for name in config.stages:
+            yield from processes.on_nodes(config, name, srun, inside)
 
 
 def harnesses(config: Config) -> Iterator[Finding]:
@@ -133,11 +133,11 @@ def needed(config: Config) -> int | None:
         geometry = model_of(config).geometry
         plans = [
             stages.stage_plan(geometry, stage, stages.Data.assumed(geometry, 200, stage.seq_length))
-            for stage in (config.stage1, config.stage2)
+            for stage in (section.settings for section in config.stages.values())
         ]
     except StepError:
         return None
-    # Before training as HF and as Megatron, and two exports.
-    return 4 * stages.weight_bytes(geometry, plans[0]) + sum(
+    # Before training as HF and as Megatron, and an export of each stage.
+    return (2 + len(plans)) * stages.weight_bytes(geometry, plans[0]) + sum(
         stages.disk(geometry, plan) for plan in plans
     )

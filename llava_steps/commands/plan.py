@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ from llava_steps.core.errors import ConfigError, InputError, report_error
 from llava_steps.core.format import size
 from llava_steps.geometry.hardware import GPUS, Gpu
 from llava_steps.pipeline import outlook
-from llava_steps.pipeline.rules import chain
+from llava_steps.pipeline.rules import Rule, chain
 from llava_steps.planning import stages, text
 from llava_steps.planning.models import Model, model_of
 from llava_steps.settings import cli, load
 from llava_steps.settings.config import Config
+from llava_steps.settings.recipe import stage_title
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import container
+
+EXPORTS = ("export", "hf_export")
+"""Kinds of rules that write the model once more."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,39 +89,44 @@ def lines(
         number = getattr(given, name)
         if number is not None and number < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {number}: a whole number above 0")
+    image = container.image_digest(config.image, Path(config.store))
+    rules = chain(config, image)
     if outlooks is None:
-        image = container.image_digest(config.image, Path(config.store))
-        outlooks = outlook.outlook(config, chain(config, image), image)
+        outlooks = outlook.outlook(config, rules, image)
     gpu = GPUS.get(given.gpu)
-    model = model_of(config, "hf_model" in outlooks and outlooks["hf_model"].outlook == "done")
-    plans = [_stage(model, stage, outlooks, given) for stage in (config.stage1, config.stage2)]
+    built = "hf_model" in outlooks and outlooks["hf_model"].outlook == "done"
+    model = model_of(config.variants[0].config, built)
+    trainings = [rule for rule in rules.values() if isinstance(rule.settings, Stage)]
+    plans = {rule.name: _stage(_model(rule, model), rule, outlooks, given) for rule in trainings}
     if given.json:
         yield json.dumps(figures(model, plans, outlooks, gpu, given.efficiency))
         return
     yield f"Plan of run {config.run}"
     yield from text.steps_text(list(outlooks.values()))
     yield from text.model_text(model)
-    for plan in plans:
-        yield from text.stage_text(plan, gpu, given.efficiency)
+    titles = {rule.name: _title(rule) for rule in trainings}
+    for name, plan in plans.items():
+        title = titles[name][:1].upper() + titles[name][1:]
+        yield from text.stage_text(title, plan, gpu, given.efficiency)
         if gpu and not plan.fits(gpu):
             yield "  to fit: " + stages.suggestion(
                 model.geometry, plan.stage, plan.data, gpu, given.efficiency
             )
-    yield from _disk(model, plans)
+    yield from _disk(model, [*plans.values()], sum(r.kind in EXPORTS for r in rules.values()))
     if given.search:
         if gpu is None:
             raise ConfigError("--search ranks GPUs: name one with --gpu")
-        for plan in plans:
+        for name, plan in plans.items():
             where = f"{given.search} x {plan.stage.gpus} {gpu.name}"
-            yield f"Layouts of stage {plan.stage.stage} on {where}"
+            yield f"Layouts of {titles[name]} on {where}"
             ranked = stages.search(
                 model.geometry, plan.stage, plan.data, given.search, gpu, given.efficiency
             )
             yield from text.search_text(plan.stage, ranked, given.show)
 
 
-def refuse(config: Config, numbers: Container[int]) -> None:
-    """ConfigError unless the stages of these numbers can be cut as the configuration says.
+def refuse(config: Config, name: str) -> None:
+    """ConfigError unless the model can be cut as the layout of a stage says.
 
     A model that is not fetched yet is skipped: training checks the layout when it starts.
     """
@@ -125,19 +134,30 @@ def refuse(config: Config, numbers: Container[int]) -> None:
         model = model_of(config)
     except InputError:
         return
-    for stage in (config.stage1, config.stage2):
-        if stage.stage in numbers:
-            data = stages.Data.assumed(model.geometry, 200, stage.seq_length)
-            try:
-                stages.stage_plan(model.geometry, stage, data)
-            except ConfigError as error:
-                raise ConfigError(f"stage{stage.stage}: {error}") from None
+    stage = config.stages[name].settings
+    data = stages.Data.assumed(model.geometry, 200, stage.seq_length)
+    try:
+        stages.stage_plan(model.geometry, stage, data)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _title(rule: Rule) -> str:
+    title = stage_title(rule.declared.stage)
+    return f"{title} ({rule.label})" if rule.label else title
+
+
+def _model(rule: Rule, model: Model) -> Model:
+    """The model that a rule trains; `model` is that of the first variant."""
+    return model if not rule.label else model_of(rule.config)
 
 
 def _stage(
-    model: Model, stage: Stage, outlooks: Mapping[str, outlook.State], given: argparse.Namespace
+    model: Model, rule: Rule, outlooks: Mapping[str, outlook.State], given: argparse.Namespace
 ) -> stages.StagePlan:
-    report = outlook.audit_of(outlooks, stage.stage)
+    stage = rule.settings
+    assert isinstance(stage, Stage)
+    report = outlook.audit_of(outlooks, rule.after)
     data = (
         stages.Data.audited(report)
         if report
@@ -146,19 +166,20 @@ def _stage(
     return stages.stage_plan(model.geometry, stage, data, cuda=given.gpu != "none")
 
 
-def _disk(model: Model, plans: list[stages.StagePlan]) -> Iterator[str]:
+def _disk(model: Model, plans: list[stages.StagePlan], exports: int) -> Iterator[str]:
     weights = stages.weight_bytes(model.geometry, plans[0])
     checkpoints = [stages.disk(model.geometry, plan) for plan in plans]
     yield (
         f"Disk: {size(2 * weights)} for the model before training, "
-        f"{size(2 * weights)} for both exports, at most {size(sum(checkpoints))} for "
-        "checkpoints while training, and the raw images once more as tars"
+        f"{size(exports * weights)} for {exports} exports, "
+        f"at most {size(sum(checkpoints))} for checkpoints while training, "
+        "and the raw images once more as tars"
     )
 
 
 def figures(
     model: Model,
-    plans: list[stages.StagePlan],
+    plans: Mapping[str, stages.StagePlan],
     outlooks: Mapping[str, outlook.State],
     gpu: Gpu | None,
     efficiency: float,
@@ -169,6 +190,7 @@ def figures(
         "model": model.source,
         "stages": [
             {
+                "rule": name,
                 "stage": plan.stage.stage,
                 "samples": plan.samples,
                 "tokens": plan.tokens,
@@ -181,6 +203,6 @@ def figures(
                 "hours": plan.hours(gpu, efficiency) if gpu else None,
                 "checkpoint_bytes": stages.disk(model.geometry, plan),
             }
-            for plan in plans
+            for name, plan in plans.items()
         ],
     }

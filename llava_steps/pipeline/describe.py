@@ -6,19 +6,23 @@ docs/reference/settings.md, and that of docs/reference/options.md.
 
 from __future__ import annotations
 
+import inspect
 import types
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from llava_steps.core import filesystem
 from llava_steps.settings.config import Config
+from llava_steps.settings.explain import sections
 from llava_steps.settings.fields import Facts, facts
 from llava_steps.settings.former import ELSEWHERE, OPTIONS, field_of
-from llava_steps.settings.load import STANDALONE, sections
+from llava_steps.settings.forms import FIRST_STAGES
+from llava_steps.settings.source import STANDALONE
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.settings.steps import STEPS
 
@@ -28,6 +32,15 @@ README = ROOT / "config/README.md"
 SETTINGS_PAGE = ROOT / "docs/reference/settings.md"
 OPTIONS_PAGE = ROOT / "docs/reference/options.md"
 FILLED = {field for step in STEPS.values() for field in step.feeds}
+FILLED |= {f"after_{stage}" for stage in FIRST_STAGES} | {"before", "models"}
+NAMED = {"datasets": "each dataset", "stages": "each stage"}
+"""Sections that hold a section for each name."""
+FORMS = {
+    "data": "name, list of names, or name: weight",
+    "train": "`all`, `vision_tower`, `projector`, `language_model`, or list of them",
+    "sweep": "key: list of values, or list of key: value",
+}
+"""Values that may be written in several forms."""
 STEP_FACTS = {fact.name for fact in fields(Facts)} - {"role", "flag", "bare"}
 """Facts about a field that say nothing about a configuration file."""
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
@@ -41,6 +54,12 @@ def schema() -> str:
         for field in part.get("properties", {}).values():
             for fact in STEP_FACTS:
                 field.pop(fact, None)
+    # stage1 and stage2 may be sections too.
+    described["properties"] |= {name: {"$ref": "#/$defs/StageSection"} for name in FIRST_STAGES}
+    for name in NAMED:
+        patterns = described["properties"][name]["patternProperties"]
+        for pattern, section in patterns.items():
+            patterns[pattern] = {"anyOf": [section, {"type": "null"}]}  # null removes it
     described["properties"][STANDALONE] = {
         "type": "boolean",
         "default": False,
@@ -53,15 +72,13 @@ def schema() -> str:
 
 def tables() -> str:
     """Markdown: the top-level keys, then one table per section."""
-    top = {k: f for k, f in Config.model_fields.items() if k not in dict(sections())}
+    top = {k: f for k, f in Config.model_fields.items() if k not in {*dict(sections())} - {*NAMED}}
     parts = ["### Top level\n\n" + _table(top, top_level=True)]
     for name, model in sections():
-        if name == "stage2":
-            parts.append("### `stage2`\n\nThe keys of `stage1`.\n")
-            continue
-        parts.append(
-            f"### `{name}`\n\n{(model.__doc__ or '').strip()}\n\n" + _table(model.model_fields)
-        )
+        one = NAMED.get(name)
+        title = f"`{name}`: keys of {one}" if one else f"`{name}`"
+        text = inspect.cleandoc(model.__doc__ or "")
+        parts.append(f"### {title}\n\n{text}\n\n" + _table(model.model_fields))
     return "\n".join(parts)
 
 
@@ -71,7 +88,9 @@ def _table(fields: dict[str, FieldInfo], top_level: bool = False) -> str:
         if name == "stage":
             continue
         role = "" if top_level or facts(info).role != "quiet" else " *(quiet)*"
-        kind, default = _type(info.annotation), _default(name, info)
+        kind = FORMS.get(name) or _type(info.annotation)
+        name = info.alias or name
+        default = _default(name, info)
         meaning = (info.description or "").replace("<", "&lt;")
         rows.append(f"| `{name}` | {kind} | {default} | {meaning}{role} |")
     return "\n".join(rows) + "\n"
@@ -91,6 +110,8 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(get_args(annotation)[0])}"
     if origin is dict:
         return f"name: {_type(get_args(annotation)[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     return {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}[annotation]
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline.rules import Rule
 from llava_steps.settings import paths
-from llava_steps.settings.fields import facts
-from llava_steps.settings.steps import section_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 """What a model on the hub can be called; any other text names a directory."""
@@ -46,9 +44,7 @@ def _of_rule(rule: Rule, rules: Mapping[str, Rule]) -> Iterator[tuple[str, str]]
         of_run = any(other.holds(text) is not None for other in rules.values())
         if of_run or (item.field in resolved and HUB_ID.fullmatch(text)):
             continue
-        of_stage = rule.declared.stage and facts(item.info).of_stage
-        section = f"stage{rule.declared.stage}" if of_stage else section_of(rule.name)
-        yield f"{section}.{item.field}: {text}", f"{_where(text)}: {item.info.description}"
+        yield f"{rule.declared.key(item)}: {text}", f"{_where(text)}: {item.info.description}"
 
 
 def _where(text: str) -> str:

@@ -198,8 +198,8 @@ def _difference(shown: Mapping[str, Any] | None, computation: identity.Identity)
     return "changed: " + listing(changed, LISTED)
 
 
-def audit_of(outlooks: Mapping[str, State], stage: int) -> Mapping[str, Any] | None:
-    """Figures of the stage's audit, if that is done."""
-    state = outlooks.get(f"stage{stage}_audit")
+def audit_of(outlooks: Mapping[str, State], rule: str) -> Mapping[str, Any] | None:
+    """Figures of the audit that a rule makes, if that is done."""
+    state = outlooks.get(rule)
     metrics = state.manifest["metrics"] if state and state.manifest else {}
     return metrics if metrics.get("usable") else None

@@ -7,23 +7,27 @@ a stage can train on another dataset or start from another checkpoint.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava_steps.pipeline import slurm
-from llava_steps.settings import cli
+from llava_steps.pipeline import expand, slurm, variants
+from llava_steps.pipeline.expand import Declared, Result
+from llava_steps.settings import cli, paths, sweep
 from llava_steps.settings.blend import read_blend
+from llava_steps.settings.comparison import Comparison
 from llava_steps.settings.config import Config
-from llava_steps.settings.dataset import Audit
 from llava_steps.settings.fields import StepConfig, facts
-from llava_steps.settings.load import DEMO
 from llava_steps.settings.report import Report
 from llava_steps.settings.stage.stage import Stage
-from llava_steps.settings.steps import STEPS, StepDeclaration, section_of
+from llava_steps.settings.steps import STEPS
 from llava_steps.store.store import MANIFEST, read_manifest
+
+PAGES = {"report": "report.html", "comparison": "comparison.html"}
+"""Kinds of rules that make a page, which is copied beside the results of the run."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +35,36 @@ class Rule:
     """One call of a step module."""
 
     name: str
-    module: str
+    label: str
+    """What tells it from the same rule of other variants; empty where they share it."""
+    declared: Declared
+    config: Config
+    """Configuration of the run, or of a variant of its sweep that has the rule."""
     settings: StepConfig
     """With every source field filled in."""
     out: Path
     """Directory that shows the result, `<results>/<run>/<rule>`."""
     upstream: tuple[str, ...]
     """Rules whose results it reads."""
+    after: str
+    """Rule that must succeed first, although its result is not read."""
     files: tuple[str, ...]
     """Paths outside the run that it reads, as far as they are known without a network."""
     where: tuple[str, ...]
     """Flags that say where values are kept and which image computes them."""
 
     @property
-    def declared(self) -> StepDeclaration:
-        return STEPS[self.name]
+    def kind(self) -> str:
+        return self.declared.step.kind
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names in the configuration: of the rule in all variants, and of its kind."""
+        return (self.declared.name, self.kind)
+
+    @property
+    def module(self) -> str:
+        return f"llava_steps.{self.declared.step.module}"
 
     @property
     def manifest(self) -> str:
@@ -54,13 +73,12 @@ class Rule:
     @property
     def before(self) -> tuple[str, ...]:
         """Rules whose results it reads, and the one that must have passed before."""
-        after = self.declared.after
-        return (*self.upstream, after) if after else self.upstream
+        return (*self.upstream, self.after) if self.after else self.upstream
 
     @property
     def page(self) -> Path | None:
         """What its job copies beside the results of the run."""
-        return self.out.with_name("report.html") if self.name == "report" else None
+        return self.out.with_name(PAGES[self.kind]) if self.kind in PAGES else None
 
     def holds(self, text: str) -> Path | None:
         """The path within its result that a text names; None for one that lies elsewhere."""
@@ -75,7 +93,7 @@ class Rule:
     @property
     def threads(self) -> int:
         """Cores of its job."""
-        threads = self.declared.threads
+        threads = self.declared.step.threads
         return threads if isinstance(threads, int) else int(getattr(self.settings, threads))
 
     @property
@@ -102,24 +120,60 @@ class Rule:
 
 
 def chain(config: Config, image: str = "") -> dict[str, Rule]:
-    """All rules of a run by name, in an order in which they can run; `image` is its digest."""
-    run = Path(config.results, config.run)
+    """All rules of a run by name, in an order in which they can run; `image` is its digest.
+
+    A rule that is equal in several variants of a sweep is one. The others have their results in
+    `<results>/<run>/<what differs>/<rule>`.
+    """
+    assignments = [variant.assignments for variant in config.variants]
+    declared = [expand.declared(variant.config) for variant in config.variants]
+    instances = variants.instances(assignments, declared)
     rules: dict[str, Rule] = {}
-    for step in STEPS.values():
-        if step.optional and not _asked(config, step.rule):
-            continue
-        feeds = step.feeds
-        if step.rule == "report":
-            # It shows the results and every rule before them, and needs no other.
-            shown = before(rules, results(rules))
-            feeds = {key: rule for key, rule in feeds.items() if rule in shown}
-        rules[step.rule] = _rule(step, config, run, image, feeds, rules)
+    by_variant: list[dict[str, Rule]] = []
+    for variant, listed, named in zip(config.variants, declared, instances, strict=True):
+        own: dict[str, Rule] = {}
+        for each in listed:
+            instance = named[each.name]
+            if instance.name not in rules:
+                rules[instance.name] = _rule(each, instance, variant.config, image, own)
+            own[each.name] = rules[instance.name]
+        by_variant.append(own)
+    if config.sweep:
+        compared = _comparison(
+            config, dict(zip(sweep.labels(assignments), by_variant, strict=True))
+        )
+        instance = variants.Instance(compared.name, "")
+        rules[compared.name] = _rule(compared, instance, config, image, rules)
     return rules
 
 
-def results(rules: Iterable[str]) -> list[str]:
+def _comparison(config: Config, by_variant: Mapping[str, Mapping[str, Rule]]) -> Declared:
+    """The rule that compares the variants of a sweep, given as label -> rules."""
+    feeds: dict[str, Result] = {}
+    differ: dict[str, str] = {}
+    for variant, (label, own) in zip(config.variants, by_variant.items(), strict=True):
+        differ[label] = json.dumps(variant.assignments)
+        feeds[f"evaluations.{label}"] = Result(own["evaluation"].name)
+        for rule in own.values():
+            if rule.kind == "checkpoint":
+                feeds[f"trainings.{label}/{rule.declared.stage}"] = Result(rule.name)
+    settings = Comparison(title=config.run, settings=differ)
+    return Declared("comparison", STEPS["comparison"], settings, feeds, is_result=True)
+
+
+def results(rules: Mapping[str, Rule]) -> list[str]:
     """Those of `rules` that a run is for."""
-    return [name for name in rules if STEPS[name].result]
+    return [name for name, rule in rules.items() if rule.declared.is_result]
+
+
+def groups(rules: Mapping[str, Rule]) -> dict[str, list[str]]:
+    """Names that stand for several rules: a kind of every dataset, a rule of every variant."""
+    made: dict[str, list[str]] = {}
+    for name, rule in rules.items():
+        made.setdefault(rule.declared.name, []).append(name)
+        if rule.declared.step.each == "dataset":
+            made.setdefault(rule.kind, []).append(name)
+    return {name: [*dict.fromkeys(rs)] for name, rs in made.items() if name not in rules}
 
 
 def lost(rules: Mapping[str, Rule]) -> list[str]:
@@ -130,36 +184,45 @@ def lost(rules: Mapping[str, Rule]) -> list[str]:
     messages = []
     for rule in rules.values():
         shown = read_manifest(rule.out)
-        for key, info in type(rule.settings).model_fields.items():
-            text = getattr(rule.settings, key) if facts(info).is_data else ""
+        for item in paths.given(rule.settings):
+            text = item.text if facts(item.info).is_data else ""
             if shown and text in rule.files and not os.path.exists(text):
-                before = shown["inputs"].get(key, {}).get("path", "")
+                before = shown["inputs"].get(item.key, {}).get("path", "")
                 if before != text:
-                    section = section_of(rule.name)
+                    key = rule.declared.key(item)
                     made = f"{rule.out} was made from {before}" if before else "was empty before"
-                    messages.append(f"{section}.{key}: {text} does not exist; {made}")
+                    messages.append(f"{key}: {text} does not exist; {made}")
     return messages
 
 
-def shares(config: Config, rules: Mapping[str, Rule]) -> dict[str, Rule]:
-    """The calls that share the work of `tar_shards`, by name; empty when it is one job.
+def shares(config: Config, rules: Mapping[str, Rule]) -> dict[str, dict[str, Rule]]:
+    """The calls that share the work of a rule, by rule and share; a rule of one job has none.
 
     Each has the name of the rule whose work it shares: it is forced with it.
     """
-    count = config.cluster.jobs.get("tar_shards", 1)
-    whole = rules["tar_shards"]
-    return {
-        f"{number}-of-{count}": replace(
-            whole,
-            settings=whole.settings.model_copy(
-                update={"part": f"{number}/{count}", "parts": "", "remove_parts": False}
-            ),
-            out=share_out(whole, f"{number}-of-{count}"),
-            where=(f"--save-dir={share_out(whole, f'{number}-of-{count}')}", *whole.where[1:]),
-        )
-        for number in range(1, count + 1)
-        if count > 1
-    }
+    made = {}
+    for name, whole in rules.items():
+        count = _jobs(config, whole.declared)
+        if count > 1:
+            labels = {f"{number}-of-{count}": number for number in range(1, count + 1)}
+            made[name] = {
+                label: _share(whole, label, f"{number}/{count}") for label, number in labels.items()
+            }
+    return made
+
+
+def _jobs(config: Config, declared: Declared) -> int:
+    """The number of jobs that share the work of a rule."""
+    if declared.step.kind != "tar_shards":
+        return 1
+    jobs = config.cluster.jobs
+    return jobs.get(declared.name, jobs.get("tar_shards", 1))
+
+
+def _share(whole: Rule, label: str, part: str) -> Rule:
+    settings = whole.settings.model_copy(update={"part": part, "parts": "", "remove_parts": False})
+    out = share_out(whole, label)
+    return replace(whole, settings=settings, out=out, where=(f"--save-dir={out}", *whole.where[1:]))
 
 
 def share_out(whole: Rule, name: str) -> Path:
@@ -169,13 +232,6 @@ def share_out(whole: Rule, name: str) -> Path:
 
 def _parts(out: Path) -> Path:
     return out.with_name(f"{out.name}_parts")
-
-
-def _asked(config: Config, name: str) -> bool:
-    """Whether a run has one of the rules that it may leave out."""
-    if name == "demo_assets":
-        return config.demo_assets is not None
-    return bool(getattr(config, name).tasks)
 
 
 def before(rules: Mapping[str, Rule], names: Iterable[str]) -> set[str]:
@@ -191,58 +247,56 @@ def before(rules: Mapping[str, Rule], names: Iterable[str]) -> set[str]:
 
 
 def _rule(
-    step: StepDeclaration,
+    declared: Declared,
+    instance: variants.Instance,
     config: Config,
-    run: Path,
     image: str,
-    feeds: Mapping[str, str],
-    earlier: Mapping[str, Rule],
+    own: Mapping[str, Rule],
 ) -> Rule:
-    name, section = step.rule, section_of(step.rule)
-    settings: StepConfig = getattr(config, section)
-    if isinstance(settings, Audit):
-        stage: Stage = config.stage1 if step.stage == 1 else config.stage2
-        fields = Audit.model_fields.items()
-        taken = {key: getattr(stage, key) for key, info in fields if facts(info).of_stage}
-        settings = settings.model_copy(update={"stage": step.stage, **taken})
-    filled: dict[str, Any] = {}
-    upstream: list[str] = []
+    """A rule of the run; `own` are those before it, by the names that `declared` feeds it from."""
+    out = Path(config.results, config.run, instance.label, declared.name)
+    upstream = [own[result.rule].name for result in declared.feeds.values()]
     files: list[str] = []
-    for key, info in type(settings).model_fields.items():
-        if facts(info).role != "source":
+    for item in paths.given(declared.settings):
+        if not item.text or item.key in declared.feeds:
             continue
-        text: str = getattr(settings, key)
-        if text.startswith(DEMO):
-            upstream.append("demo_assets")
-            filled[key] = str(run / "demo_assets" / text.removeprefix(DEMO))
-        elif text:
-            members = []
-            if facts(info).is_blend and os.path.isfile(text):
-                members = [str(path) for path in read_blend(Path(text), "train").files]
-            for path, is_data in ((text, facts(info).is_data), *((m, True) for m in members)):
-                of_run = [rule.name for rule in earlier.values() if rule.holds(path) is not None]
-                upstream += of_run
-                files += [] if of_run else _on_disk(path, is_data)
-        elif key in feeds:
-            upstream.append(feeds[key])
-            filled[key] = str(run / feeds[key])
-    if isinstance(settings, Stage) and not settings.name:
-        filled["name"] = f"{config.run}-{section}"
-    if isinstance(settings, Report) and not settings.title:
-        filled["title"] = config.run
-    out = run / name
-    if config.cluster.jobs.get(name, 1) > 1:
-        filled |= {"parts": str(_parts(out)), "remove_parts": True}
+        members = []
+        if facts(item.info).is_blend and os.path.isfile(item.text):
+            members = [str(path) for path in read_blend(Path(item.text), "train").files]
+        named = ((item.text, facts(item.info).is_data), *((m, True) for m in members))
+        for path, is_data in named:
+            of_run = [rule.name for rule in own.values() if rule.holds(path) is not None]
+            upstream += of_run
+            files += [] if of_run else _on_disk(path, is_data)
+    fed = {key: str(own[result.rule].out / result.inside) for key, result in declared.feeds.items()}
+    settings = paths.replaced(declared.settings, fed)
     where = [f"--save-dir={out}", f"--store={config.store}"]
     return Rule(
-        name=name,
-        module=f"llava_steps.{step.module}",
-        settings=settings.model_copy(update=filled),
+        name=instance.name,
+        label=instance.label,
+        declared=declared,
+        config=config,
+        settings=settings.model_copy(update=_filled(declared, instance, config, out)),
         out=out,
         upstream=tuple(dict.fromkeys(upstream)),
+        after=own[declared.after].name if declared.after else "",
         files=tuple(dict.fromkeys(files)),
         where=(*where, f"--image={image}") if image else tuple(where),
     )
+
+
+def _filled(
+    declared: Declared, instance: variants.Instance, config: Config, out: Path
+) -> dict[str, Any]:
+    """Settings besides sources that a rule gets from the run."""
+    settings = declared.settings
+    if isinstance(settings, Stage) and not settings.name:
+        return {"name": "-".join(filter(None, (config.run, declared.stage, instance.label)))}
+    if isinstance(settings, Report) and not settings.title:
+        return {"title": " ".join(filter(None, (config.run, instance.label)))}
+    if _jobs(config, declared) > 1:
+        return {"parts": str(_parts(out)), "remove_parts": True}
+    return {}
 
 
 def _on_disk(text: str, is_data: bool) -> list[str]:

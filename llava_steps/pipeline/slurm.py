@@ -23,6 +23,8 @@ TASK = (
     "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 """Variables that srun sets in each task."""
+TRAINING = {"runtime": 1440, "mem_mb": 200_000}
+"""Minutes and MB per node that a training requests unless `cluster` has other numbers."""
 HAND_ON = (
     f'for name in {" ".join(TASK)}; do value=$(printenv "$name") && '
     'export "APPTAINERENV_$name=$value"; done; exec "$@"'
@@ -57,18 +59,22 @@ def tasks(nodes: int, gpus: int, gres: str, container: Sequence[str] = ()) -> li
     return [*words, "sh", "-c", HAND_ON, "sh", *container] if container else words
 
 
-def asks(name: str, settings: StepConfig, cluster: Cluster) -> dict[str, Any]:
-    """Snakemake's resources of a rule's job, as far as the configuration decides them."""
-    wanted: dict[str, Any] = {
-        resource: asked[name]
-        for resource, asked in (
-            ("runtime", cluster.runtime),
-            ("mem_mb", cluster.mem_mb),
-            ("cpus_per_task", cluster.cpus),
-        )
-        if name in asked
-    }
+def asks(names: Sequence[str], settings: StepConfig, cluster: Cluster) -> dict[str, Any]:
+    """Snakemake's resources of a rule's job, as far as the configuration decides them.
+
+    `names` are those under which `cluster` may have its numbers, the first one first.
+    """
+    wanted: dict[str, Any] = {}
+    for resource, asked in (
+        ("runtime", cluster.runtime),
+        ("mem_mb", cluster.mem_mb),
+        ("cpus_per_task", cluster.cpus),
+    ):
+        for name in names:
+            if name in asked:
+                wanted.setdefault(resource, asked[name])
     if isinstance(settings, Stage):
+        wanted = TRAINING | wanted
         wanted.setdefault("cpus_per_task", settings.gpus * (1 + settings.num_workers))
         wanted["nodes"] = settings.nodes
         if cluster.gres:
@@ -78,12 +84,12 @@ def asks(name: str, settings: StepConfig, cluster: Cluster) -> dict[str, Any]:
     return wanted
 
 
-def wait_for_jobs(directories: Mapping[str, Path]) -> None:
+def wait_for_jobs(directories: Mapping[Path, str]) -> None:
     """Wait for the jobs that a killed controller left running and that write these results.
 
-    `directories` show the results, by rule.
+    `directories` show the results; each has its rule.
     """
-    for name, out in directories.items():
+    for out, name in directories.items():
         job = lease.slurm_job(out / "work/.work")
         while job and shutil.which("squeue") and _is_queued(job):
             print(f"waiting for Slurm job {job}, which computes {name}", file=sys.stderr)

@@ -19,7 +19,7 @@ from typing import Any
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, LockedError
 from llava_steps.core.log import PROGRESS
-from llava_steps.pipeline import missing, outlook, rules, slurm
+from llava_steps.pipeline import job_table, missing, outlook, rules, slurm
 from llava_steps.settings import load
 from llava_steps.settings.config import Config
 from llava_steps.settings.stage.stage import Stage
@@ -29,8 +29,8 @@ from llava_steps.store.lease import Lease
 from llava_steps.store.run import FORCE_REQUEST
 from llava_steps.store.store import MANIFEST
 
-SHARE = "tar_shards_part"
-"""The rule of one share of `tar_shards`, whose name says what it is a share of."""
+SHARE = "{}_part"
+"""The rule of one share of a rule."""
 
 PASSED = re.compile(
     r"(NCCL|GLOO|TORCH_NCCL|TORCH_GLOO|UCX|FI|OMP|WANDB|HF)_\w+|CUDA_VISIBLE_DEVICES|SLURM_JOB_ID"
@@ -90,17 +90,21 @@ class Run:
         if lost := rules.lost(self.rules) if workflow.is_main_process else []:
             raise ConfigError("\n".join(lost))
         self.shares = rules.shares(self.config, self.rules)
+        """Calls that share the work of a rule, by rule and share."""
+        self.groups = rules.groups(self.rules)
+        """Names that stand for several rules."""
         self.outlook: dict[str, outlook.State] = {}
         """State of each rule, once the graph of jobs is built."""
         self.demand: dict[str, str] = {}
         """Rules that must run, each with the reason."""
         self.forced: set[str] = set()
         """Rules that the user forces."""
-        self._commands = {name: self._command(rule) for name, rule in self._all().items()}
+        self._commands = {name: self._command(rule) for name, rule in self.rules.items()}
         self._read = {name: self._paths(rule) for name, rule in self.rules.items()}
 
-    def _all(self) -> dict[str, rules.Rule]:
-        return {**self.rules, **self.shares}
+    def _all(self) -> list[rules.Rule]:
+        """The rules and the shares of their work."""
+        return [*self.rules.values(), *(s for of in self.shares.values() for s in of.values())]
 
     def _paths(self, rule: rules.Rule) -> list[str]:
         paths = [*(self.rules[other].manifest for other in rule.before), *rule.files]
@@ -130,23 +134,27 @@ class Run:
 
     def share_manifests(self, name: str) -> list[str]:
         """Manifests of the shares that a rule joins."""
-        return [share.manifest for share in self.shares.values()] if name == "tar_shards" else []
+        return [share.manifest for share in self.shares.get(name, {}).values()]
 
-    def share_manifest(self, share: str) -> str:
-        """Manifest of a share of sharding by its name."""
-        return str(rules.share_out(self.rules["tar_shards"], share) / MANIFEST)
+    def share_manifest(self, name: str, share: str) -> str:
+        """Manifest of a share of a rule's work by the name of the share."""
+        return str(rules.share_out(self.rules[name], share) / MANIFEST)
 
-    def directories(self) -> dict[str, Path]:
-        """Directories that show results, those of shares included."""
-        return {name: rule.out for name, rule in self._all().items()}
+    def group_manifests(self, name: str) -> list[str]:
+        """Manifests of the rules that a name stands for."""
+        return [self.rules[rule].manifest for rule in self.groups[name]]
+
+    def directories(self) -> dict[Path, str]:
+        """Directories that show results, those of shares included, with the rule."""
+        return {rule.out: rule.name for rule in self._all()}
 
     def command(self, name: str) -> Callable[[Any], list[str]]:
         """Words of the command of a rule; a function, because words may hold braces."""
         return lambda wildcards: self._commands[name]
 
-    def share_command(self, wildcards: Any) -> list[str]:
+    def share_command(self, name: str) -> Callable[[Any], list[str]]:
         """Words of the command of the share that `wildcards.share` names."""
-        return self._commands[wildcards.share]
+        return lambda wildcards: self._command(self.shares[name][wildcards.share])
 
     def _command(self, rule: rules.Rule) -> list[str]:
         inside: list[str] = []
@@ -172,11 +180,16 @@ class Run:
 
     def resources(self, name: str) -> dict[str, Any]:
         """Resources of a rule's job, as far as the configuration decides them."""
-        return slurm.asks(name, self.rules[name].settings, self.config.cluster)
+        rule = self.rules[name]
+        return slurm.asks(rule.names, rule.settings, self.config.cluster)
+
+    def pages(self) -> list[rules.Rule]:
+        """The rules that make a page."""
+        return [rule for rule in self.rules.values() if rule.page]
 
     def targets(self) -> list[str]:
         """Manifests of what a run is for, and of its report."""
-        return [self.rules[name].manifest for name in (*rules.results(self.rules), "report")]
+        return [self.rules[name].manifest for name in rules.results(self.rules)]
 
     # Before and after the jobs run.
 
@@ -190,6 +203,9 @@ class Run:
         Raises:
             ConfigError: the jobs of the graph are not those that are demanded.
         """
+        # Late: commands that only read rules have no need of Snakemake.
+        from snakemake.exceptions import MissingInputException  # type: ignore[import-untyped]
+
         dag, execution = self.workflow.dag, self.workflow.execution_settings
         if execution and execution.no_hooks:
             raise ConfigError("--no-hooks leaves out the checks of this workflow; drop it")
@@ -198,8 +214,7 @@ class Run:
         self.outlook = outlook.outlook(self.config, self.rules, self.image)
         self.demand = outlook.demanded(self.rules, self.outlook, self.forced)
         names = {*self.demand}
-        if "tar_shards" in names and self.shares:
-            names.add(SHARE)
+        names |= {SHARE.format(name) for name in names & {*self.shares}}
         dag.forcerules.update(self.workflow.get_rule(name) for name in names)
         try:
             self._build()
@@ -263,11 +278,10 @@ class Run:
         dag = self.workflow.dag
         names = {rule.name for rule in dag.forcerules}
         files = {os.path.normpath(file) for file in dag.forcefiles}
-        made = [*((n, r.outputs) for n, r in self.rules.items())]
-        made += [("tar_shards", (share.manifest,)) for share in self.shares.values()]
+        made = [(rule.name, rule.outputs) for rule in self._all()]
         names |= {name for name, outputs in made if files & {*map(os.path.normpath, outputs)}}
-        if SHARE in names and self.shares:
-            names.add("tar_shards")
+        names |= {name for name in self.shares if SHARE.format(name) in names}
+        names |= {rule for name, group in self.groups.items() if name in names for rule in group}
         return names & {*self.rules}
 
     def request_forced(self) -> None:
@@ -279,7 +293,7 @@ class Run:
         if self.workflow.touch:
             return  # nothing is computed
         asked = self.forced & self._concerned()
-        for rule in self._all().values():
+        for rule in self._all():
             request = rule.out / FORCE_REQUEST
             if rule.name in asked:
                 request.parent.mkdir(parents=True, exist_ok=True)
@@ -305,11 +319,11 @@ class Run:
                 "slurm on a cluster, set nodes to 1, or start a launcher on each node yourself"
             )
 
-    def stages_to_train(self) -> list[int]:
-        """Numbers of the training stages whose jobs the graph holds."""
+    def stages_to_train(self) -> list[tuple[Config, str]]:
+        """The training stages whose jobs the graph holds, each with its configuration."""
         running = {job.rule.name for job in self.workflow.dag.needrun_jobs()}
         return [
-            rule.declared.stage
+            (rule.config, rule.declared.stage)
             for name, rule in self.rules.items()
             if name in running and isinstance(rule.settings, Stage)
         ]
@@ -366,28 +380,7 @@ class Run:
 
     def jobs(self) -> Iterator[str]:
         """Lines of a table: what each rule asks the cluster for, if the profile is of one."""
-        if "runtime" not in (self.workflow.resource_settings.default_resources or {}):
-            return
-        columns = ("nodes", "gres", "cpus_per_task", "mem_mb", "runtime", "slurm_partition")
-        titles = "rule,jobs,nodes,GPUs a node,cpus,MB,min,partition,image"
-        table: list[tuple[Any, ...]] = [tuple(titles.split(","))]
-        counts = dict.fromkeys(self.rules, 1)
-        if self.shares:
-            counts[SHARE] = len(self.shares)
-        for name, count in counts.items():
-            resources = self.workflow.get_rule(name).resources
-            asked = {key: _as_given(resources.get(key)) for key in columns}
-            asked["cpus_per_task"] = asked["cpus_per_task"] or _as_given(resources.get("_cores"))
-            asked["nodes"] = asked["nodes"] or 1
-            cells = [asked[key] or "-" for key in columns]
-            table.append((name, count, *cells, self.config.image or "-"))
-        widths = [max(len(str(line[i])) for line in table) for i in range(len(table[0]))]
-        for line in table:
-            padded = (str(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
-            yield "  ".join(padded).rstrip()
-
-
-def _as_given(resource: Any) -> Any:
-    """A resource as profile or rule gave it; a computed one is known once there is a job."""
-    raw = getattr(resource, "raw", resource)
-    return "computed" if callable(raw) else raw
+        if "runtime" in (self.workflow.resource_settings.default_resources or {}):
+            counts = dict.fromkeys(self.rules, 1)
+            counts |= {SHARE.format(name): len(shares) for name, shares in self.shares.items()}
+            yield from job_table.lines(self.workflow, counts, self.config.image)

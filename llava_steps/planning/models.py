@@ -37,7 +37,7 @@ def model_of(config: Config, done: bool = False, shapes: Path = SHAPES) -> Model
     Raises:
         InputError: a configuration is missing or cannot be used; the message lists where it can be.
     """
-    given = config.stage2.tokenizer_load_dir
+    given = config.stages[config.last_stage].tokenizer_load_dir
     built = Path(given or Path(config.results, config.run, "hf_model"))
     exists = (built / "config.json").is_file()
     if given or (exists and done):

@@ -33,13 +33,13 @@ def model_text(model: Model) -> list[str]:
     ]
 
 
-def stage_text(plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]:
+def stage_text(title: str, plan: StagePlan, gpu: Gpu | None, efficiency: float) -> list[str]:
     """A paragraph for a stage."""
     s, m = plan.stage, plan.memory
     dp, tp, pp = s.data_parallel, s.tensor_model_parallel, s.pipeline_model_parallel
     parts = ", ".join(f"{name} {size(number)}" for name, number in m.parts().items())
     lines = [
-        f"Stage {s.stage}: {plan.trained_parameters:,} of {plan.parameters:,} parameters trained",
+        f"{title}: {plan.trained_parameters:,} of {plan.parameters:,} parameters trained",
         f"  {s.train_steps:,} steps of {s.global_batch_size} samples: {plan.samples:,} samples, "
         f"{count(plan.tokens)} tokens ({plan.data.tokens:.0f} per sample, {plan.data.source})",
         f"  {s.world_size} processes: tp {tp}, pp {pp}, dp {dp}; "

@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -51,11 +51,19 @@ def _gpus(text: str) -> int:
     return count
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, where = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    return name, where
+def _pair_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
+    """A converter of NAME=VALUE, whose value is of a kind."""
+
+    def pair(text: str) -> tuple[str, Any]:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+        try:
+            return name, kind(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is not a number") from None
+
+    return pair
 
 
 class _Switch(argparse.BooleanOptionalAction):
@@ -116,7 +124,8 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
             else:
                 spec |= {"type": str, "nargs": "+", "action": "extend", "metavar": "TEXT"}
         elif get_origin(plain) is dict:
-            spec |= {"type": _pair, "action": "append", "metavar": "NAME=VALUE"}
+            pair = _pair_of(_plain(get_args(plain)[1]))
+            spec |= {"type": pair, "action": "append", "metavar": "NAME=VALUE"}
         else:
             read = _gpus if declared.counts_gpus else plain
             kind = {str: "TEXT"}.get(plain, plain.__name__.upper())

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from llava_steps.settings.cluster import Cluster
 from llava_steps.settings.conversion import HfExport, HfModel, MegatronCheckpoint
 from llava_steps.settings.dataset import Audit, EnergonDataset, TarShards
 from llava_steps.settings.demo_assets import DemoAssets
 from llava_steps.settings.evaluation import Evaluation, LlmJpEvalMm, LmmsEval
+from llava_steps.settings.recipe import NAME, Dataset, Share, StageSection
 from llava_steps.settings.report import Report
-from llava_steps.settings.stage.stage import Stage
+from llava_steps.settings.steps import STEPS
+
+UNTRAINED = "megatron_checkpoint"
+"""What `from` names for the model before any training."""
+
+
+class Variant(NamedTuple):
+    """One configuration of a sweep."""
+
+    assignments: dict[str, Any]
+    """What it sets, by dotted key."""
+    config: Config
 
 
 class Config(BaseModel):
@@ -44,18 +58,28 @@ class Config(BaseModel):
     )
     cluster: Cluster = Field(default_factory=Cluster)
     demo_assets: DemoAssets | None = Field(None, description="makes the demo's data and models")
-    tar_shards: TarShards
+    datasets: dict[Annotated[str, Field(pattern=NAME)], Dataset] = Field(
+        {}, description="named datasets, each with keys of `tar_shards` and `energon_dataset`"
+    )
+    tar_shards: TarShards = Field(default_factory=TarShards)
     energon_dataset: EnergonDataset = Field(default_factory=EnergonDataset)
     hf_model: HfModel
     megatron_checkpoint: MegatronCheckpoint = Field(default_factory=MegatronCheckpoint)
     audit: Audit = Field(default_factory=Audit)
-    stage1: Stage
-    stage2: Stage
+    stages: dict[Annotated[str, Field(pattern=NAME)], StageSection] = Field(
+        min_length=1, description="training stages, in order"
+    )
     hf_export: HfExport = Field(default_factory=HfExport)
     evaluation: Evaluation
     lmms_eval: LmmsEval = Field(default_factory=LmmsEval)
     llm_jp_eval_mm: LlmJpEvalMm = Field(default_factory=LlmJpEvalMm)
     report: Report = Field(default_factory=Report)
+    sweep: dict[str, list[Any]] | list[dict[str, Any]] = Field(
+        {},
+        description="variants of the run: KEY: [VALUE, ...] for every combination, or a list of "
+        "{KEY: VALUE}; keys are dotted, such as stages.stage2.lr",
+    )
+    _variants: list[Variant] = PrivateAttr(default_factory=list)
 
     @field_validator("run", "results", "store")
     @classmethod
@@ -76,10 +100,124 @@ class Config(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _stages_start_somewhere(self) -> Config:
+        for name, stage in self.stages.items():
+            if stage.start and stage.megatron_load_dir:
+                raise ValueError(
+                    f"stages.{name}: from names a stage, megatron_load_dir a path: give only one"
+                )
+            if stage.start not in {"", UNTRAINED, *self.stages}:
+                raise ValueError(
+                    f"stages.{name}.from: {stage.start!r} is not a stage; stages are "
+                    f"{', '.join(self.stages)}; {UNTRAINED} is the model before training"
+                )
+        self.ordered_stages()
+        return self
+
+    @model_validator(mode="after")
+    def _data_is_known(self) -> Config:
+        for name, stage in self.stages.items():
+            here = f"stages.{name}.data"
+            for dataset in stage.data:
+                if dataset not in self.datasets:
+                    known = ", ".join(self.datasets) or "none; add the section datasets"
+                    raise ValueError(f"{here}: {dataset!r} is not a dataset; datasets are {known}")
+            if stage.data or stage.data_path:
+                continue
+            if len(self.datasets) > 1:
+                raise ValueError(
+                    f"{here} is missing; name one or several of {', '.join(self.datasets)}"
+                )
+            if not self.dataset_names:
+                raise ValueError(
+                    f"{here}: the run has no data; describe it in the section datasets, or give "
+                    "tar_shards.source"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _resources_are_for_rules(self) -> Config:
+        known = self.rule_names()
+        for key in ("runtime", "mem_mb", "cpus", "jobs"):
+            for name in getattr(self.cluster, key):
+                if name not in known:
+                    raise ValueError(
+                        f"cluster.{key}: {name} is not a rule; rules are {', '.join(known)}"
+                    )
+        return self
+
     @field_validator("audit")
     @classmethod
     def _audits_are_of_stages(cls, audit: Audit) -> Audit:
         taken = {"stage", "tokenizer_load_dir", "data_path", "seq_length", "too_long"}
         if given := sorted(taken & audit.model_fields_set):
-            raise ValueError(f"{given[0]} is the stage's; set it in stage1 and stage2 instead")
+            raise ValueError(f"{given[0]} is the stage's; set it in each stage instead")
         return audit
+
+    def rule_names(self) -> list[str]:
+        """Names of rules and of their kinds, which stand for all rules of a kind."""
+        each = {"dataset": [name for name in self.dataset_names if name], "stage": [*self.stages]}
+        names: dict[str, None] = {}
+        for kind, step in STEPS.items():
+            names |= dict.fromkeys(f"{name}_{kind}" for name in each.get(step.each, []))
+            names[kind] = None
+        return [*names]
+
+    def sweep_over(self, variants: Iterable[Variant]) -> None:
+        """Keep the configurations of the sweep's variants."""
+        self._variants.extend(variants)
+
+    @property
+    def variants(self) -> list[Variant]:
+        """The configurations that the run computes: those of the sweep, or only this one."""
+        return self._variants or [Variant({}, self)]
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """Names of the datasets; the one of tar_shards.source has the empty name."""
+        return [*self.datasets] or [""] * bool(self.tar_shards.source)
+
+    def dataset(self, name: str) -> Dataset:
+        """A dataset by name; the empty one is that of tar_shards.source."""
+        return self.datasets.get(name) or Dataset.model_validate({"source": self.tar_shards.source})
+
+    def data_of(self, stage: str) -> dict[str, Share]:
+        """The datasets that a stage reads, by name; none where it reads a path."""
+        section = self.stages[stage]
+        if section.data or section.data_path:
+            return dict(section.data)
+        return {self.dataset_names[0]: Share()}
+
+    def start_of(self, stage: str) -> str:
+        """The stage that a stage starts from; empty for the model before training."""
+        names = [*self.stages]
+        start = self.stages[stage].start or names[names.index(stage) - 1]
+        return "" if start in (UNTRAINED, stage) or self._is_first(stage) else start
+
+    def _is_first(self, stage: str) -> bool:
+        return not self.stages[stage].start and stage == next(iter(self.stages))
+
+    def ordered_stages(self) -> list[str]:
+        """The stages in an order in which they can be trained: as in the file where possible.
+
+        Raises:
+            ValueError: stages start from each other.
+        """
+        order: list[str] = []
+        while len(order) < len(self.stages):
+            free = [
+                name
+                for name in self.stages
+                if name not in order and self.start_of(name) in {"", *order}
+            ]
+            if not free:
+                left = [name for name in self.stages if name not in order]
+                raise ValueError(f"stages {', '.join(left)} start from each other; change a from")
+            order.append(free[0])
+        return order
+
+    @property
+    def last_stage(self) -> str:
+        """The last stage of the file, whose export is `hf_export`."""
+        return [*self.stages][-1]

@@ -16,7 +16,8 @@ class TarShards(StepConfig):
     """Raw images and conversations to tar shards in the webdataset layout."""
 
     source: str = source(
-        help="LLaVA JSON or JSONL beside its images; parquet with embedded images; CSV, TSV or "
+        "",
+        "LLaVA JSON or JSONL beside its images; parquet with embedded images; CSV, TSV or "
         "JSONL beside its images; webdataset tars; a file or a folder",
         is_data=True,
     )

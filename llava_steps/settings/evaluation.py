@@ -17,6 +17,7 @@ class Evaluation(StepConfig):
     before: str = source("", "HF directory before training", optional=True)
     after_stage1: str = source("", "HF directory after stage 1", optional=True)
     after_stage2: str = source("", "HF directory after stage 2", optional=True)
+    models: dict[str, str] = source({}, "further models, as NAME=HF directory", optional=True)
     max_new_tokens: PositiveInt = value(16, "largest number of tokens of an answer")
     metrics: list[Literal["vqa_accuracy", "rouge_l", "cider", "perplexity"]] = value(
         [],

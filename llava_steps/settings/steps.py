@@ -1,44 +1,50 @@
-"""The table of the steps of a run: name, module, inputs and resources of each rule.
+"""The table of the kinds of steps: name, module, inputs and resources of each rule.
 
-Rules, targets, the sections of the configuration, the report and the plan follow from it. A new
-step needs a line here, a settings class, and the module named in `module`.
+Rules, targets, the sections of the configuration, the report and the plan follow from it. A kind
+that is `each` dataset's or stage's makes a rule for every one of them, named `<dataset>_<kind>` or
+`<stage>_<kind>`. A new step needs a line here, a settings class, and the module named in `module`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class StepDeclaration:
-    """One rule of the workflow."""
+    """A kind of step."""
 
-    rule: str
-    """Name of the rule, and of the directory that shows its result."""
+    kind: str
+    """Name of the rule, or the end of its name where datasets or stages have their own."""
     module: str
     """Module of `llava_steps` that it runs."""
     feeds: Mapping[str, str] = field(default_factory=dict)
-    """Source field -> rule whose result is used when the configuration leaves it empty."""
+    """Source field -> kind of rule whose result is used when the configuration leaves it empty; or
+    DATA, START: what the stage reads and what it starts from."""
+    each: Literal["", "dataset", "stage"] = ""
+    """What has a rule of this kind each; empty: the run has one."""
     section: str = ""
-    """Section of the configuration; empty: named like the rule."""
+    """Section of the configuration; empty: named like the kind."""
     after: str = ""
-    """Rule that must succeed first, although its result is not read."""
+    """Kind of rule that must succeed first, although its result is not read."""
     threads: int | str = 1
     """Cores of its job, or the setting with their number."""
     optional: bool = False
     """Whether a run has it only if its configuration enables it."""
     result: bool = False
     """Whether it is a goal of a run: `all` requests these."""
-    stage: int = 0
-    """The training stage that it belongs to; 0: none."""
     summary: str = ""
     """The description in `snakemake --list-rules`."""
 
 
-def _data_of_stage() -> dict[str, str]:
-    return {"tokenizer_load_dir": "hf_model", "data_path": "energon_dataset"}
+DATA = "data of the stage"
+"""In `feeds`: the prepared dataset of a stage, or the blend of several."""
+START = "start of the stage"
+"""In `feeds`: the checkpoint that a stage starts from."""
 
+_OF_STAGE = {"tokenizer_load_dir": "hf_model", "data_path": DATA}
 
 _STEPS = (
     StepDeclaration(
@@ -51,6 +57,7 @@ _STEPS = (
     StepDeclaration(
         "tar_shards",
         "shard_tars",
+        each="dataset",
         threads="workers",
         summary="Raw images and conversations to tar shards.",
     ),
@@ -58,6 +65,7 @@ _STEPS = (
         "energon_dataset",
         "prepare_energon",
         {"tar_dir": "tar_shards"},
+        each="dataset",
         threads="workers",
         summary="Tar shards to a megatron-energon dataset.",
     ),
@@ -73,61 +81,49 @@ _STEPS = (
         summary="Hugging Face safetensors to a Megatron checkpoint.",
     ),
     StepDeclaration(
-        "stage1_audit",
-        "audit",
-        _data_of_stage(),
-        section="audit",
-        stage=1,
-        summary="Stage 1: read the dataset as training will see it.",
+        "blend",
+        "blend",
+        each="stage",
+        optional=True,
+        summary="The datasets of a stage, with their shares, as one blend file.",
     ),
     StepDeclaration(
-        "stage2_audit",
         "audit",
-        _data_of_stage(),
-        section="audit",
-        stage=2,
-        summary="Stage 2: read the dataset as training will see it.",
+        "audit",
+        _OF_STAGE,
+        each="stage",
+        optional=True,
+        summary="The dataset of a stage, read as training will see it.",
     ),
     StepDeclaration(
-        "stage1_checkpoint",
+        "checkpoint",
         "train",
-        {"megatron_load_dir": "megatron_checkpoint", **_data_of_stage()},
-        section="stage1",
-        after="stage1_audit",
+        {"megatron_load_dir": START, **_OF_STAGE},
+        each="stage",
+        section="stages",
+        after="audit",
         threads="gpus",
-        stage=1,
-        summary="Stage 1: train the projector.",
+        summary="Training of a stage.",
     ),
     StepDeclaration(
-        "stage1_export",
+        "export",
         "megatron_to_hf",
-        {"megatron_dir": "stage1_checkpoint", "tokenizer_dir": "hf_model"},
+        {"megatron_dir": "checkpoint", "tokenizer_dir": "hf_model"},
+        each="stage",
         section="hf_export",
-        stage=1,
-        summary="Stage 1 checkpoint to Hugging Face safetensors, for evaluation.",
-    ),
-    StepDeclaration(
-        "stage2_checkpoint",
-        "train",
-        {"megatron_load_dir": "stage1_checkpoint", **_data_of_stage()},
-        section="stage2",
-        after="stage2_audit",
-        threads="gpus",
-        stage=2,
-        summary="Stage 2: train the projector and the language model.",
+        optional=True,
+        summary="Checkpoint of a stage to Hugging Face safetensors, for evaluation.",
     ),
     StepDeclaration(
         "hf_export",
         "megatron_to_hf",
-        {"megatron_dir": "stage2_checkpoint", "tokenizer_dir": "hf_model"},
+        {"megatron_dir": "checkpoint", "tokenizer_dir": "hf_model"},
         result=True,
-        stage=2,
-        summary="Stage 2 checkpoint to Hugging Face safetensors.",
+        summary="Checkpoint of the last stage to Hugging Face safetensors.",
     ),
     StepDeclaration(
         "evaluation",
         "evaluate",
-        {"before": "hf_model", "after_stage1": "stage1_export", "after_stage2": "hf_export"},
         threads=2,
         result=True,
         summary="Scores on held-out data, and sample answers.",
@@ -150,18 +146,18 @@ _STEPS = (
         result=True,
         summary="Scores of llm-jp-eval-mm's tasks.",
     ),
+    StepDeclaration("report", "report", result=True, summary="Report page of the run."),
+    StepDeclaration(
+        "comparison",
+        "compare",
+        optional=True,
+        result=True,
+        summary="Scores and losses of the variants of a sweep.",
+    ),
 )
 
-STEPS: dict[str, StepDeclaration] = {step.rule: step for step in _STEPS}
-"""By rule, in an order in which they can run. The report, last, reads all of them."""
-STEPS["report"] = StepDeclaration(
-    "report", "report", {rule: rule for rule in STEPS}, summary="Report page of the run."
-)
-
-
-def section_of(rule: str) -> str:
-    """Section of the configuration that holds the settings of a rule."""
-    return STEPS[rule].section or rule
+STEPS: dict[str, StepDeclaration] = {step.kind: step for step in _STEPS}
+"""By kind, in an order in which they can run. The report, last, reads all of them."""
 
 
 def modules() -> list[str]:

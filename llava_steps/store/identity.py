@@ -82,14 +82,18 @@ def _inputs(
                 inputs[key] = Input(Path(text), known, shown=text)
                 continue
         path = step.resolve[name](text, recorded is None) if name in step.resolve else Path(text)
-        if not path.exists():
-            raise InputError(f"{flag_name(name, info)}: {path} does not exist")
+        missing = InputError(f"{flag_name(name, info)}: {path} does not exist")
         artefact = store.artefact_of(path)
+        if artefact is None and not path.exists():
+            raise missing
         if artefact is not None:
             directory, manifest = artefact
             entry = store.entry_of(directory, manifest)
             store.check(entry, manifest, digests.file if recorded is None else None)
+            # In the entry: a result does not show what lies beside its payload.
             inside = path.relative_to(directory).as_posix()
+            if not (entry / inside).exists():
+                raise missing
             digest = manifest["content"] if inside == "." else f"{manifest['content']}/{inside}"
             if named_files := _named_by(info, entry / inside, digests):
                 digest = filesystem.sha256_json([digest, named_files])

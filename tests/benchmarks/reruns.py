@@ -33,6 +33,8 @@ from pydantic.fields import FieldInfo
 from llava_steps.core.errors import ConfigError
 from llava_steps.settings import cli, load
 from llava_steps.settings.fields import facts
+from tests.helpers.sections import section as section_of
+from tests.helpers.sections import sections
 from tests.workflow.project import Project, make_project
 
 DIRECT = {
@@ -103,6 +105,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "background": {"background": "black"},
     "field_map": {"field_map": {"image": "png"}},
     "model_args": {"model_args": {"a": "b"}},
+    "models": {"models": {"other": "other"}},
+    "results": {"results": {"other": "other"}},
     "metrics": {"metrics": ["vqa_accuracy"]},
     "prompts": {"prompts": ["What is it?"]},
     "stage2.freeze_lm": {"freeze_lm": True},
@@ -167,11 +171,12 @@ class Change:
 def changes(project: Project) -> Iterator[Change]:
     """A change of every key that a run can have; AssertionError for one that it may not have."""
     config = load.load([project.root / "config/config.yaml", project.root / "base.yaml"])
-    for section, model in load.sections():
+    for section, model in sections():
         if section == "cluster":
             continue
         for key, info in model.model_fields.items():
-            current = getattr(getattr(config, section), key)
+            held = section_of(config, section)
+            current = getattr(held, key)
             roles = {name: facts(field).role for name, field in model.model_fields.items()}
             audited = section == "audit" and key in ("seq_length", "too_long", "data_path",
                                                      "tokenizer_load_dir")  # fmt: skip
@@ -179,7 +184,6 @@ def changes(project: Project) -> Iterator[Change]:
             if audited or special == {}:
                 continue
             settings = special or {key: other_value(info, key, current)}
-            held = getattr(config, section)
             different = [name for name, item in settings.items() if getattr(held, name) != item]
             assert key in different, f"{section}.{key} does not change"
             hit: set[str] = set()

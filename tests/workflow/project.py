@@ -51,8 +51,17 @@ def work(ctx, cfg):
         if step == "demo_assets":
             (ctx.entry / name).mkdir(exist_ok=True)
             (ctx.entry / name / "config.json").write_text("{}")
-    if step == "report":
-        (ctx.entry / "report.html").write_text(step)
+    if step in ("report", "comparison"):
+        (ctx.entry / f"{step}.html").write_text(step)
+    if step == "blend":
+        rows = [
+            {"path": os.path.relpath(item.path.resolve(), ctx.entry), "repetitions": 1}
+            for key, item in ctx.inputs.items()
+            if key.startswith("datasets.")
+        ]
+        head = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
+        blend = head | {"splits": {"train": {"blend_epochized": rows}}}
+        (ctx.entry / "blend.yaml").write_text(json.dumps(blend))
     while Path(f"hold-{step}").exists():
         time.sleep(0.02)
     inputs = {k: v.digest for k, v in ctx.inputs.items()}
@@ -81,6 +90,7 @@ MODULES = {
     "prepare_energon": ("dataset.EnergonDataset", "'energon_dataset'"),
     "build_hf": ("conversion.HfModel", "'hf_model'"),
     "hf_to_megatron": ("conversion.MegatronCheckpoint", "'megatron_checkpoint'"),
+    "blend": ("blend_file.BlendFile", "'blend'"),
     "audit": ("dataset.Audit", "lambda cfg: f'stage{cfg.stage}_audit'"),
     "train": ("stage.stage.Stage", "lambda cfg: f'stage{cfg.stage}_checkpoint'"),
     "megatron_to_hf": ("conversion.HfExport", "'hf_export'"),
@@ -88,6 +98,7 @@ MODULES = {
     "lmms_eval": ("evaluation.LmmsEval", "'lmms_eval'"),
     "llm_jp_eval_mm": ("evaluation.LlmJpEvalMm", "'llm_jp_eval_mm'"),
     "report": ("report.Report", "'report'"),
+    "compare": ("comparison.Comparison", "'comparison'"),
 }
 
 # Of the shipped configuration, which asks for no benchmark.

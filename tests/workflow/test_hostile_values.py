@@ -24,8 +24,9 @@ from snakemake.utils import format as snakemake_format
 
 from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline import rules as pipeline_rules
-from llava_steps.settings import cli, load
+from llava_steps.settings import cli, forms, load
 from llava_steps.settings.config import Config
+from tests.helpers.sections import sections
 from tests.workflow.values import HOSTILE
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ exec "$@"
 
 def texts() -> Iterator[tuple[str, str, str]]:
     """(section or nothing, key, kind) of every key of the configuration that holds text."""
-    owners = [("", Config), *((name, model) for name, model in load.sections())]
+    owners = [("", Config), *sections()]
     for section, model in owners:
         for key, info in model.model_fields.items():
             kinds = [info.annotation, *get_args(info.annotation)]
@@ -77,11 +78,16 @@ def given(kind: str, value: str) -> Any:
     return {"text": value, "list": [value], "names": {"n": value, value: "x"}}[kind]
 
 
+def settled(values: dict[str, Any]) -> Config:
+    """The configuration of one file."""
+    return Config.model_validate(forms.canonical(values))
+
+
 class Judge:
     """Whether a key takes a value, and whether its flag says just that value."""
 
     def __init__(self) -> None:
-        self.sections = dict(load.sections())
+        self.sections = dict(sections())
         self.parsers = {}
         for name, model in self.sections.items():
             self.parsers[name] = cli.argparse.ArgumentParser(allow_abbrev=False)
@@ -91,9 +97,9 @@ class Judge:
         owner: type[BaseModel] = self.sections.get(section, Config)
         values = (BASE.get(section, {}) if section else BASE) | {key: given(kind, value)}
         try:
-            found = owner.model_validate(values)
-            if section == "audit":
-                Config.model_validate(BASE | {section: values})
+            found = owner.model_validate(values) if section else settled(values)
+            if section in ("audit", "tar_shards"):
+                settled(BASE | {section: values})
             if section in ("", "cluster"):
                 return True
             line = cli.flags(found)
@@ -105,12 +111,12 @@ class Judge:
 
 
 def templates() -> dict[str, str]:
-    """The shell command of each rule, as its file has it; that of the step rules by no name."""
+    """The shell command of the rules in each file."""
     found = {}
     for path in (ROOT / "workflow/rules").glob("*.smk"):
         for rule in re.split(r"^ *rule\b *", path.read_text(), flags=re.M)[1:]:
-            (shell,) = re.findall(r'shell:\n((?: *".*"\n)+)', rule)
-            found[rule.partition(":")[0]] = "".join(re.findall(r'"(.*)"', shell))
+            for shell in re.findall(r'shell:\n((?: *".*"\n)+)', rule):
+                found[path.stem] = "".join(re.findall(r'"(.*)"', shell))
     return found
 
 
@@ -122,7 +128,7 @@ def commands(rules: dict[str, pipeline_rules.Rule], config: Config, page: Path) 
         words = rule.command(config.cluster.gres, inside)
         params = {"command": words, "made": str(rule.out / "report.html")}
         line = snakemake_format(
-            TEMPLATES.get(name, TEMPLATES[""]),
+            TEMPLATES["pages" if rule.page else "steps"],
             params=type("Params", (), params),
             output=type("Output", (), {"page": str(page)}),
         )
@@ -170,14 +176,14 @@ def test_reach_their_step_or_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
 def check(config: dict[str, Any], place: Path) -> None:
     """Run all commands of a configuration in `place` and look at what they were given."""
     (place / "own.yaml").write_text(yaml.safe_dump(config))
-    settled = load.load(["own.yaml"])
-    assert settled == Config.model_validate(config), "YAML changed a value"
-    rules = pipeline_rules.chain(settled, "sha256:0")
+    read = load.load(["own.yaml"])
+    assert read == settled(config), "YAML changed a value"
+    rules = pipeline_rules.chain(read, "sha256:0")
     out = rules["report"].out
     out.mkdir(parents=True)
     (out / "report.html").write_text("page")
     page = out.parent / "report.html"
-    for command in commands(rules, settled, page):
+    for command in commands(rules, read, page):
         subprocess.run(["bash", "-c", f"set -euo pipefail; {command}"], check=True)
     assert page.read_text() == "page"
     calls = (place / "notes").read_bytes().decode().split("\0\0end\0")[:-1]

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from llava_steps.pipeline import arguments
-from llava_steps.settings.steps import STEPS
 from tests.workflow.project import MODULES, ROOT, RULES, Project
 
 
@@ -25,10 +24,20 @@ def test_all_is_the_default_and_needs_every_rule(fresh: Project) -> None:
 
 def needed(rule: str) -> set[str]:
     """`rule` and every rule before it."""
-    before = {*STEPS[rule].feeds.values(), STEPS[rule].after}
-    before &= {*RULES}  # benchmarks that nobody asks for
-    if rule in ("tar_shards", "hf_model", "evaluation"):
-        before.add("demo_assets")  # the shipped configuration's `demo:` paths
+    before = {
+        "tar_shards": ["demo_assets"],
+        "energon_dataset": ["tar_shards"],
+        "hf_model": ["demo_assets"],
+        "megatron_checkpoint": ["hf_model"],
+        "stage1_audit": ["hf_model", "energon_dataset"],
+        "stage2_audit": ["hf_model", "energon_dataset"],
+        "stage1_checkpoint": ["stage1_audit", "megatron_checkpoint"],
+        "stage1_export": ["stage1_checkpoint"],
+        "stage2_checkpoint": ["stage2_audit", "stage1_checkpoint"],
+        "hf_export": ["stage2_checkpoint"],
+        "evaluation": ["demo_assets", "hf_model", "stage1_export", "hf_export"],
+        "report": ["evaluation"],
+    }.get(rule, [])
     return {rule}.union(*(needed(name) for name in before))
 
 

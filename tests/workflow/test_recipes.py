@@ -13,8 +13,7 @@ from llava_steps.geometry.costs import parameters
 from llava_steps.planning.models import model_of
 from llava_steps.settings.config import Config
 from llava_steps.settings.load import load
-from llava_steps.settings.steps import STEPS
-from tests.workflow.project import ROOT, Project
+from tests.workflow.project import ROOT, RULES, Project
 
 SHIPPED = ROOT / "config/config.yaml"
 PLACE = ROOT / "config/recipes"
@@ -44,7 +43,7 @@ def test_a_recipe_is_whole_fits_and_plans(
     assert config == load([PLACE / name]), "it takes nothing from the demo"
     for stage in planned(config, monkeypatch)["stages"]:  # type: ignore[attr-defined]
         assert stage["fits"] and stage["hours"] > 0.1
-    assert config.stage1.lang == config.stage2.lang != ""
+    assert config.stages["stage1"].lang == config.stages["stage2"].lang != ""
     for path in (config.tar_shards.source, config.evaluation.data):
         (fresh.root / path).parent.mkdir(exist_ok=True)
         (fresh.root / path).write_text("[]")
@@ -53,7 +52,7 @@ def test_a_recipe_is_whole_fits_and_plans(
         assert f"stage1.data_path: {data} does not exist" in text
         (fresh.root / data).mkdir(parents=True)
     rules = fresh.planned("--configfile", f"config/recipes/{name}")
-    assert rules == sorted(name for name, step in STEPS.items() if not step.optional)
+    assert rules == sorted(name for name in RULES if name != "demo_assets")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -64,7 +63,7 @@ def test_a_recipe_on_more_nodes(name: str, nodes: str, monkeypatch: pytest.Monke
     except ConfigError as error:
         assert "over several nodes is not there yet" in str(error)
         pytest.skip("training over several nodes is refused")
-    assert config.stage2.world_size == 8 * int(nodes[0])
+    assert config.stages["stage2"].world_size == 8 * int(nodes[0])
     for stage in planned(config, monkeypatch)["stages"]:  # type: ignore[attr-defined]
         assert stage["fits"]
 

@@ -16,7 +16,8 @@ def check_plan():
     """Once the graph of jobs is built, and before any of them has spent its time."""
     for line in this_run.jobs():
         print(line, file=sys.stderr)
-    plan.refuse(this_run.config, this_run.stages_to_train())
+    for config, stage in this_run.stages_to_train():
+        plan.refuse(config, stage)
 
 
 this_run.take_over(in_one_line, check_plan, MissingInputException)

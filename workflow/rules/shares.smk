@@ -1,17 +1,19 @@
-# Sharding in several jobs, as `cluster.jobs` asks for it: each writes a share, tar_shards joins them.
+# Sharding in several jobs, as `cluster.jobs` asks for it: each writes a share, which the rule of the
+# dataset joins.
 
-if this_run.shares:
+for step in map(this_run.rules.get, this_run.shares):
 
-    rule tar_shards_part:
-        """A share of the work of tar_shards."""
+    rule:
+        name:
+            f"{step.name}_part"
         input:
-            this_run.inputs("tar_shards"),
+            this_run.inputs(step.name),
         output:
-            temp(this_run.share_manifest("{share}")),
-        threads: this_run.rules["tar_shards"].threads
+            temp(this_run.share_manifest(step.name, "{share}")),
+        threads: step.threads
         resources:
-            **this_run.resources("tar_shards"),
+            **this_run.resources(step.name),
         params:
-            command=this_run.share_command,
+            command=this_run.share_command(step.name),
         shell:
             "{params.command:q}"

@@ -5,7 +5,7 @@
 # these enters the image. A training that was killed resumes from its last checkpoint in the store.
 
 for step in this_run.rules.values():
-    if step.name == "report":
+    if step.page:
         continue
 
     rule:
@@ -17,7 +17,7 @@ for step in this_run.rules.values():
         output:
             step.manifest,
         # Report what a stage cannot read before another stage has spent its time.
-        priority: 1 if step.declared.module == "audit" else 0
+        priority: 1 if step.kind == "audit" else 0
         container:
             this_run.container(step.name)
         threads: step.threads
