@@ -204,7 +204,6 @@ class Run:
             ConfigError: the jobs of the graph are not those that are demanded.
         """
         # Late: commands that only read rules have no need of Snakemake.
-        from snakemake.exceptions import MissingInputException  # type: ignore[import-untyped]
 
         dag, execution = self.workflow.dag, self.workflow.execution_settings
         if execution and execution.no_hooks:
