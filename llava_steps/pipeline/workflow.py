@@ -203,8 +203,6 @@ class Run:
         Raises:
             ConfigError: the jobs of the graph are not those that are demanded.
         """
-        # Late: commands that only read rules have no need of Snakemake.
-
         dag, execution = self.workflow.dag, self.workflow.execution_settings
         if execution and execution.no_hooks:
             raise ConfigError("--no-hooks leaves out the checks of this workflow; drop it")

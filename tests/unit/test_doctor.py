@@ -204,7 +204,7 @@ def test_nodes_are_asked_for_and_told(tmp_path: Path, monkeypatch: pytest.Monkey
         store=str(tmp_path), cluster={"gres": "gpu"},
         stage2={"nodes": 2, "gpus": 8, "global_batch_size": 64, "micro_batch_size": 4},
     )  # fmt: skip
-    found = list(processes.on_nodes(settled, settled.stage2, ["-p", "gpu"], []))
+    found = list(processes.on_nodes(settled, "stage2", ["-p", "gpu"], []))
     line = (tmp_path / "line").read_text()
     assert line.startswith("--cpus-per-task=8 --time=10 -p gpu --nodes=2 --ntasks=2 ")
     assert "--gres=gpu:8 python -m llava_steps.launch.probe --place=" in line

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 DEMO = load([ROOT / "config/config.yaml"])
 TEXT, SUPERVISED = 24, 8
 STAGES = {
-    "demo, stage 1": DEMO.stage1,
-    "demo, stage 2": DEMO.stage2,
+    "demo, stage 1": DEMO.stages["stage1"].settings,
+    "demo, stage 2": DEMO.stages["stage2"].settings,
     "pipeline": {"pipeline_model_parallel": 2, "micro_batch_size": 8, "global_batch_size": 32},
     "sequence parallel": {"tensor_model_parallel": 2, "sequence_parallel": True,
                           "micro_batch_size": 8, "global_batch_size": 8},
