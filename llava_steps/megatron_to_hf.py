@@ -11,6 +11,7 @@ writes names and files that transformers 4.45 to 4.57 read too.
 
 from __future__ import annotations
 
+from llava_steps.core.errors import StepError
 from llava_steps.settings.conversion import HfExport
 from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
@@ -27,6 +28,7 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     from llava_steps.conversion.lora import open_weights
     from llava_steps.conversion.selfcheck import compare_layers
     from llava_steps.conversion.tensors import TensorDirectory
+    from llava_steps.data.samples import saved_prompts
     from llava_steps.geometry.geometry import Geometry
     from llava_steps.geometry.hf_directory import read_object
     from llava_steps.store.commit import latest_commit, read_commit
@@ -42,6 +44,10 @@ def run(ctx: Context, cfg: HfExport) -> dict[str, object]:
     ):
         copied = copy_companions(tensors, ctx.entry)
         complete_processor(ctx.entry)
+        try:
+            saved_prompts.rewrite(ctx.entry)
+        except StepError as error:
+            ctx.log.warning("tokenizer and chat template are exported as they are: %s", error)
         weights, layout = checkpoint / "weights", tensors
         if cfg.export_format == "transformers-4":
             rewrite_companions(ctx.entry, geometry)

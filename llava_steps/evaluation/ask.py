@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
 
 from llava_steps.conversion.weight_files import check_weight_files
-from llava_steps.core.errors import InputError
+from llava_steps.core.errors import ConfigError, InputError
 from llava_steps.core.third_party import reported
 from llava_steps.data.samples.images import ImageReader
 from llava_steps.data.samples.processor import load_processor
-from llava_steps.data.samples.sample import PLACEHOLDER, SampleError
-from llava_steps.data.samples.template import message_parts, takes_parts
+from llava_steps.data.samples.prompt import Prompts
+from llava_steps.data.samples.sample import SampleError, Turn
 from llava_steps.geometry.hf_directory import read_config
 
 TINY = 10_000_000
@@ -69,7 +72,7 @@ class Model:
 
         Raises:
             InputError: the directory is not a whole LLaVA model with its processor.
-            ConfigError: its chat template has no place for an image.
+            ConfigError: its chat template cannot be used, as in training.
         """
         from transformers import LlavaForConditionalGeneration
         from transformers.utils import logging
@@ -98,26 +101,15 @@ class Model:
                 f"{directory}: the files lack weights, which transformers would fill with random "
                 f"numbers: {', '.join(missing[:3])} ({len(missing)} in all); export the model again"
             )
-        self._processor.tokenizer.padding_side = "left"
-        self._as_parts = takes_parts(self._processor)
+        try:
+            self._prompts = Prompts(self._processor)
+        except ConfigError as error:
+            raise ConfigError(f"{directory}: {error}") from error
+        self._lead = self._prompts.lead()
         self._read = ImageReader(self._processor.image_processor)
         self.directory = directory
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network: Any = model.to(self.device).eval()
-
-    def prompt(self, turns: Sequence[dict[str, str]]) -> str:
-        """The chat template's text up to the beginning of the answer; one image token per image."""
-        messages = [{"role": turn["role"], "content": self._content(turn)} for turn in turns]
-        text: str = self._processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        return text
-
-    def _content(self, turn: dict[str, str]) -> str | list[dict[str, str]]:
-        text = turn["content"]
-        if self._as_parts:
-            return message_parts(text)
-        return text.replace(PLACEHOLDER, self._processor.image_token)
 
     def inputs(self, questions: Sequence[Question]) -> Any:
         """Model inputs of a batch: input_ids, attention_mask int64 [n, longest], padded on the
@@ -127,15 +119,46 @@ class Model:
             SampleError: an image cannot be used; the message names its question.
         """
         images = [image for question in questions for image in self._images(question)]
-        prompts = [self.prompt(question.turns) for question in questions]
-        bos = self._processor.tokenizer.bos_token
-        return self._processor(
-            text=prompts,
-            images=images or None,
-            padding=True,
-            # Like processor.apply_chat_template: no second <s> after that of the template.
-            add_special_tokens=not (bos and prompts[0].startswith(bos)),
-            return_tensors="pt",
+        rows = [self._ids(question) for question in questions]
+        longest = max(map(len, rows))
+        shape = (len(rows), longest)
+        ids, mask = torch.full(shape, self._pad_id()), torch.zeros(shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, longest - len(row) :] = torch.tensor(row)
+            mask[number, longest - len(row) :] = 1
+        data = {"input_ids": ids, "attention_mask": mask}
+        if images:
+            pixels = self._processor.image_processor(images, return_tensors="pt")
+            data["pixel_values"] = pixels["pixel_values"]
+        return BatchFeature(data)
+
+    def _ids(self, question: Question) -> list[int]:
+        """The prompt, with as many image tokens as the images have features."""
+        turns = [Turn(turn["role"], turn["content"]) for turn in question.turns]
+        try:
+            ids = self._prompts.ids(turns)
+        except SampleError as error:
+            where = f"question {question.id}: " if question.id else ""
+            raise InputError(f"{where}{error}") from error
+        image = self._processor.tokenizer.convert_tokens_to_ids(self._processor.image_token)
+        if image not in ids:
+            return ids
+        return [
+            number for one in ids for number in [one] * (self._image_tokens if one == image else 1)
+        ]
+
+    @cached_property
+    def _image_tokens(self) -> int:
+        """Tokens that the processor writes for one image."""
+        image = Image.new("RGB", (50, 30))
+        token = self._processor.image_token
+        inputs = self._processor(text=[token], images=[image], add_special_tokens=False)
+        return len(inputs["input_ids"][0])
+
+    def _pad_id(self) -> int:
+        tokenizer = self._processor.tokenizer
+        return int(
+            next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         )
 
     def _images(self, question: Question) -> list[Any]:
@@ -167,9 +190,9 @@ class Model:
                 tokens = self.network.generate(
                     **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
                 )
-            texts = self._processor.batch_decode(
-                tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            length = inputs["input_ids"].shape[1]
+            spoken = [without_lead(row[length:].tolist(), self._lead) for row in tokens]
+            texts = self._processor.batch_decode(spoken, skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
             advance(len(chosen))
@@ -182,7 +205,7 @@ class Model:
         with self.threads():
             self.network.generate(
                 **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-                streamer=Stream(self._processor.tokenizer, write),
+                streamer=Stream(self._processor.tokenizer, write, self._lead),
             )  # fmt: skip
 
     @contextlib.contextmanager
@@ -200,10 +223,13 @@ class Stream(BaseStreamer):  # type: ignore[misc]
     """Writes the text of generated tokens as soon as it is final.
 
     A character of several tokens is written whole, and texts without spaces do not wait for one.
+    The ids `lead`, which the chat template writes before an answer, are not part of it.
     """
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        self._tokenizer, self._write = tokenizer, write
+    def __init__(
+        self, tokenizer: Any, write: Callable[[str], None], lead: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer, self._write, self._lead = tokenizer, write, list(lead)
         self._ids: list[int] | None = None
         self._written = 0
 
@@ -213,6 +239,8 @@ class Stream(BaseStreamer):  # type: ignore[misc]
             self._ids = []
             return
         self._ids += value.flatten().tolist()
+        if len(self._ids) < len(self._lead) and self._lead[: len(self._ids)] == self._ids:
+            return
         text = self._text()
         if not text.endswith("\ufffd"):
             self._hand_over(text)
@@ -222,13 +250,19 @@ class Stream(BaseStreamer):  # type: ignore[misc]
         self._hand_over(self._text())
 
     def _text(self) -> str:
-        text: str = self._tokenizer.decode(self._ids or [], skip_special_tokens=True)
+        ids = without_lead(self._ids or [], self._lead)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
     def _hand_over(self, text: str) -> None:
         if len(text) > self._written:
             self._write(text[self._written :])
             self._written = len(text)
+
+
+def without_lead(ids: list[int], lead: Sequence[int]) -> list[int]:
+    """The ids of an answer, without what the chat template writes before every answer."""
+    return ids[len(lead) :] if lead and ids[: len(lead)] == list(lead) else ids
 
 
 def _length(question: Question) -> tuple[int, int]:

@@ -8,38 +8,19 @@ Its `llava_hf` model differs from apply_chat_template with an export in two ways
   a second one before that of the template.
 
 Both are fixed in the template: a directory of links to the model's files, with a few lines of Jinja
-before its template. The resulting prompts are compared with the model's own.
+around its template. The resulting prompts are compared with the model's own.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError
-from llava_steps.data.samples.sample import PLACEHOLDER
-from llava_steps.data.samples.template import message_parts, takes_parts
 
 TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"
-WITHOUT_BOS = "{%- set bos_token = '' %}"
-TEXT_OF_PARTS = """\
-{%- set plain = namespace(messages=[], text='') -%}
-{%- for message in messages -%}
-{%- if message['content'] is string -%}
-{%- set plain.text = message['content'] -%}
-{%- else -%}
-{%- set plain.text = '' -%}
-{%- for part in message['content'] -%}
-{%- set plain.text = plain.text + (IMAGE if part['type'] == 'image' else part['text']) -%}
-{%- endfor -%}
-{%- endif -%}
-{%- set plain.messages = plain.messages + [{'role': message['role'], 'content': plain.text}] -%}
-{%- endfor -%}
-{%- set messages = plain.messages %}"""
-END = "{{- '' }}"
-"""Follows the lines, to keep white space at the beginning of the template itself."""
+CONVERSATION = [("user", "<image>\nA?"), ("assistant", "B."), ("user", "C?")]
 
 
 def directory(model: Path, parent: Path) -> Path:
@@ -50,47 +31,42 @@ def directory(model: Path, parent: Path) -> Path:
         ConfigError: the prompts would differ from those of the model.
     """
     from llava_steps.data.samples.processor import load_processor
+    from llava_steps.data.samples.prompt import Prompts
+    from llava_steps.data.samples.sample import Turn
+    from llava_steps.data.samples.template_text import without_bos
     from llava_steps.evaluation import ask
 
     ask.check_llava(model)
     processor = load_processor(model)
-    as_parts = takes_parts(processor)
-    wanted = _ids(processor, _own(processor, as_parts), special=not _begins(processor, as_parts))
-    lines = "" if as_parts else TEXT_OF_PARTS.replace(
-        "IMAGE", json.dumps(processor.image_token + "\n")
-    )  # fmt: skip
-    if wanted != _ids(processor, _own(processor, as_parts)):
-        lines = WITHOUT_BOS + lines
-    if lines:
-        processor.chat_template = lines + END + processor.chat_template
-        model = _linked(model, parent / model.name, processor.chat_template)
-    if _ids(processor, _own(processor, as_parts=True)) != wanted:
-        raise ConfigError(
-            f"{model}: the prompts of lmms-eval would differ from the chat template; give one that "
-            "takes {'type': 'image'} parts"
+    try:
+        prompts = Prompts(processor)
+    except ConfigError as error:
+        raise ConfigError(f"{model}: {error}") from error
+    wanted = prompts.ids([Turn(role, text) for role, text in CONVERSATION])
+    if _ids(processor, prompts.template.text) == wanted:
+        return model
+    both = prompts.template.both_forms()
+    for text in (both, without_bos(both)):
+        if _ids(processor, text) == wanted:
+            return _linked(model, parent / model.name, text)
+    raise ConfigError(
+        f"{model}: the prompts of lmms-eval would differ from the chat template; export the model "
+        "again, or give a tokenizer that adds no tokens to a text"
+    )
+
+
+def _ids(processor: Any, template: str) -> list[int]:
+    """The ids of lmms-eval: contents as parts, the prompt tokenized as any text; [] if it fails."""
+    from llava_steps.data.samples.template import message_parts
+
+    turns = [{"role": role, "content": message_parts(text)} for role, text in CONVERSATION]
+    try:
+        prompt = processor.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-    return model
-
-
-def _own(processor: Any, as_parts: bool) -> str:
-    """The prompt of two turns, the first with an image, its content as parts or as text."""
-    conversation = [("user", f"{PLACEHOLDER}\nA?"), ("assistant", "B."), ("user", "C?")]
-    turns = []
-    for role, text in conversation:
-        content: Any = text.replace(PLACEHOLDER, processor.image_token)
-        turns.append({"role": role, "content": message_parts(text) if as_parts else content})
-    prompt: str = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return prompt
-
-
-def _begins(processor: Any, as_parts: bool) -> bool:
-    """Whether the template writes the beginning token itself."""
-    bos = processor.tokenizer.bos_token
-    return bool(bos) and _own(processor, as_parts).startswith(bos)
-
-
-def _ids(processor: Any, text: str, special: bool = True) -> list[int]:
-    ids: list[int] = processor.tokenizer(text, add_special_tokens=special)["input_ids"]
+    except Exception:  # a template may fail in any way on parts
+        return []
+    ids: list[int] = processor.tokenizer(prompt)["input_ids"]
     return ids
 
 

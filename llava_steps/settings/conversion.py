@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Literal
 
 from pydantic import NonNegativeInt as Count
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 
 from llava_steps.settings.fields import StepConfig, source, value
 
@@ -24,6 +25,12 @@ class HfModel(StepConfig):
     )
     chat_template: str = source(
         "", "Jinja file that replaces the text model's chat template", optional=True, is_data=True
+    )
+    template_date: str = value(
+        "",
+        "date (2026-01-31) that a chat template writes which asks for today's; empty: such a "
+        "template is refused",
+        pattern=r"^(\d{4}-\d{2}-\d{2})?$",
     )
     vision_feature_layer: int = value(-2, "hidden state of the tower that the projector reads")
     vision_feature_select_strategy: Literal["default", "full"] = value(
@@ -50,6 +57,13 @@ class HfModel(StepConfig):
         "dtype of the saved weights; 'source' keeps those of tower and language model, and "
         "saves the projector in that of the language model",
     )
+
+    @field_validator("template_date")
+    @classmethod
+    def _date(cls, text: str) -> str:
+        if text:
+            datetime.date.fromisoformat(text)
+        return text
 
 
 class MegatronCheckpoint(StepConfig):

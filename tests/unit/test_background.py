@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from llava_steps.conversion.build import build
 from llava_steps.conversion.export_format import rewrite_companions
 from llava_steps.core.errors import ConfigError
-from llava_steps.data.samples.conversation import ConversationEncoder, load_processor
+from llava_steps.data.samples.conversation import ConversationEncoder
+from llava_steps.data.samples.processor import load_processor
 from llava_steps.evaluation.ask import Model, Question
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.settings.conversion import HfModel

@@ -140,6 +140,7 @@ class Auditor:
         self.totals["supervised"] += encoded.supervised
         self.totals["images"] += encoded.images
         self.totals["answers"] += encoded.answers
+        self.totals["context_answers"] += encoded.context_answers
 
     def _name(self, samples: list[dict[str, str]], where: str, why: str, kind: str) -> None:
         self.totals[kind] += 1
@@ -148,7 +149,8 @@ class Auditor:
 
     def report(self) -> dict[str, Any]:
         """Everything that was found, as JSON; shares are of tokens, lengths in tokens."""
-        keys = ("samples", "usable", "refused", "broken", "truncated", "answers", "images")
+        keys = ["samples", "usable", "refused", "broken", "truncated", "answers", "images"]
+        keys += ["context_answers"] if self.totals["context_answers"] else []
         tokens = self.totals["tokens"]
         return {
             **{key: self.totals[key] for key in keys},
@@ -207,15 +209,18 @@ def judge(
     if encoder.pad_id not in encoder.end_ids and (labels == encoder.pad_id).any():
         problems.append("a padding token is supervised")
     spans = runs(supervised)
-    answers, wanted = len(sample.turns) // 2, len(sample.images)
+    answers, wanted = len(sample.turns) // 2 - encoded.context_answers, len(sample.images)
     if encoded.cut:  # whole rounds with their images, or part of the first one
         answers = min(max(len(spans), 1), answers)
-        wanted = sum(turn.content.count(PLACEHOLDER) for turn in sample.turns[: 2 * answers])
+        rounds = sample.turns[: 2 * answers + len(sample.turns) % 2]  # a system turn goes before
+        wanted = sum(turn.content.count(PLACEHOLDER) for turn in rounds)
+        wanted = wanted if not encoded.context_answers else encoded.images
     if len(spans) != answers:
         problems.append(f"{len(spans)} supervised spans for {answers} answers")
     ended = sum(int(labels[stop - 1]) in encoder.end_ids for _, stop in spans)
-    if ended != answers and not (encoded.cut and answers == 1 and length == encoder.seq_length):
-        problems.append(f"{ended} of {answers} answers are supervised up to an end token")
+    closed = answers - encoded.open_answers
+    if ended != closed and not (encoded.cut and answers == 1 and length == encoder.seq_length):
+        problems.append(f"{ended} of {closed} answers are supervised up to an end token")
     if length > encoder.seq_length:
         problems.append(f"{length} tokens are more than seq_length {encoder.seq_length}")
     images = int((tokens == encoder.image_token_id).sum())

@@ -91,9 +91,10 @@ class Corpus:
         """
         sample = self.readers[ref.dataset].parse(raw)
         rounds = self.members[ref.dataset].max_turns
-        if rounds is None or len(sample.turns) <= 2 * rounds:
+        system = len(sample.turns) % 2  # a system turn goes before the rounds
+        if rounds is None or len(sample.turns) <= 2 * rounds + system:
             return sample
-        turns = sample.turns[: 2 * rounds]
+        turns = sample.turns[: 2 * rounds + system]
         images = sum(turn.content.count(PLACEHOLDER) for turn in turns)
         return Sample(sample.id, turns, sample.images[:images], sample.extra)
 

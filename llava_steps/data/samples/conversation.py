@@ -7,7 +7,6 @@ answers and their end tokens, already shifted by one position.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ import numpy.typing as npt
 import torch
 
 from llava_steps.core.errors import ConfigError
+from llava_steps.data.samples.answers import Answers, Span
 from llava_steps.data.samples.encoded import IGNORED, Encoded
 from llava_steps.data.samples.images import ImageTransform
 from llava_steps.data.samples.processor import load_processor
+from llava_steps.data.samples.prompt import Prompts, Tokens
 from llava_steps.data.samples.sample import SampleError, Turn
-from llava_steps.data.samples.template import Template
 from llava_steps.geometry.hf_directory import read_object
 
 
@@ -48,50 +48,53 @@ class ConversationEncoder:
     ) -> None:
         processor = load_processor(hf_dir)
         tokenizer = processor.tokenizer
-        if not tokenizer.is_fast:
-            raise ConfigError(f"{hf_dir}: a fast tokenizer (tokenizer.json) is needed for labels")
         self.seq_length = seq_length
         self._truncate = truncate
         self.images = ImageTransform(processor.image_processor)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(processor.image_token)
         self.tokens_per_image = _tokens_per_image(processor, self.images)
         self.pad_id = _pad_id(tokenizer, self.image_token_id, hf_dir)
-        self.end_ids = _end_ids(hf_dir, tokenizer)
+        self.end_ids = end_ids(hf_dir, tokenizer)
         ends = [tokenizer.convert_ids_to_tokens(i) for i in self.end_ids]
-        self._template = _template(processor, ends, chat_template or hf_dir)
-        self._bos: str | None = tokenizer.bos_token
-        self._backend = _exact_offsets(tokenizer)
+        try:
+            self.prompts = Prompts(processor, chat_template)
+            self._answers = Answers(self.prompts.template, processor, ends)
+        except ConfigError as error:
+            raise ConfigError(f"{chat_template or hf_dir}: {error}") from error
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
         """Ids and labels of a checked conversation.
 
         Raises:
             SampleError: longer than seq_length and not to be cut, or not so that an answer and its
-                images stay; nothing supervised, an image token inside an answer, a token across
-                the border of an answer, or what `Template.render` refuses.
+                images stay; nothing supervised, a token across the border of an answer, or what
+                `Answers.render` and `Prompts.check_borders` refuse.
         """
-        rendered = self._template.render(turns)
-        encoding = self._tokenize(rendered.text)
-        ids = np.array(encoding.ids, dtype=np.int64)
-        inside = _inside(encoding.offsets, rendered.spans, rendered.text)
-        is_image = ids == self.image_token_id
+        rendered = self._answers.render(turns)
+        tokens = self.prompts.tokenize(rendered.text)
+        inside = _inside(tokens, rendered.spans, rendered.text)
+        self.prompts.check_borders(rendered.text, tokens, [span.start for span in rendered.spans])
+        is_image = tokens.ids == self.image_token_id
         if (inside & is_image).any():
             raise SampleError("an answer contains an image token")
         repeats = np.where(is_image, self.tokens_per_image, 1)
-        kept = len(ids)
+        kept = len(tokens.ids)
         if cut := self._too_long(int(repeats.sum())):
             kept = _fitting(np.cumsum(repeats), inside, is_image, self.seq_length)
-        tokens = np.repeat(ids[:kept], repeats[:kept])
-        targets = np.where(np.repeat(inside[:kept], repeats[:kept]), tokens, IGNORED)
+        ids = np.repeat(tokens.ids[:kept], repeats[:kept])
+        targets = np.where(np.repeat(inside[:kept], repeats[:kept]), ids, IGNORED)
         shifted = np.full_like(targets, IGNORED)
         shifted[:-1] = targets[1:]
         if not (shifted != IGNORED).any():
             raise SampleError("no token is supervised")
+        whole = int((_ends(inside) < kept).sum())
         return Encoded(
-            torch.from_numpy(tokens),
+            torch.from_numpy(ids),
             torch.from_numpy(shifted),
             images=int(is_image[:kept].sum()),
-            answers=int((_ends(inside) < kept).sum()),
+            answers=whole,
+            open_answers=sum(not span.ended for span in rendered.spans[:whole]),
+            context_answers=len(turns) // 2 - len(rendered.spans),
             cut=cut,
         )
 
@@ -101,19 +104,14 @@ class ConversationEncoder:
         Raises:
             SampleError: longer than seq_length and not to be cut, or no text for it.
         """
-        ids: list[int] = self._tokenize(self._template.text(turns)).ids
-        length = len(ids) + ids.count(self.image_token_id) * (self.tokens_per_image - 1)
+        ids = self.prompts.tokenize(self._answers.render(turns).text).ids
+        images = int((ids == self.image_token_id).sum())
+        length = len(ids) + images * (self.tokens_per_image - 1)
         return len(self.encode(turns).tokens) if self._too_long(length) else length
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.int64]) -> str:
         """The text of some tokens, special ones included."""
-        text: str = self._backend.decode([int(t) for t in tokens], skip_special_tokens=False)
-        return text
-
-    def _tokenize(self, text: str) -> Any:
-        # The tokenizer adds its special tokens unless the template wrote them, as HF does it.
-        template_has_bos = self._bos is not None and text.startswith(self._bos)
-        return self._backend.encode(text, add_special_tokens=not template_has_bos)
+        return self.prompts.decode(tokens)
 
     def _too_long(self, length: int) -> bool:
         """Whether to cut; SampleError if a longer conversation is not to be cut."""
@@ -125,38 +123,25 @@ class ConversationEncoder:
         return length > self.seq_length
 
 
-def _template(processor: Any, ends: Sequence[str], where: Path) -> Template:
-    """The processor's template, or the one in the file `where`."""
-    try:
-        text = where.read_text(encoding="utf-8") if where.is_file() else None
-        return Template(processor, ends, text)
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _inside(
-    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], text: str
-) -> npt.NDArray[np.bool_]:
-    """bool [len(offsets)]: the token lies in one of the spans.
+def _inside(tokens: Tokens, spans: Sequence[Span], text: str) -> npt.NDArray[np.bool_]:
+    """bool [tokens]: the token lies in one of the spans.
 
     Raises:
         SampleError: a token lies across a border, so that prompt and answer share it.
     """
-    mask = np.zeros(len(offsets), dtype=bool)
-    starts = np.array([start for start, _ in offsets])
-    ends = np.array([end for _, end in offsets])
-    real = ends > starts
-    for start, end in spans:
-        for border in (start, end):
-            across = real & (starts < border) & (ends > border)
-            if across.any():
-                a, b = offsets[int(np.argmax(across))]
-                raise SampleError(
-                    f"the token {text[a:b]!r} crosses the border of an answer; the chat "
-                    "template must not end its generation prompt inside a token"
-                )
-        mask |= real & (starts >= start) & (ends <= end)
-    return mask
+    borders = np.array([(span.start, span.end) for span in spans], np.int64).reshape(-1)
+    real = tokens.ends > tokens.starts
+    passed = np.searchsorted(borders, tokens.starts, side="right")
+    across = real & (np.searchsorted(borders, tokens.ends, side="left") > passed)
+    if across.any():
+        number = int(np.argmax(across))
+        shared = text[tokens.starts[number] : tokens.ends[number]]
+        raise SampleError(
+            f"the token {shared!r} crosses the border of an answer; the chat template must "
+            "not end its generation prompt inside a token"
+        )
+    inside: npt.NDArray[np.bool_] = real & (passed % 2 == 1)
+    return inside
 
 
 def _ends(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
@@ -195,26 +180,6 @@ def _fitting(
     return kept
 
 
-def _exact_offsets(tokenizer: Any) -> Any:
-    """The tokenizer's backend with offsets that cover every character, leading spaces too."""
-    from tokenizers import Tokenizer
-
-    def untrim(value: Any) -> Any:
-        if isinstance(value, list):
-            return [untrim(item) for item in value]
-        if isinstance(value, dict):
-            return {k: False if k == "trim_offsets" else untrim(v) for k, v in value.items()}
-        return value
-
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    for part in ("post_processor", "pre_tokenizer"):
-        description[part] = untrim(description[part])
-    backend = Tokenizer.from_str(json.dumps(description))
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
 def _tokens_per_image(processor: Any, images: ImageTransform) -> int:
     """Image tokens that the processor writes for one image."""
     shape = np.broadcast_to(np.float32(0), (1, 3, images.height, images.width))
@@ -238,7 +203,7 @@ def _pad_id(tokenizer: Any, image_token_id: int, hf_dir: Path) -> int:
     return int(pad)
 
 
-def _end_ids(hf_dir: Path, tokenizer: Any) -> list[int]:
+def end_ids(hf_dir: Path, tokenizer: Any) -> list[int]:
     """Ids that end a generation: those of generation_config.json, or else the eos token."""
     ids: Any = None
     path = hf_dir / "generation_config.json"

@@ -22,7 +22,13 @@ class Encoded:
     images: int
     """Images whose tokens are in it: the first ones, all of them unless it is cut."""
     answers: int
-    """Answers that are whole, end token included."""
+    """Supervised answers that are whole."""
+    open_answers: int = 0
+    """Of these, how many have no end token: earlier ones, which the chat template ends
+    differently."""
+    context_answers: int = 0
+    """Earlier answers that are not supervised: the prompt for them, or what the chat template
+    keeps of them, is not as it would be asked and answered."""
     cut: bool = False
     """Longer than seq_length, and cut."""
 

@@ -1,8 +1,7 @@
-"""A conversation as the text that the saved chat template makes of it, with the answers marked.
+"""The chat template of a model: the text of a conversation or of a prompt, with refusals by name.
 
 A template may expect a message's content as text or as a list of parts; which one is found out by
-rendering a probe. Where an answer begins and ends is found by rendering the messages before it and
-up to it: the template must only ever append, so that each rendering is a prefix of the next.
+rendering a probe.
 """
 
 from __future__ import annotations
@@ -10,21 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from llava_steps.core.errors import ConfigError
 from llava_steps.data.samples.sample import PLACEHOLDER, SampleError, Turn
+from llava_steps.data.samples.template_text import (
+    Form,
+    native_form,
+    refuse_changing,
+    with_both_forms,
+)
 
-_PROBE = ("probe-question", "probe-answer", "probe-again", "probe-end")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Text of a conversation, one image token per image, and its supervised spans."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    """[start, end) of each answer in characters, its end token included."""
+_PROBE = ("probe-question", "probe-answer")
 
 
 def message_parts(content: str) -> list[dict[str, str]]:
@@ -44,34 +40,25 @@ def message_parts(content: str) -> list[dict[str, str]]:
     return parts
 
 
-def takes_parts(processor: Any, template: str | None = None) -> bool:
-    """Whether a chat template takes lists of parts, the form of HF's processors, or only texts.
+@dataclass(frozen=True)
+class Message:
+    """One message as the template takes it."""
 
-    Args:
-        processor: LLaVA-like processor with tokenizer and chat template.
-        template: Jinja text used instead of the processor's own template.
+    role: str
+    parts: tuple[str | None, ...]
+    """Its texts; None stands for an image."""
+    as_parts: bool
+    """Whether the template takes its content as a list; otherwise there is exactly one text."""
 
-    Raises:
-        ConfigError: it writes the image token for neither.
-    """
-    own = {} if template is None else {"chat_template": template}
-    image, probe = processor.image_token, _PROBE[0]
-    parts = [{"type": "image"}, {"type": "text", "text": probe}]
-    forms: dict[bool, Any] = {True: parts, False: f"{image}\n{probe}"}
-    for as_parts, content in forms.items():
-        try:
-            text: str = processor.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, **own
-            )
-        except Exception:  # noqa: S112  a template may fail in any way on the other form
-            continue
-        if text.count(image) == 1 and probe in text and "'type'" not in text:
-            return as_parts
-    where = processor.tokenizer.name_or_path if template is None else "a blend"
-    raise ConfigError(
-        f"the chat template of {where} writes the image token neither for {{'type': 'image'}} "
-        f"parts nor for {image!r} in a text; correct it"
-    )
+    def entry(self) -> dict[str, Any]:
+        """What transformers takes."""
+        if not self.as_parts:
+            return {"role": self.role, "content": self.parts[0]}
+        content = [
+            {"type": "image"} if text is None else {"type": "text", "text": text}
+            for text in self.parts
+        ]
+        return {"role": self.role, "content": content}
 
 
 class Template:
@@ -79,110 +66,150 @@ class Template:
 
     Args:
         processor: LLaVA-like processor with tokenizer and chat template.
-        end_tokens: texts of the tokens that end a generation.
         text: Jinja text used instead of the processor's own template.
 
     Raises:
-        ConfigError: no template, or one that supervision cannot be derived from.
+        ConfigError: no template, one that is not Jinja or whose prompts change from call to call,
+            or one without a place for an image.
     """
 
-    def __init__(self, processor: Any, end_tokens: Sequence[str], text: str | None = None) -> None:
+    def __init__(self, processor: Any, text: str | None = None) -> None:
         self._processor = processor
-        self._own = {} if text is None else {"chat_template": text}
+        self.text = default_template(processor) if text is None else text
+        refuse_changing(self.text)
         self.image_token: str = processor.image_token
-        self._ends = sorted(end_tokens, key=len, reverse=True)
-        if not self._ends:
-            raise ConfigError("the tokenizer has no eos_token; answers need an end token")
-        added = processor.tokenizer.added_tokens_decoder.values()
-        special = {str(token) for token in added if token.special}
-        special |= {*processor.tokenizer.all_special_tokens, self.image_token, PLACEHOLDER}
-        self._control = re.compile("|".join(re.escape(t) for t in sorted(special)))
-        self._as_parts = takes_parts(processor, text)
-        self._check()
+        self._form: Form = native_form(self.text) or self._find_form()
 
-    def render(self, turns: Sequence[Turn]) -> Rendered:
-        """Text and supervised spans of a checked conversation.
+    def messages(self, turns: Sequence[Turn]) -> list[Message]:
+        """The turns in the form that the template takes."""
+        return [self._message(self._form, turn.role, turn.content) for turn in turns]
+
+    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        """The text of a conversation, one image token per image; with `prompt`, up to the answer.
 
         Raises:
-            SampleError: the text contains a control token of the tokenizer, or the template does
-                something to this conversation that hides where its answers are.
+            SampleError: the template refuses the conversation.
         """
-        messages, text = self._whole(turns)
-        return Rendered(text, tuple(self._spans(turns, messages, text)))
+        try:
+            return self._apply([message.entry() for message in messages], prompt)
+        except Exception as error:  # a template may fail in any way
+            raise SampleError(f"the chat template refuses the conversation: {error}") from error
 
-    def text(self, turns: Sequence[Turn]) -> str:
-        """Only the text of `render`, which is quicker.
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """The text that asks for the answer that follows the turns, one image token per image.
 
         Raises:
-            SampleError: as `render`, but for what concerns answers.
+            SampleError: the template refuses the turns, or leaves out what is asked.
         """
-        return self._whole(turns)[1]
+        messages = self.messages(turns)
+        text = self.render(messages, prompt=True)
+        self.check_images(turns, text)
+        for number, message in enumerate(messages):
+            # Of earlier answers a template may leave out the reasoning.
+            if message.role != "assistant":
+                check_written(message, number, text)
+        return text
 
-    def _whole(self, turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], str]:
-        for number, turn in enumerate(turns):
-            for piece in turn.content.split(PLACEHOLDER):
-                if match := self._control.search(piece):
-                    raise SampleError(f"control token {match[0]!r} in the text of turn {number}")
-        messages = [self._message(turn) for turn in turns]
-        text = self._apply(messages)
+    def both_forms(self) -> str:
+        """The template's text, with lines before it if it does not take contents in both forms."""
+        if native_form(self.text) or self._takes_both():
+            return self.text
+        return with_both_forms(self.text, self._form, self.image_token)
+
+    def _takes_both(self) -> bool:
+        """Whether contents as parts and as text give the same conversation."""
+        turns = [("user", f"{PLACEHOLDER}\n{_PROBE[0]}"), ("assistant", _PROBE[1])]
+        texts = []
+        for form in get_args(Form):
+            messages = [self._message(form, role, content) for role, content in turns]
+            try:
+                texts.append(self._apply([message.entry() for message in messages]))
+            except Exception:  # a template may fail in any way on another form
+                return False
+        return texts.count(texts[0]) == len(texts)
+
+    def check_images(self, turns: Sequence[Turn], text: str) -> None:
+        """SampleError unless the text has one image token for each placeholder of the turns."""
         images = sum(turn.content.count(PLACEHOLDER) for turn in turns)
-        if text.count(self.image_token) != images:
+        written = text.count(self.image_token)
+        if written != images:
             raise SampleError(
-                f"the chat template writes {text.count(self.image_token)} image tokens for "
-                f"{images} images"
+                f"the chat template writes {written} image tokens for {images} images"
             )
-        return messages, text
 
-    def _spans(
-        self, turns: Sequence[Turn], messages: list[dict[str, Any]], text: str
-    ) -> list[tuple[int, int]]:
-        spans = []
-        for number in range(1, len(turns), 2):
-            before = self._apply(messages[:number], prompt=True)
-            after = text if number + 1 == len(turns) else self._apply(messages[: number + 1])
-            if not after.startswith(before) or not text.startswith(after):
-                raise SampleError(
-                    f"the chat template changes what it wrote before turn {number}: "
-                    "answers cannot be separated from prompts"
-                )
-            answer = turns[number].content.strip()
-            start = len(before)
-            body = start + len(after[start:]) - len(after[start:].lstrip())
-            if not after.startswith(answer, body):
-                raise SampleError(
-                    f"the chat template does not write the answer of turn {number} right after "
-                    "its generation prompt"
-                )
-            rest = after[body + len(answer) :]
-            gap = len(rest) - len(rest.lstrip())
-            end = next((t for t in self._ends if rest.startswith(t, gap)), None)
-            if end is None:
-                raise SampleError(
-                    f"the chat template writes none of the end tokens {self._ends} after the "
-                    f"answer of turn {number}, but {rest[:20]!r}"
-                )
-            spans.append((start, body + len(answer) + gap + len(end)))
-        return spans
+    def _message(self, form: Form, role: str, content: str) -> Message:
+        if form == "parts" or (form == "user parts" and role == "user"):
+            parts = [part.get("text") for part in message_parts(content)]
+            return Message(role, tuple(parts), as_parts=True)
+        text = content.replace(PLACEHOLDER, self.image_token)
+        return Message(role, (text,), as_parts=False)
 
-    def _apply(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+    def _apply(self, entries: list[dict[str, Any]], prompt: bool = False) -> str:
         text: str = self._processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt, **self._own
+            entries, tokenize=False, add_generation_prompt=prompt, chat_template=self.text
         )
         return text
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        if self._as_parts:
-            return {"role": turn.role, "content": message_parts(turn.content)}
-        return {
-            "role": turn.role,
-            "content": turn.content.replace(PLACEHOLDER, self.image_token),
-        }
+    def _find_form(self) -> Form:
+        """Which contents the template takes as lists of parts, the form of HF's processors."""
+        failure = ""
+        forms: tuple[Form, ...] = ("parts", "user parts", "text")
+        question, answer = f"{PLACEHOLDER}\n{_PROBE[0]}", _PROBE[1]
+        for form in forms:
+            messages = [
+                self._message(form, "user", question),
+                self._message(form, "assistant", answer),
+            ]
+            try:
+                text = self._apply([message.entry() for message in messages])
+            except Exception as error:  # a template may fail in any way on another form
+                failure = f"; it fails with: {error}"
+                continue
+            if (
+                text.count(self.image_token) == 1
+                and all(text.count(probe) == 1 for probe in _PROBE)
+                and "'type'" not in text
+            ):
+                return form
+        raise ConfigError(
+            "the chat template writes the image token neither for {'type': 'image'} parts nor for "
+            f"{self.image_token!r} in a text{failure}; correct chat_template.jinja of the HF "
+            "directory"
+        )
 
-    def _check(self) -> None:
-        """Render a conversation of two rounds; what fails here fails for every sample."""
-        roles = ("user", "assistant", "user", "assistant")
-        turns = [Turn(role, text) for role, text in zip(roles, _PROBE, strict=True)]
-        try:
-            self.render(turns)
-        except SampleError as error:
-            raise ConfigError(f"the chat template: {error}") from error
+
+def check_written(message: Message, number: int, text: str) -> None:
+    """SampleError unless every text of message `number` is in `text`."""
+    for part in message.parts:
+        if part is not None and part.strip() not in text:
+            raise SampleError(
+                f"the chat template leaves out what the {message.role} says in turn {number}; use "
+                f"one that writes it, or remove such turns"
+            )
+
+
+def control_pattern(processor: Any) -> re.Pattern[str]:
+    """Matches the texts of all control tokens, which no content may hold."""
+    tokenizer = processor.tokenizer
+    added = tokenizer.added_tokens_decoder.values()
+    special = {str(token) for token in added if token.special}
+    special |= {*tokenizer.all_special_tokens, processor.image_token, PLACEHOLDER}
+    return re.compile("|".join(re.escape(t) for t in sorted(special)))
+
+
+def default_template(processor: Any) -> str:
+    """The template that transformers uses when none is named."""
+    template = processor.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise ConfigError(
+                f"the processor has several chat templates ({', '.join(sorted(template))}) but "
+                "no default; keep the one to use as chat_template.jinja"
+            )
+        template = template["default"]
+    if not template:
+        raise ConfigError(
+            "the processor has no chat template; write one into chat_template.jinja of the HF "
+            "directory"
+        )
+    return str(template)
