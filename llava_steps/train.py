@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llava_steps.core.errors import ConfigError, DivergedError
@@ -21,6 +22,7 @@ from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import commit
 from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
+from llava_steps.store.waiting import Report
 
 if TYPE_CHECKING:
     # Runs in the workers; imported here so that its code is part of this step's code version.
@@ -56,9 +58,12 @@ def run(ctx: Context, cfg: Stage) -> Mapping[str, Any]:
         fingerprint=ctx.fingerprint,
     )
     launcher = this_launcher(cfg)
+    # Launchers of two runs may meet in one entry; those of one run have one --save-dir.
+    launcher = replace(launcher, launch=f"{launcher.launch} {ctx.results}")
     if launcher.leads:
         Failure.forget(ctx.work)
-    group = rendezvous.meet(cfg, launcher, ctx.work, ctx.again)
+    waiting = Report(ctx.log, f"{ctx.entry.parent.name} {ctx.fingerprint}")
+    group = rendezvous.meet(cfg, launcher, ctx.work, ctx.again, waiting)
     if group is None:
         return {}
     launch(job, ctx.until_sealed.enter_context(group))

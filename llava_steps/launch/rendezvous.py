@@ -31,6 +31,7 @@ from llava_steps.launch.address import own_address
 from llava_steps.launch.group import POLL, LauncherGroup, Outcome, Peer
 from llava_steps.launch.launcher import Launcher
 from llava_steps.settings.stage.stage import Stage
+from llava_steps.store.lease import Waiting, Watch
 from llava_steps.store.store import MANIFEST
 
 NOTE = "nodes.json"
@@ -39,20 +40,31 @@ RENDEZVOUS = "LLAVA_STEPS_RENDEZVOUS"
 LISTENING = "LLAVA_STEPS_LISTENING"
 """Environment variable of rank 0: descriptor of the socket that already listens there, or empty."""
 MEET = 600.0
-"""Seconds within which all launchers must connect."""
+"""Seconds within which all launchers must connect, once the lead has the lease."""
+SOON = 30.0
+"""Seconds in which the lead usually listens; after that it probably waits for another run."""
 
 
-def meet(stage: Stage, launcher: Launcher, work: Path, again: bool = False) -> LauncherGroup | None:
+def meet(
+    stage: Stage,
+    launcher: Launcher,
+    work: Path,
+    again: bool = False,
+    waiting: Waiting = lambda holder: None,
+) -> LauncherGroup | None:
     """Wait until all launchers are connected; None if the value is sealed meanwhile.
 
-    `again`: replace a value that is already sealed; the lead sets it aside.
+    `again`: replace a value that is already sealed; the lead sets it aside. `waiting` is called
+    while another run computes the value, which the lead waits for.
 
     Raises StepError after `MEET` seconds without all of them, LockedError if another
     launcher has the same number.
     """
     if launcher.count == 1:
         return LauncherGroup(launcher)
-    return _Lead(stage, launcher, work) if launcher.leads else _join(stage, launcher, work, again)
+    if launcher.leads:
+        return _Lead(stage, launcher, work)
+    return _join(stage, launcher, work, again, waiting)
 
 
 class _Lead(LauncherGroup):
@@ -136,8 +148,12 @@ class _Lead(LauncherGroup):
             connection.close()  # not one of ours
 
 
-def _join(stage: Stage, launcher: Launcher, work: Path, again: bool) -> LauncherGroup | None:
-    until = time.monotonic() + MEET
+def _join(
+    stage: Stage, launcher: Launcher, work: Path, again: bool, waiting: Waiting
+) -> LauncherGroup | None:
+    begun = time.monotonic()
+    until = begun + MEET
+    watch = Watch(work)
     sealed = work.parent / MANIFEST
     to_be_replaced = again and sealed.exists()
     while time.monotonic() < until:
@@ -156,6 +172,10 @@ def _join(stage: Stage, launcher: Launcher, work: Path, again: bool) -> Launcher
         if not to_be_replaced and sealed.exists():
             return None
         to_be_replaced = to_be_replaced and sealed.exists()
+        if watch.held():  # by the lead, or by another run, which the lead waits for
+            until = time.monotonic() + MEET
+            if time.monotonic() - begun > SOON:
+                waiting(watch.holder)
         time.sleep(0.5)
     raise StepError(
         f"the first node did not connect within {MEET:.0f} seconds: start it with the same "
@@ -168,7 +188,7 @@ def _call(launcher: Launcher, work: Path) -> Connection | None:
     try:
         note = json.loads((work / NOTE).read_bytes())
         connection = Client((note["address"], note["port"]), authkey=bytes.fromhex(note["key"]))
-    except (OSError, EOFError, AuthenticationError):
+    except (OSError, EOFError, AuthenticationError, ValueError, KeyError, TypeError):
         return None  # not written yet, or left by an earlier attempt
     hello = {"index": launcher.index, "launch": launcher.launch, "host": socket.gethostname()}
     try:

@@ -39,10 +39,10 @@ from llava_steps.settings.fields import StepConfig, flag_name, values, whole_of
 from llava_steps.store import container, registry, store
 from llava_steps.store.digest import Digests
 from llava_steps.store.identity import Identity, changed_input, identify
-from llava_steps.store.lease import Lease, Waiting, wait_until_free
+from llava_steps.store.lease import Lease
 from llava_steps.store.step import C, Context, Step
 from llava_steps.store.store import Input
-from llava_steps.store.waiting import Report, only_writer, stamp
+from llava_steps.store.waiting import Report, claimed_value, only_writer, publish_whole, stamp
 
 FORCE_REQUEST = ".force"
 """File in the published directory that makes the next run of the step recompute its value."""
@@ -166,18 +166,18 @@ def _evaluate(
     entry = root / identity.name / identity.fingerprint
     forced = given["force"] or (out / FORCE_REQUEST).exists()
     if step.follows(config):
-        _follow(step, module, config, entry, identity.inputs, forced)
+        _follow(step, module, config, entry, identity.inputs, out, forced)
         return
     _register(root, out, log)
     replaced = stamp(entry) if forced else None
     waiting = Report(log, f"{identity.name} {entry.name}")
     whole = functools.partial(_sealed_whole, config, identity, image, root)
     while True:
-        if not forced and stamp(entry) is None and _publish_whole(whole(), out, waiting):
+        if not forced and stamp(entry) is None and publish_whole(whole(), out, waiting):
             log.info("%s, the whole value, is up to date; no share of it is needed", identity.name)
             return
         with contextlib.ExitStack() as stack:
-            sealed = stack.enter_context(_claimed(entry, out, waiting))
+            sealed = stack.enter_context(claimed_value(entry, out, waiting))
             held: Lease | None = None
             # Shares are removed with no regard to claims: only the lease protects them.
             if replaced or not sealed or whole_of(config):
@@ -250,7 +250,13 @@ class _Attempt:
         _note_inputs(self._entry, inputs)
         start = time.monotonic()
         context = Context(
-            self._entry.resolve(), inputs, self.log, self._work.resolve(), print_, until_sealed
+            self._entry.resolve(),
+            inputs,
+            self.log,
+            self._work.resolve(),
+            print_,
+            until_sealed,
+            _relative(out, self._entry),
         )
         with self._errors_logged(name):
             metrics = dict(step.run(context, config))
@@ -310,27 +316,6 @@ def _register(root: Path, out: Path, log: logging.Logger) -> None:
         )
 
 
-@contextlib.contextmanager
-def _claimed(entry: Path, out: Path, waiting: Waiting = lambda holder: None) -> Iterator[bool]:
-    """Keep `clean` from a value that is about to be shown; whether there is one."""
-    if not (entry / store.MANIFEST).exists():
-        yield False
-        return
-    with store.claimed(entry, out):
-        wait_until_free(entry / store.WORK, waiting)
-        yield (entry / store.MANIFEST).exists()
-
-
-def _publish_whole(entry: Path | None, out: Path, waiting: Waiting) -> bool:
-    """Show the value that a share is part of; False when `clean` has just removed it."""
-    if entry is None:
-        return False
-    with _claimed(entry, out, waiting) as sealed:
-        if sealed:
-            store.publish(entry, out)
-        return sealed
-
-
 def _remove(entry: Path, held: Lease) -> None:
     """Remove an entry whose lease is held."""
     doomed = store.removed_name(entry)
@@ -365,6 +350,7 @@ def _follow(
     config: C,
     entry: Path,
     inputs: Mapping[str, Input],
+    out: Path,
     force: bool,
 ) -> None:
     """Take part in the computation of a value that another process leads."""
@@ -376,9 +362,20 @@ def _follow(
     log = logger(module.rpartition(".")[2])
     with contextlib.ExitStack() as until_sealed:
         context = Context(
-            entry.resolve(), inputs, log, work.resolve(), entry.name, until_sealed, force
+            entry.resolve(),
+            inputs,
+            log,
+            work.resolve(),
+            entry.name,
+            until_sealed,
+            _relative(out, entry),
+            force,
         )
         step.run(context, config)
+
+
+def _relative(out: Path, entry: Path) -> str:
+    return os.path.relpath(out.resolve(), entry.resolve())
 
 
 def clear(entry: Path) -> None:

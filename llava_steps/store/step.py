@@ -30,6 +30,8 @@ class Context:
     fingerprint: str = ""
     until_sealed: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Entered here: left once the value is sealed, or with the error that prevented it."""
+    results: str = ""
+    """Where the value will be shown, relative to `entry`."""
     again: bool = False
     """Whether a value that is sealed already is to be computed again."""
 

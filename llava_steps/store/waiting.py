@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava_steps.store import lease
-from llava_steps.store.store import MANIFEST, WORK
+from llava_steps.store.store import MANIFEST, WORK, claimed, publish
 
 LINE_EVERY = 30.0
 """Seconds between the lines of a process that waits."""
@@ -52,10 +52,33 @@ class Report:
 def stamp(entry: Path) -> tuple[int, int] | None:
     """Distinguishes a sealed value from the one that replaces it; None for an unfinished entry."""
     try:
-        found = (entry / MANIFEST).stat()
+        status = (entry / MANIFEST).stat()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def claimed_value(
+    entry: Path, out: Path, waiting: lease.Waiting = lambda holder: None
+) -> Iterator[bool]:
+    """Keep `clean` from a value that is about to be shown; whether there is one."""
+    if not (entry / MANIFEST).exists():
+        yield False
+        return
+    with claimed(entry, out):
+        lease.wait_until_free(entry / WORK, waiting)
+        yield (entry / MANIFEST).exists()
+
+
+def publish_whole(entry: Path | None, out: Path, waiting: lease.Waiting) -> bool:
+    """Show the value that a share is part of; False when `clean` has just removed it."""
+    if entry is None:
+        return False
+    with claimed_value(entry, out, waiting) as sealed:
+        if sealed:
+            publish(entry, out)
+        return sealed
 
 
 @contextlib.contextmanager

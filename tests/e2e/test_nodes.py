@@ -152,3 +152,13 @@ def test_a_failure_of_one_node_is_that_of_all(chain: Chain) -> None:
     os.kill(workers_of(pair[1])[0], signal.SIGKILL)
     for code, log in [end(process) for process in pair]:
         assert code == 1, log
+
+
+def test_two_runs_of_several_nodes_train_one_value_once(chain: Chain) -> None:
+    runs = [[start(chain, name, rank, "--seed=41") for rank in (1, 0)] for name in ("both", "too")]
+    ends = [end(process) for run in runs for process in run]
+    assert [code for code, _ in ends] == [0] * 4, ends
+    assert sum("is up to date; nothing to compute" in log for _, log in ends) == 1
+    first, second = (chain.root / "results" / name / "manifest.json" for name in ("both", "too"))
+    assert first.read_bytes() == second.read_bytes()
+    assert json.loads(first.read_text())["attempts"] == 1

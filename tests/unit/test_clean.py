@@ -16,7 +16,7 @@ import pytest
 
 from llava_steps.commands import clean
 from llava_steps.core import filesystem
-from llava_steps.store import lease, registry, run, store
+from llava_steps.store import lease, registry, run, store, waiting
 from llava_steps.store.shown import shown
 from tests.helpers.patience import wait_for
 
@@ -394,7 +394,7 @@ def test_who_publishes_waits_for_the_lease_and_sees_what_became_of_it(
         seen: list[bool] = []
 
         def claim(seen: list[bool] = seen) -> None:
-            with run._claimed(entry, out) as there:
+            with waiting.claimed_value(entry, out) as there:
                 seen.append(there)
 
         with lease.Lease(entry / ".work") as held:
@@ -430,7 +430,7 @@ def test_steps_that_publish_while_clean_removes(
         if not entry.exists():
             sealed(root.parent / "made", "model", 1).rename(entry)
         time.sleep(0.002 * (number % 5))
-        with run._claimed(entry, out) as there:
+        with waiting.claimed_value(entry, out) as there:
             found.append(there)
             if there:
                 store.publish(entry, out)

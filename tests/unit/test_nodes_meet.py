@@ -20,6 +20,7 @@ from llava_steps.launch import rendezvous
 from llava_steps.launch.group import LauncherGroup, LostError
 from llava_steps.launch.launcher import Launcher, this_launcher
 from llava_steps.settings.stage.stage import Stage
+from llava_steps.store.lease import Lease
 
 STAGE = Stage(nodes=2, gpus=2, global_batch_size=4, master_addr="127.0.0.1")
 SRUN = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0"}
@@ -153,6 +154,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from llava_steps.settings.stage.stage import Stage
+from llava_steps.store.lease import Lease
 from llava_steps.launch import rendezvous
 from llava_steps.launch.launcher import Launcher
 stage = Stage(nodes=2, gpus=2, global_batch_size=4, master_addr="127.0.0.1")
@@ -251,4 +253,27 @@ def test_a_value_that_is_to_be_replaced_is_waited_for(tmp_path: Path) -> None:
     time.sleep(0.2)
     sealed.unlink()  # what the lead does first
     lead = aside(lambda: rendezvous.meet(STAGE, launcher(0), work))
+    assert lead() is not None and second() is not None
+
+
+def test_while_another_run_computes_the_value_the_time_to_meet_does_not_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "MEET", 1.0)
+    monkeypatch.setattr(rendezvous, "SOON", 0.1)
+    holders: list[str] = []
+    work = tmp_path / ".work"
+    work.mkdir()
+    with Lease(work):
+        joined = aside(lambda: rendezvous.meet(STAGE, launcher(1), work, False, holders.append))
+        time.sleep(3.0)
+        (tmp_path / "manifest.json").write_text("{}")
+        assert joined() is None
+    assert {holder.partition(" on ")[0] for holder in holders} == {f"process {os.getpid()}"}
+
+
+def test_a_damaged_note_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / rendezvous.NOTE).write_text("{")
+    second = aside(lambda: rendezvous.meet(STAGE, launcher(1), tmp_path))
+    lead = aside(lambda: rendezvous.meet(STAGE, launcher(0), tmp_path))
     assert lead() is not None and second() is not None
