@@ -142,7 +142,8 @@ def test_a_missing_file_and_a_changed_setting_end_the_run_by_name(finished: Proj
     assert finished.planned(*overlay) == []
     finished.overlay("evaluation: {data: mine.json, max_new_tokens: 5}\n")
     text = finished.snakemake("--cores", "1", *overlay, code=1)
-    assert "evaluation: changed: max_new_tokens 16 -> 5" in text
+    assert "Error: evaluation.data: mine.json does not exist" in text
+    assert finished.manifest("evaluation")["config"]["max_new_tokens"] == 16
 
 
 def test_files_that_were_only_touched_rerun_nothing(finished: Project) -> None:
@@ -202,7 +203,7 @@ def test_a_model_of_a_hub_is_not_asked_for_again(fresh: Project) -> None:
     module.write_text(
         module.read_text()
         .replace("def run(", local + "def run(", 1)
-        .replace("doc=__doc__", "doc=__doc__, resolve={'vision_tower': local}")
+        .replace("resolve=stub.hub('hf_model')", "resolve={'vision_tower': local}")
         .replace(
             "from llava_steps import stub",
             "from pathlib import Path\nfrom llava_steps.core.errors import InputError\n"
