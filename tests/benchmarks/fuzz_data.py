@@ -98,6 +98,13 @@ def pictures() -> dict[str, bytes]:
     return found
 
 
+def clear(width: int, height: int) -> bytes:
+    """A PNG through which the ground shows."""
+    out = io.BytesIO()
+    Image.new("RGBA", (width, height), (9, 9, 9, 99)).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
 def resized(data: bytes, width: int, height: int) -> bytes:
     """A lossless WebP whose header claims another size."""
     start = data.index(b"VP8L") + 9
@@ -116,6 +123,7 @@ def large() -> dict[str, bytes]:
         "below-webp": picture("WEBP", "RGBA", (2000, 2000), lossless=True, method=0),
         "below": picture("JPEG", "RGB", (side, side), progressive=True),
         "below-png": picture("PNG", "RGBA", (side, side - 1), compress_level=1),
+        "below-clear": clear(side, side - 1),
         "above": picture("JPEG", "RGB", (side, side + 1)),
     }
 

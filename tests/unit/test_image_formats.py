@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessorPil
 from transformers.image_utils import load_image
 
+from llava_steps import evaluate
+from llava_steps.commands import chat
 from llava_steps.core.errors import InputError
 from llava_steps.data.samples import decode as decoding
 from llava_steps.data.samples.decode import LARGEST, MAX_PIXELS, check_image, decode
@@ -279,3 +283,34 @@ def test_tars_of_others_keep_their_bytes(tmp_path: Path, part: str) -> None:
     write_tar(tmp_path / "x.tar", members({"k": sample}))
     parts = shard_file(tmp_path / "x.tar", tmp_path / "out")
     assert parts["webp" if part == "webp" else "png"] == data
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_composing_in_strips_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a picture that is turned upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(drawing(), "PNG", exif=exif)
+    whole = decode(TRANSPARENT[name]), decode(turned)
+    monkeypatch.setattr(decoding, "_STRIP", 70)
+    strips = decode(TRANSPARENT[name]), decode(turned)
+    assert [image.tobytes() for image in whole] == [image.tobytes() for image in strips]
+    assert strips[1].size == (40, 60)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_parquet_evaluation_data_and_chat_take_them_too(tmp_path: Path, form: str) -> None:
+    """P2, U4: evaluation refused PNG, with advice that evaluation could not follow."""
+    data = encoded(drawing(), form)
+    row = {"image": {"bytes": data, "path": "x.jpg"}, "question": "?", "answer": "x"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "t.parquet")
+    assert shard_file(tmp_path / "t.parquet", tmp_path / "parquet")[form.lower()] == data
+    (tmp_path / "x.jpg").write_bytes(data)
+    (tmp_path / "t.json").write_text(LINE.replace("NAME", "x.jpg"))
+    (question,) = evaluate.read_questions(tmp_path / "t.json")
+    asked = chat.as_question([tmp_path / "x.jpg"], "?")
+    assert question.images == asked.images == (data,)
+    (tmp_path / "x.jpg").write_bytes(encoded(drawing().convert("RGB"), "BMP"))
+    with pytest.raises(InputError, match="the file is BMP; save it as PNG") as caught:
+        evaluate.read_questions(tmp_path / "t.json")
+    assert "other_images" not in str(caught.value)

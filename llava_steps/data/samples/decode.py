@@ -24,6 +24,8 @@ MAX_PIXELS = 25_000_000
 LARGEST = 178_956_970
 """Most pixels that are decoded at all; Pillow takes more for an attack."""
 _QUALITY = 95
+_STRIP = 1_000_000
+"""Pixels that are composed at a time."""
 _DECODERS = {"JPEG": ("JPEG", "MPO"), "PNG": ("PNG",), "WebP": ("WEBP",)}
 """Pillow's names of the formats that are kept. An MPO is a JPEG with further pictures after it."""
 
@@ -68,7 +70,9 @@ def check_image(data: bytes, max_pixels: int | None = None, full: bool = False) 
     with _opened(data, max_pixels) as image:
         if not full:
             image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
-        _rgb(image, WHITE)
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        _rgb(image.crop((0, 0, 1, 1)), WHITE)  # not every mode can be converted
 
 
 def header_size(head: bytes) -> tuple[int, int] | None:
@@ -92,11 +96,11 @@ def convert(data: bytes, max_pixels: int) -> bytes:
     """
     out = io.BytesIO()
     with _opened(data, max_pixels) as image:
-        upright = ImageOps.exif_transpose(image)
-        if (layered := _transparent(upright)) is not None:
-            layered.save(out, "PNG")
+        ImageOps.exif_transpose(image, in_place=True)
+        if not _opaque(image):
+            image.convert("RGBA").save(out, "PNG")
             return out.getvalue()
-        opaque = upright.convert("RGB")
+        opaque = image.convert("RGB")
     try:
         opaque.save(out, "JPEG", quality=_QUALITY, subsampling=0)
     except OSError as error:
@@ -180,24 +184,28 @@ def _check_still(image: Image.Image, kind: str) -> None:
 
 
 def _rgb(image: Image.Image, background: Color) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    layered = _transparent(upright)
-    if layered is None:
-        opaque = upright.convert("RGB")
+    """Upright RGB copy of an image, which it turns upright itself."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if _opaque(image):
+        opaque = image.convert("RGB")
         # A transparent colour that no pixel has; processors would look for it again.
         opaque.info.pop("transparency", None)
         return opaque
-    ground = Image.new("RGBA", layered.size, (*background, 255))
-    return Image.alpha_composite(ground, layered).convert("RGB")
+    composed = Image.new("RGB", image.size)
+    rows = max(1, _STRIP // image.width)  # in strips, for the sake of memory
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows))).convert("RGBA")
+        ground = Image.new("RGBA", strip.size, (*background, 255))
+        composed.paste(Image.alpha_composite(ground, strip).convert("RGB"), (0, top))
+    return composed
 
 
-def _transparent(image: Image.Image) -> Image.Image | None:
-    """As RGBA if any pixel lets the ground show through, else None."""
-    if not image.has_transparency_data:
-        return None
-    layered = image.convert("RGBA")
-    lowest, _ = layered.getchannel("A").getextrema()
-    return layered if lowest < 255 else None  # type: ignore[operator]
+def _opaque(image: Image.Image) -> bool:
+    """Whether no pixel lets the ground show through; False also where that takes a conversion."""
+    if "A" not in image.getbands():
+        return not image.has_transparency_data
+    lowest, _ = image.getchannel("A").getextrema()
+    return lowest == 255
 
 
 def _correct_key(image: Image.Image, depth: int) -> None:
