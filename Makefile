@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check sharing reruns matrix mutants bench-convert chaos faults damage prompts layouts soak-data fuzz-data bench-data screenshots bench-cli newcomer release-check test-cluster docs format describe environment clean
+.PHONY: help demo test check sharing reruns recipes matrix mutants bench-convert chaos faults damage prompts layouts soak-data fuzz-data bench-data screenshots bench-cli newcomer release-check test-cluster docs format describe environment clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -89,6 +89,11 @@ CHANGES ?= 700
 reruns: ## change each setting of a run, singly and in pairs: only what it feeds is computed
 	@.ci/environment test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.reruns --changes $(CHANGES)
+
+RECIPES ?= 20
+recipes: ## run RECIPES random recipes with stub steps: what is computed equals an independent model
+	@.ci/environment test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.recipes --count $(RECIPES)
 
 CONVERSATIONS ?= 200
 prompts: ## ids of CONVERSATIONS in training, evaluation, chat and transformers, for 21 tokenizers
