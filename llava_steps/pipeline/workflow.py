@@ -7,6 +7,7 @@ are those of core/errors.py; the Snakefile turns them into Snakemake's own.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.core.errors import ConfigError, LockedError
+from llava_steps.core.errors import ConfigError, LockedError, environment_error
 from llava_steps.core.log import PROGRESS
 from llava_steps.pipeline import job_table, missing, outlook, rules, slurm
 from llava_steps.settings import load
@@ -25,7 +26,7 @@ from llava_steps.settings.config import Config
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import registry
 from llava_steps.store.container import exec_words, image_digest
-from llava_steps.store.lease import Lease
+from llava_steps.store.lease import STALE_AFTER, Lease
 from llava_steps.store.run import FORCE_REQUEST
 from llava_steps.store.store import MANIFEST
 
@@ -331,13 +332,22 @@ class Run:
         Raises:
             LockedError: another run of this name is alive.
         """
-        directory = Path(self.config.results, self.config.run, ".work")
-        directory.mkdir(parents=True, exist_ok=True)
-        registry.register(Path(self.config.store), Path(self.config.results))
+        run = f"run {self.config.run!r}"
+
+        @functools.cache
+        def checking(holder: str) -> None:
+            limit = f"takes up to {STALE_AFTER:.0f} s"
+            print(f"{run}: held by {holder}; a check that it is gone {limit}", file=sys.stderr)
+
         try:
-            return Lease(directory).__enter__()
+            directory = Path(self.config.results, self.config.run, ".work")
+            directory.mkdir(parents=True, exist_ok=True)
+            registry.register(Path(self.config.store), Path(self.config.results))
+            return Lease(directory, checking=checking).__enter__()
         except LockedError as error:
-            raise LockedError(f"run {self.config.run!r}: {error}") from None
+            raise LockedError(f"{run}: {error}") from None
+        except OSError as error:
+            raise environment_error(error) or error from None
 
     def claim_values(self) -> Path:
         """Link to the values that jobs will find in the store, so that `clean` leaves them there.

@@ -200,12 +200,18 @@ class Lease:
 
     Raises LockedError if a live process holds it, also when it is this very process. With `waiting`
     it waits for that process instead, and makes the directory anew if it is removed meanwhile.
+    `checking` is called while it is not known yet whether the holder lives.
     """
 
-    def __init__(self, directory: Path, waiting: Waiting | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        waiting: Waiting | None = None,
+        checking: Waiting = lambda holder: None,
+    ) -> None:
         self.path = directory / FILE
         self._lock = directory / LOCK
-        self._waiting = waiting
+        self._waiting, self._checking = waiting, checking
         self._identity = _identity()
         self._written = False
         self._stop = threading.Event()
@@ -222,6 +228,8 @@ class Lease:
                         f"{self.path.parent} is being written by {watch.holder}; wait for it or "
                         "end it, then run again"
                     )
+                elif watch.holder:
+                    self._checking(watch.holder)
                 _pause(begun)
         except BaseException:  # a stop signal too
             self._give_back()
