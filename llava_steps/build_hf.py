@@ -3,10 +3,11 @@
     llava-steps build_hf --vision-tower openai/clip-vit-large-patch14-336 \\
         --text-model path/to/llama --save-dir results/x/hf_model
 
-Both are local directories or hub ids. All their weights are kept. The projector is new, and so are
-the rows of tokens that the tokenizer did not have (`<image>`, and `<pad>` if it has none); they
-start as the mean of the others. The result loads with plain transformers
-(LlavaForConditionalGeneration, AutoProcessor).
+Both are local directories or hub ids; org/name@revision pins one. Without a revision the commit
+that was taken first is used until `--update`, and the manifest names it. All weights are kept. The
+projector is new, and so are the rows of tokens that the tokenizer did not have (`<image>`, and
+`<pad>` if it has none); they start as the mean of the others. The result loads with plain
+transformers (LlavaForConditionalGeneration, AutoProcessor).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.core.errors import ConfigError
 from llava_steps.settings.conversion import HfModel
+from llava_steps.store.hub import Hub
 from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
 
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 
 
@@ -72,21 +73,9 @@ def check_clock(text_model: Path, template: Path | None) -> None:
         refuse_changing(text)
 
 
-def local(text: str, fetch: bool) -> Path:
-    """The directory, or the snapshot of a hub id, downloaded with `fetch` if it is missing."""
-    if Path(text).exists():
-        return Path(text)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=[*FILES], local_files_only=not fetch))
-    except HFValidationError:
-        raise InputError(f"{text} is neither a directory nor a hub id; check the name") from None
-    except Exception as error:
-        raise InputError(
-            f"{text} is not a directory here and could not be downloaded from the hub: {error}"
-        ) from error
+def local(text: str, hub: Hub) -> Path:
+    """The directory, or the files of a hub id, downloaded if they are missing."""
+    return Path(text) if Path(text).exists() else hub.model(text)
 
 
 STEP = Step(

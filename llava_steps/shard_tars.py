@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from llava_steps.core.errors import InputError
 from llava_steps.settings.dataset import TarShards
 from llava_steps.settings.fields import values
+from llava_steps.settings.hub_id import parse_dataset
+from llava_steps.store.hub import Hub
 from llava_steps.store.run import main
 from llava_steps.store.step import Context, Step
 
@@ -92,6 +94,11 @@ def _options(cfg: TarShards) -> Options:
     return Options(cfg.columns, cfg.question, cfg.max_pixels, cfg.other_images, cfg.decode_images)
 
 
+def local(text: str, hub: Hub) -> Path:
+    """The path, or the files of a dataset on the hub, downloaded if they are missing."""
+    return hub.dataset(text) if parse_dataset(text) else Path(text)
+
+
 def _source_files(path: Path, cfg: TarShards) -> tuple[Path, Iterable[Path]]:
     from llava_steps.data.sources import content_files
 
@@ -110,6 +117,7 @@ STEP = Step(
     config=TarShards,
     run=run,
     doc=__doc__,
+    resolve={"source": local},
     parts={"source": _source_files},
     published=_published,
 )

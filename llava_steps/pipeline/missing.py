@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,9 +10,9 @@ from pathlib import Path
 from llava_steps.core.errors import ConfigError
 from llava_steps.pipeline.rules import Rule
 from llava_steps.settings import paths
+from llava_steps.settings.fields import facts
+from llava_steps.settings.hub_id import is_hub_id
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
-"""What a model on the hub can be called; any other text names a directory."""
 SHELL = re.compile(r"~|.*\$")
 """Paths with signs that a shell expands."""
 
@@ -36,13 +35,12 @@ def missing(rules: Mapping[str, Rule], names: Iterable[str]) -> list[str]:
 
 def _of_rule(rule: Rule, rules: Mapping[str, Rule]) -> Iterator[tuple[str, str]]:
     """Key with path, and what to bring, of each missing path."""
-    resolved = importlib.import_module(rule.module).STEP.resolve
     for item in paths.given(rule.settings):
         text = item.text
         if not text or os.path.exists(text):
             continue
         of_run = any(other.holds(text) is not None for other in rules.values())
-        if of_run or (item.field in resolved and HUB_ID.fullmatch(text)):
+        if of_run or is_hub_id(text, facts(item.info).hub):
             continue
         yield f"{rule.declared.key(item)}: {text}", f"{_where(text)}: {item.info.description}"
 

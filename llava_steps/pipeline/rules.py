@@ -21,6 +21,7 @@ from llava_steps.settings.blend import read_blend
 from llava_steps.settings.comparison import Comparison
 from llava_steps.settings.config import Config
 from llava_steps.settings.fields import StepConfig, facts
+from llava_steps.settings.hub_id import is_hub_id
 from llava_steps.settings.report import Report
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.settings.steps import STEPS
@@ -263,7 +264,8 @@ def _rule(
         members = []
         if facts(item.info).is_blend and os.path.isfile(item.text):
             members = [str(path) for path in read_blend(Path(item.text), "train").files]
-        named = ((item.text, facts(item.info).is_data), *((m, True) for m in members))
+        own_data = facts(item.info).is_data and not is_hub_id(item.text, facts(item.info).hub)
+        named = ((item.text, own_data), *((m, True) for m in members))
         for path, is_data in named:
             of_run = [rule.name for rule in own.values() if rule.holds(path) is not None]
             upstream += of_run

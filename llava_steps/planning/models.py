@@ -12,8 +12,10 @@ from llava_steps.geometry.geometry import Geometry, padded
 from llava_steps.geometry.hf_directory import llava_config, read_object
 from llava_steps.settings.config import Config
 from llava_steps.settings.demo_assets import DemoAssets
+from llava_steps.settings.hub_id import parse_model
 from llava_steps.settings.load import DEMO
 from llava_steps.store import store
+from llava_steps.store.hub import Hub
 
 SHAPES = Path("config/recipes/models")
 """Configurations of published models, beside the recipes that name them."""
@@ -60,9 +62,11 @@ def _same_parts(built: Path, config: Config) -> bool:
 
 def _unbuilt(config: Config, shapes: Path) -> Model:
     """The model that will be built from its parts."""
-    hf = config.hf_model
-    vision, from_vision, _ = _part(hf.vision_tower, config.demo_assets, shapes, "vision_tower")
-    text, from_text, tokens = _part(hf.text_model, config.demo_assets, shapes, "text_model")
+    hf, root = config.hf_model, Path(config.store)
+    vision, from_vision, _ = _part(
+        hf.vision_tower, config.demo_assets, shapes, root, "vision_tower"
+    )
+    text, from_text, tokens = _part(hf.text_model, config.demo_assets, shapes, root, "text_model")
     vocab = text.get("vocab_size", 32000)
     if not isinstance(vocab, int):
         raise InputError(f"{from_text}: vocab_size is {vocab!r}; expected a whole number")
@@ -77,7 +81,7 @@ def _unbuilt(config: Config, shapes: Path) -> Model:
 
 
 def _part(
-    text: str, demo: DemoAssets | None, shapes: Path, key: str
+    text: str, demo: DemoAssets | None, shapes: Path, root: Path, key: str
 ) -> tuple[Mapping[str, Any], str, int | None]:
     """config.json of a part of the model, its source, and the number of tokens if known."""
     if text.startswith(DEMO) and demo is not None:
@@ -86,13 +90,13 @@ def _part(
     local = Path(text) / "config.json"
     if local.is_file():
         return read_object(local), text, _tokens(Path(text))
-    shipped = shapes / (text.replace("/", "--") + ".json")
+    shipped = shapes / (text.partition("@")[0].replace("/", "--") + ".json")
     if shipped.is_file():
         known = read_object(shipped)
         tokens = known.pop("tokens_with_image", None)
         known.pop("from", None)
         return known, text, tokens
-    if cached := _hub(text):
+    if cached := _hub(text, root):
         return read_object(cached), text, _tokens(cached.parent)
     raise InputError(
         f"hf_model.{key}: {text} is not a directory here, and its config.json is neither in the "
@@ -101,15 +105,15 @@ def _part(
     )
 
 
-def _hub(text: str) -> Path | None:
-    """config.json of a hub id that was downloaded before."""
+def _hub(text: str, root: Path) -> Path | None:
+    """config.json of a hub id that was downloaded before, at the commit that a run takes."""
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
-    try:
-        cached = try_to_load_from_cache(text, "config.json")
-    except HFValidationError:
+    named = parse_model(text)
+    if named is None:
         return None
+    commit = Hub(root, fetch=False).recorded(text, named, "model") or named.revision
+    cached = try_to_load_from_cache(named.name, "config.json", revision=commit or None)
     return Path(cached) if isinstance(cached, str) else None
 
 

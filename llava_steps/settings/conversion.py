@@ -15,13 +15,16 @@ class HfModel(StepConfig):
     """Vision tower, language model and a new projector to one Hugging Face LLaVA directory."""
 
     vision_tower: str = source(
-        help="vision tower, directory or hub id: CLIP, SigLIP or SigLIP2 of fixed resolution; a "
-        "full model with both towers gives its vision tower",
+        help="vision tower, directory or hub id (org/name or org/name@revision): CLIP, SigLIP or "
+        "SigLIP2 of fixed resolution; a full model with both towers gives its vision tower",
         flag="--vision-tower",
+        hub="model",
     )
     text_model: str = source(
-        help="language model, directory or hub id: Llama, Mistral, Qwen2 or Qwen3",
+        help="language model, directory or hub id (org/name or org/name@revision): Llama, "
+        "Mistral, Qwen2 or Qwen3",
         flag="--text-model",
+        hub="model",
     )
     chat_template: str = source(
         "", "Jinja file that replaces the text model's chat template", optional=True, is_data=True

@@ -18,8 +18,10 @@ class TarShards(StepConfig):
     source: str = source(
         "",
         "LLaVA JSON or JSONL beside its images; parquet with embedded images; CSV, TSV or "
-        "JSONL beside its images; webdataset tars; a file or a folder",
+        "JSONL beside its images; webdataset tars; a file, a folder, or a dataset's hub id as "
+        "org/name, org/name@revision or org/name@revision/path",
         is_data=True,
+        hub="dataset",
     )
     source_format: Literal["auto", "llava", "parquet", "table", "webdataset"] = value(
         "auto", "form of the source; auto: detected from the names of the files"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic import NonNegativeInt as Count
@@ -46,6 +46,8 @@ class Facts:
     """Whether a source may stay empty when the step runs."""
     is_data: bool = False
     """Whether a source always names a file of the user; others may name a result or a hub id."""
+    hub: str = ""
+    """What a source may name on the hub: `model`, `dataset`, or nothing."""
     is_blend: bool = False
     """Whether a source may be the YAML file of a blend: what it names counts as content too."""
     of_stage: bool = False
@@ -91,6 +93,7 @@ def source(
     *,
     optional: bool = False,
     is_data: bool = False,
+    hub: Literal["", "model", "dataset"] = "",
     is_blend: bool = False,
     of_stage: bool = False,
 ) -> Any:
@@ -100,6 +103,7 @@ def source(
         flag,
         optional=optional,
         is_data=is_data,
+        hub=hub,
         is_blend=is_blend,
         of_stage=of_stage,
     )

@@ -24,6 +24,11 @@ class Digests:
         self._known = self._read()
         self._new = False
 
+    @property
+    def store(self) -> Path:
+        """The store that the cache belongs to."""
+        return self._path.parent
+
     def file(self, path: Path) -> str:
         """Hex sha256 of one file."""
         stat = path.stat()

@@ -16,6 +16,7 @@ from llava_steps.settings.fields import facts, flag_name, values
 from llava_steps.store import store
 from llava_steps.store.code_version import code_version
 from llava_steps.store.digest import Digests
+from llava_steps.store.hub import Hub, is_snapshot, snapshot_files
 from llava_steps.store.step import C, Step
 from llava_steps.store.store import Input
 
@@ -37,6 +38,7 @@ def identify(
     digests: Digests,
     image: str = "",
     recorded: Mapping[str, Mapping[str, str]] | None = None,
+    update: bool = False,
 ) -> Identity:
     """The name of a computation; every input that is a result is compared with its manifest.
 
@@ -45,11 +47,14 @@ def identify(
     and the bytes of results are taken to be what their manifests say. The step itself reads them
     before it uses them.
 
+    `update` takes the newest commit of hub ids instead of the one that was taken before.
+
     Raises:
         InputError, ConfigError: an input is missing or was not given.
         IntegrityError: an input disagrees with its manifest.
     """
-    inputs = _inputs(step, config, digests, recorded)
+    hub = Hub(digests.store, fetch=recorded is None, update=update)
+    inputs = _inputs(step, config, digests, recorded, hub)
     name = step.named(config)
     slice_ = values(config)
     code = code_version(module)
@@ -63,7 +68,8 @@ def _inputs(
     step: Step[C],
     config: C,
     digests: Digests,
-    recorded: Mapping[str, Mapping[str, str]] | None = None,
+    recorded: Mapping[str, Mapping[str, str]] | None,
+    hub: Hub,
 ) -> dict[str, Input]:
     """Every input that is given, compared with its manifest and pinned to its sealed entry."""
     inputs: dict[str, Input] = {}
@@ -81,7 +87,7 @@ def _inputs(
             if known is not None:
                 inputs[key] = Input(Path(text), known, shown=text)
                 continue
-        path = step.resolve[name](text, recorded is None) if name in step.resolve else Path(text)
+        path = step.resolve[name](text, hub) if name in step.resolve else Path(text)
         missing = InputError(f"{flag_name(name, info)}: {path} does not exist")
         artefact = store.artefact_of(path)
         if artefact is None and not path.exists():
@@ -102,7 +108,7 @@ def _inputs(
             digest = _digest(step, config, name, path, digests)
             if named:
                 digests.keep_name(text, digest)
-            inputs[key] = Input(path, digest, shown=text)
+            inputs[key] = Input(path, digest, shown=text, revision=hub.taken.get(text, ""))
     digests.save()
     return inputs
 
@@ -112,6 +118,8 @@ def _digest(step: Step[C], config: C, key: str, path: Path, digests: Digests) ->
         return digests.files(*step.parts[key](path, config))
     if named := _named_by(step.config.model_fields[key], path, digests):
         return filesystem.sha256_json([digests.file(path), named])
+    if is_snapshot(path):
+        return digests.files(path, snapshot_files(path))
     return digests.path(path)
 
 

@@ -147,6 +147,10 @@ def parser(step: Step[C], module: str) -> argparse.ArgumentParser:
     where.add_argument(
         "--force", action="store_true", help="compute again although it is up to date"
     )
+    if step.resolve:
+        where.add_argument(
+            "--update", action="store_true", help="take the newest commit of hub ids"
+        )
     return made
 
 
@@ -162,7 +166,7 @@ def _evaluate(
     _not_in_place_of_an_input(step, config, out, given[RESULT_FLAG])
     known = Digests(root)
     image = _image(given, known)
-    identity = identify(step, module, config, known, image)
+    identity = identify(step, module, config, known, image, update=given.get("update", False))
     entry = root / identity.name / identity.fingerprint
     forced = given["force"] or (out / FORCE_REQUEST).exists()
     if step.follows(config):
@@ -266,9 +270,7 @@ class _Attempt:
             "config": settings,
             "code": code,
             "image": self._image,
-            "inputs": {
-                key: {"path": item.shown, "digest": item.digest} for key, item in inputs.items()
-            },
+            "inputs": {key: item.described for key, item in inputs.items()},
             "metrics": metrics,
             "attempts": self._number,
             "wall_s": round(time.monotonic() - start, 3),

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from llava_steps.core.log import Progress
 from llava_steps.settings.fields import StepConfig
+from llava_steps.store.hub import Hub
 from llava_steps.store.store import Input
 
 C = TypeVar("C", bound=StepConfig)
@@ -61,9 +62,8 @@ class Step(Generic[C]):
     volatile: tuple[str, ...] = ()
     """Glob patterns of payload files that differ between equal runs (timings). They describe the
     result, whatever the settings are."""
-    resolve: Mapping[str, Callable[[str, bool], Path]] = field(default_factory=dict)
-    """For a source field: from the given text (a hub id, say) to a local path; False as the second
-    argument forbids fetching it."""
+    resolve: Mapping[str, Callable[[str, Hub], Path]] = field(default_factory=dict)
+    """For a source field: from the given text (a hub id, say) to a local path."""
     parts: Mapping[str, Callable[[Path, C], tuple[Path, Iterable[Path]]]] = field(
         default_factory=dict
     )

@@ -64,6 +64,14 @@ class Input:
     """The sealed entry that `path` is or lies in."""
     shown: str = ""
     """The path as it was given."""
+    revision: str = ""
+    """The commit that a hub id was resolved to."""
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What a manifest says about it."""
+        described = {"path": self.shown, "digest": self.digest}
+        return described | ({"revision": self.revision} if self.revision else {})
 
 
 def fingerprint(

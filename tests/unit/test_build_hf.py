@@ -25,6 +25,7 @@ from llava_steps.conversion.tower import tower_shapes
 from llava_steps.core.errors import ConfigError, InputError, IntegrityError, StepError
 from llava_steps.geometry.geometry import Geometry
 from llava_steps.settings.conversion import HfModel
+from llava_steps.store.hub import Hub
 from tests.helpers.chain import run_step
 from tests.helpers.data_fixtures import fake_context
 from tests.helpers.hf_fixtures import (
@@ -331,14 +332,16 @@ def test_tokenizer_template_and_image_processor_are_needed(
     refuse(InputError, "vision_feature_layer -9", tower, text, vision_feature_layer=-9)
 
 
-def test_names_that_are_neither_directory_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_neither_directory_nor_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="could not be downloaded from the hub"):
-        build_hf.local("nobody/no-such-model", True)
+        build_hf.local("nobody/no-such-model", Hub(tmp_path))
     with pytest.raises(InputError, match="neither a directory nor a hub id"):
-        build_hf.local("no/such/directory", True)
+        build_hf.local("no/such/directory", Hub(tmp_path))
 
 
 def test_on_the_command_line(tmp_path: Path, tower: Path, text: Path) -> None:

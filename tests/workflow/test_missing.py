@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steps.pipeline.missing import HUB_ID
+from llava_steps.settings.hub_id import is_hub_id
 from tests.workflow.project import ROOT, Project
 
 PATHS = {
@@ -101,6 +101,7 @@ def test_a_dataset_that_is_gone_is_reported_before_the_first_job(finished: Proje
         ("openai/clip-vit-large-patch14-336", True),
         ("gpt2", True),
         ("a/b@main", True),
+        ("a/b@refs/pr/1", True),
         ("a/b/c", False),
         ("/a", False),
         ("./a", False),
@@ -111,4 +112,10 @@ def test_a_dataset_that_is_gone_is_reported_before_the_first_job(finished: Proje
     ],
 )
 def test_names_on_the_hub_are_not_files(text: str, is_id: bool) -> None:
-    assert bool(HUB_ID.fullmatch(text)) == is_id
+    assert is_hub_id(text, "model") == is_id
+
+
+@pytest.mark.parametrize("source", ["org/data", "org/data@v1", "org/data@main/a/train.json"])
+def test_a_dataset_on_the_hub_is_not_a_missing_file(fresh: Project, source: str) -> None:
+    planned = fresh.planned("tar_shards", "--config", f"tar_shards={{source: {source}}}")
+    assert planned == ["tar_shards"]

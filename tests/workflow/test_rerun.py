@@ -195,8 +195,8 @@ def test_a_source_that_names_a_result_of_the_run_is_read_like_any_other(
 def test_a_model_of_a_hub_is_not_asked_for_again(fresh: Project) -> None:
     """Its snapshot may lie on the nodes that run the steps, and not where Snakemake runs."""
     local = (
-        "def local(text, fetch):\n"
-        "    if not fetch:\n        raise InputError(f'{text} could not be fetched')\n"
+        "def local(text, hub):\n"
+        "    if not hub.fetch:\n        raise InputError(f'{text} could not be fetched')\n"
         "    return Path('config')\n\n"
     )
     module = fresh.root / "llava_steps/build_hf.py"
