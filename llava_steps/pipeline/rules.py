@@ -152,13 +152,15 @@ def _comparison(config: Config, by_variant: Mapping[str, Mapping[str, Rule]]) ->
     """The rule that compares the variants of a sweep, given as label -> rules."""
     feeds: dict[str, Result] = {}
     differ: dict[str, str] = {}
+    last: dict[str, str] = {}
     for variant, (label, own) in zip(config.variants, by_variant.items(), strict=True):
         differ[label] = json.dumps(variant.assignments)
+        last[label] = variant.config.last_stage
         feeds[f"evaluations.{label}"] = Result(own["evaluation"].name)
         for rule in own.values():
             if rule.kind == "checkpoint":
                 feeds[f"trainings.{label}/{rule.declared.stage}"] = Result(rule.name)
-    settings = Comparison(title=config.run, settings=differ)
+    settings = Comparison(title=config.run, settings=differ, last_stages=last)
     return Declared("comparison", STEPS["comparison"], settings, feeds, is_result=True)
 
 

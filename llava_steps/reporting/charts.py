@@ -83,21 +83,21 @@ def curve(
     high = max(point.high for point in points)
     scale_y = ticks(min(0.0, low) if from_zero else low, high)
     scale_x = [x for x in ticks(0, max(xs)) if x <= max(xs) * 1.0001]
-    x, y = _scales(0, max(max(xs), 1), scale_y[0], scale_y[-1])
+    x, y = scales(0, max(max(xs), 1), scale_y[0], scale_y[-1])
     line = " ".join(f"{x(p.x):.1f},{y(p.mean):.1f}" for p in points)
     upper = [f"{x(p.x):.1f},{y(p.high):.1f}" for p in points]
     lower = [f"{x(p.x):.1f},{y(p.low):.1f}" for p in reversed(points)]
     band = f'<polygon class="band {kind}" points="{" ".join(upper + lower)}"/>'
     last = points[-1]
     body = (
-        _grid(scale_x, scale_y, x, y)
+        grid(scale_x, scale_y, x, y)
         + (band if len(points) < len(ys) else "")
         + f'<polyline class="curve {kind}" points="{line}"/>'
         + f'<circle class="dot {kind}" cx="{x(last.x):.1f}" cy="{y(last.mean):.1f}" r="3.5"/>'
     )
     label = f"{title}: {number(points[0].mean)} at the beginning, {number(last.mean)} at the end"
     label += f", between {number(low)} and {number(high)}, over {len(ys)} steps"
-    return _svg(label, body + _label("step"))
+    return drawing(label, body + axis("step"))
 
 
 def histogram(title: str, rows: Sequence[tuple[float, float, int]], unit: str) -> Markup:
@@ -107,7 +107,7 @@ def histogram(title: str, rows: Sequence[tuple[float, float, int]], unit: str) -
     scale_y = ticks(0, max(count for _, _, count in rows))
     low, high = rows[0][0], rows[-1][1]
     scale_x = [x for x in ticks(low, high, 5) if low <= x <= high]
-    x, y = _scales(low, high, scale_y[0], scale_y[-1])
+    x, y = scales(low, high, scale_y[0], scale_y[-1])
     bars = "".join(
         f'<rect class="bar" x="{x(a) + 1:.1f}" y="{y(count):.1f}" '
         f'width="{max(x(b) - x(a) - 2, 1):.1f}" height="{y(0) - y(count):.1f}" rx="2">'
@@ -116,13 +116,14 @@ def histogram(title: str, rows: Sequence[tuple[float, float, int]], unit: str) -
     )
     total = sum(count for _, _, count in rows)
     label = f"{title}: {total} between {number(low)} and {number(high - 1)} {unit}"
-    return _svg(label, _grid(scale_x, scale_y, x, y) + bars + _label(unit))
+    return drawing(label, grid(scale_x, scale_y, x, y) + bars + axis(unit))
 
 
 Scale = Callable[[float], float]
 
 
-def _scales(x0: float, x1: float, y0: float, y1: float) -> tuple[Scale, Scale]:
+def scales(x0: float, x1: float, y0: float, y1: float) -> tuple[Scale, Scale]:
+    """From values to places in the drawing, for [x0, x1] and [y0, y1]."""
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     return (
         lambda value: LEFT + (value - x0) / (x1 - x0) * wide,
@@ -130,7 +131,8 @@ def _scales(x0: float, x1: float, y0: float, y1: float) -> tuple[Scale, Scale]:
     )
 
 
-def _grid(xs: Sequence[float], ys: Sequence[float], x: Scale, y: Scale) -> str:
+def grid(xs: Sequence[float], ys: Sequence[float], x: Scale, y: Scale) -> str:
+    """Lines at `ys`, and the numbers of both axes."""
     lines = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
         f'<text class="tick end" x="{LEFT - 8}" y="{y(v) + 4:.1f}">{number(v)}</text>'
@@ -142,11 +144,13 @@ def _grid(xs: Sequence[float], ys: Sequence[float], x: Scale, y: Scale) -> str:
     )
 
 
-def _label(text: str) -> str:
+def axis(text: str) -> str:
+    """What the lower axis counts."""
     return f'<text class="tick end" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}">{escape(text)}</text>'
 
 
-def _svg(label: str, body: str) -> Markup:
+def drawing(label: str, body: str) -> Markup:
+    """A chart with a label for screen readers; `body` is already escaped."""
     return Markup(  # noqa: S704  numbers, and texts escaped above
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(label)}">{body}</svg>'

@@ -5,30 +5,19 @@ Nothing is recomputed and no model is loaded. The part of a step that is not giv
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from llava_steps.core.errors import InputError
 from llava_steps.core.format import count
 from llava_steps.reporting import charts
+from llava_steps.reporting.files import picture, read_json, read_rows, series
+from llava_steps.reporting.scores import IN_PERCENT, METRICS
 from llava_steps.store.store import Input
 
 STAGES = {"stage1_checkpoint": "Stage 1", "stage2_checkpoint": "Stage 2"}
 MODELS = {"before": "Before", "after_stage1": "Stage 1", "after_stage2": "Stage 2"}
-METRICS = {
-    "accuracy": "Exact match",
-    "vqa_accuracy": "VQA accuracy",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-    "perplexity": "Perplexity of the references",
-}
-IN_PERCENT = ("accuracy", "vqa_accuracy", "rouge_l")
 BENCHMARKS = {"lmms_eval": "lmms-eval", "llm_jp_eval_mm": "llm-jp-eval-mm"}
 SETTINGS = (
     "train_steps", "global_batch_size", "lr", "lr_schedule", "warmup_steps", "weight_decay",
@@ -43,8 +32,6 @@ CURVES = (
     ("grad_norm", "Gradient norm", True),
     ("tokens_per_s", "Tokens per second", True),
 )
-TINY = 64
-"""Images with sides of at most this many pixels are drawn with sharp pixels."""
 SAMPLES, EXAMPLES = 36, 3
 """Largest numbers of sample answers and of samples with supervised text on the page."""
 
@@ -82,27 +69,6 @@ def page(inputs: Inputs, title: str, samples: int) -> dict[str, Any]:
         "provenance": [_origin(name, m) for name, m in manifests.items()],
         "packages": _packages(manifests),
     }  # fmt: skip
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a result; InputError names it when it cannot be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: {error}; if another version made it, run its step again"
-        ) from error
-
-
-def picture(path: Path) -> dict[str, Any]:
-    """A JPEG as a data URL, and whether it is small enough to show sharp pixels."""
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            tiny = max(image.size) <= TINY
-    except OSError as error:
-        raise InputError(f"{path}: {error}") from error
-    return {"url": "data:image/jpeg;base64," + base64.b64encode(data).decode(), "tiny": tiny}
 
 
 def _evaluation(item: Input, samples: int) -> dict[str, Any]:
@@ -229,17 +195,12 @@ def short(where: str) -> str:
 
 def _stage(name: str, words: str, item: Input) -> dict[str, Any]:
     manifest = item.manifest or {}
-    path = item.path / "metrics.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
+    rows = read_rows(item.path / "metrics.jsonl")
     curves = []
     for key, title, from_zero in CURVES:
-        pairs = [(r["step"] + 1, r[key]) for r in rows if isinstance(r.get(key), int | float)]
-        if pairs:
-            xs, ys = zip(*pairs, strict=True)
-            svg = charts.curve(f"{words}, {title}", xs, ys, f"of-{name[:6]}", from_zero)
+        xs, ys = series(rows, key)
+        if xs:
+            svg = charts.curve(f"{words}, {title}", xs, ys, f"tone-{name[5]}", from_zero)
             curves.append({"title": title, "svg": svg})
     config = manifest.get("config", {})
     metrics = manifest.get("metrics", {})

@@ -21,6 +21,15 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 def render(page: Mapping[str, Any]) -> str:
     """HTML of the content from collect.page; every text in it is escaped."""
+    return _filled("page.html.j2", page, pipeline=picture(page["figures"]))
+
+
+def render_comparison(page: Mapping[str, Any]) -> str:
+    """HTML of the content from comparison.page; every text in it is escaped."""
+    return _filled("comparison.html.j2", page)
+
+
+def _filled(template: str, page: Mapping[str, Any], **more: object) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -37,8 +46,7 @@ def render(page: Mapping[str, Any]) -> str:
         "percent": percent,
     }
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # noqa: S704  our own file
-    template = environment.get_template("page.html.j2")
-    return template.render(page, style=style, pipeline=picture(page["figures"]))
+    return environment.get_template(template).render(page, style=style, **more)
 
 
 def clean(text: object, longest: int = LONGEST) -> str:

@@ -13,6 +13,11 @@ class Comparison(StepConfig):
         {},
         "what each variant sets, as VARIANT={...}: JSON of dotted keys and values",
     )
+    last_stages: dict[str, str] = value(
+        {},
+        "stage after which a variant is compared, as VARIANT=STAGE; without it the last one of "
+        "its trainings",
+    )
     evaluations: dict[str, str] = source(
         {}, "result of the evaluation of each variant, as VARIANT=DIRECTORY"
     )

@@ -90,7 +90,7 @@ def varied(variants: Iterable[Assignments]) -> list[str]:
     """Keys whose values differ between variants, in the order of the file."""
     listed = [*variants]
     keys = dict.fromkeys(key for assignments in listed for key in assignments)
-    return [key for key in keys if len({_written(each.get(key)) for each in listed}) > 1]
+    return [key for key in keys if len({written(each.get(key)) for each in listed}) > 1]
 
 
 def common(variants: Sequence[Assignments], keys: Iterable[str]) -> Assignments:
@@ -99,7 +99,7 @@ def common(variants: Sequence[Assignments], keys: Iterable[str]) -> Assignments:
     return {
         key: first[key]
         for key in keys
-        if key in first and len({_written(each.get(key)) for each in variants}) == 1
+        if key in first and len({written(each.get(key)) for each in variants}) == 1
     }
 
 
@@ -114,7 +114,7 @@ def label(assignments: Assignments, among: Iterable[str] = ()) -> str:
         last = key.rpartition(".")[2]
         is_clear = sum(other.rpartition(".")[2] == last for other in keys) == 1
         name = last if is_clear else key.removeprefix("stages.")
-        parts.append(f"{name}_{_written(value)}")
+        parts.append(f"{name}_{written(value)}")
     text = ",".join(parts)
     safe = re.sub(r"[^A-Za-z0-9._,+-]", "_", text)
     if safe == text and len(safe) <= LONGEST:
@@ -132,7 +132,8 @@ def labels(variants: Sequence[Assignments]) -> list[str]:
     ]
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value as a label has it: 2e-5, text without quotes, JSON of anything else."""
     if isinstance(value, float):
         return re.sub(r"e([+-])0+", r"e\1", repr(value)).replace("e+", "e")
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,42 +13,13 @@ from llava_steps.core.errors import InputError
 from llava_steps.core.format import count, duration, size
 from llava_steps.pipeline.rules import chain
 from llava_steps.reporting import charts, html
+from llava_steps.settings import forms
 from llava_steps.settings.config import Config
-from llava_steps.settings.steps import STEPS
 from llava_steps.store import code_version
 from tests.helpers.chain import run_step
+from tests.helpers.page import Page
 from tests.helpers.report_fixtures import HOSTILE, make_run
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, ids, and all text of a page; tags must be closed in order."""
-
-    VOID = ("meta", "link", "img", "br")
-    SHAPES = ("rect", "circle", "path", "line", "polyline", "polygon")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        assert not self._open, self._open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in self.SHAPES
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"</{tag}> closes another"
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] != "style":
-            self.text += data
+from tests.workflow.project import RULES
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +85,21 @@ def test_what_was_not_run_is_left_out(made: tuple[Path, dict[str, Path]], tmp_pa
 
 
 def test_the_report_asks_for_nothing_that_the_run_does_not_need() -> None:
-    def config(**stages: object) -> Config:
+    def config(**more: object) -> Config:
         common = {"tar_shards": {"source": "x.json"}, "evaluation": {"data": "y.json"}}
         model = {"vision_tower": "a/b", "text_model": "c/d"}
-        return Config.model_validate({**common, "hf_model": model, **stages})
+        values = {**common, "hf_model": model, **more}
+        return Config.model_validate(forms.canonical(values))
 
-    everything = chain(config(stage1={}, stage2={}))["report"]
-    assert set(everything.upstream) == {n for n, s in STEPS.items() if not s.optional} - {"report"}
+    two: dict[str, object] = {"stage1": {"stage": 1}, "stage2": {"stage": 2}}
+    everything = chain(config(**two))["report"]
+    assert set(everything.upstream) == {*RULES} - {"demo_assets", "report"}
     assert everything.settings.model_dump()["title"] == "demo"
     asked = {"lmms_eval": {"tasks": ["mme"]}, "llm_jp_eval_mm": {"tasks": {"a": "b"}}}
-    told = chain(config(stage1={}, stage2={}, **asked))["report"]
+    told = chain(config(**two, **asked))["report"]
     assert set(told.upstream) - set(everything.upstream) == set(asked)
-    data = {"data_path": "/elsewhere"}
-    fewer = chain(config(stage1=data, stage2=data))["report"]
+    own = {"data_path": "/elsewhere"}
+    fewer = chain(config(stage1={"stage": 1, **own}, stage2={"stage": 2, **own}))["report"]
     assert set(everything.upstream) - set(fewer.upstream) == {"tar_shards", "energon_dataset"}
 
 
