@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -109,6 +110,8 @@ def as_question(images: Sequence[Path], question: str) -> Question:
     """
     for path in images:
         if not os.path.isfile(path):  # Path.is_file raises for a text too long for a name
+            if re.match(r"(https?|ftp|s3|gs):/|data:", str(path)):
+                raise InputError(f"{str(path)[:60]}: images are files; download it first")
             raise InputError(f"{path} is not a file; the question is the last word, in quotes")
     from llava_steps.data.samples.decode import check_image
     from llava_steps.data.samples.sample import PLACEHOLDER, SampleError, images_first

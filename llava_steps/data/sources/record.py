@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
@@ -39,6 +40,11 @@ _ERRORS = {
     errno.ENAMETOOLONG: "the name is too long", errno.ELOOP: "a link that leads to itself",
     errno.EIO: "the storage failed",
 }  # fmt: skip
+_BASE64 = ("/9j/", "iVBORw0KGg", "UklGR", "R0lGOD")
+"""How JPEG, PNG, WebP and GIF files begin in base64."""
+_LONGEST_NAME = 255
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/(?=/)")
+_RELATIVE = "paths are relative to the folder of the source file"
 _BYTES_PER_PIXEL = 4
 """A file with more bytes than this per allowed pixel is not read at all."""
 
@@ -163,7 +169,7 @@ def accept(data: bytes, options: Options, name: Any) -> bytes:
         check_image(data, options.max_pixels, options.decode_images)
         return data
     except SampleError as error:
-        where = f" ({name})" if isinstance(name, str) else ""
+        where = f" ({_short(name)})" if isinstance(name, str) else ""
         raise SampleError(f"{error}{where}") from error
 
 
@@ -176,9 +182,22 @@ def inside(root: Path, name: Any) -> str:
     if not isinstance(name, str) or not name or "\0" in name:
         raise SampleError(f"unusable image path: {ascii(name)[:80]}")
     check_text(name, "image path")
-    if os.path.isabs(name) or (".." in name and ".." in name.split("/")):
-        raise SampleError(f"image path outside the data: {name}")
+    if name[:5].lower() == "data:":
+        raise SampleError(f"image as a data: URI: {_short(name, 30)}; save it as a file")
+    if len(name) > _LONGEST_NAME and name.startswith(_BASE64):
+        raise SampleError(f"image in base64: {_short(name, 30)}; save it as a file")
+    if scheme := _URL.match(name):
+        raise SampleError(
+            f"image path is a URL: {_short(name)}; "
+            + (_RELATIVE if scheme[0].lower() == "file:/" else "download it, nothing is fetched")
+        )
+    if os.path.isabs(name) or name.startswith("~") or (".." in name and ".." in name.split("/")):
+        raise SampleError(f"image path outside the data: {_short(name)}; {_RELATIVE}")
     return f"{root}/{name}"
+
+
+def _short(name: str, length: int = 200) -> str:
+    return name if len(name) <= length else f"{name[:length]}..."
 
 
 def read_image(root: Path, name: Any, max_pixels: int) -> bytes:
@@ -194,9 +213,9 @@ def read_image(root: Path, name: Any, max_pixels: int) -> bytes:
         try:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
-                raise SampleError(f"not a plain file: {name}")
+                raise SampleError(f"not a plain file: {_short(name)}")
             if status.st_size > max_pixels * _BYTES_PER_PIXEL:
-                raise SampleError(f"image file too large: {status.st_size} bytes ({name})")
+                raise SampleError(f"image file too large: {status.st_size} bytes ({_short(name)})")
             data = os.read(file, status.st_size)
             while len(data) < status.st_size and (
                 more := os.read(file, status.st_size - len(data))
@@ -206,13 +225,17 @@ def read_image(root: Path, name: Any, max_pixels: int) -> bytes:
         finally:
             os.close(file)
     except OSError as error:
-        raise SampleError(f"unreadable file: {_why(error)} ({name})") from error
+        raise SampleError(f"unreadable file: {_why(error, name)}") from error
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError, name: str) -> str:
     """In our own words: those of the system depend on library and locale."""
     number = error.errno or 0
-    return _ERRORS.get(number) or errno.errorcode.get(number, "unknown error")
+    why = _ERRORS.get(number) or errno.errorcode.get(number, "unknown error")
+    if number == errno.ENAMETOOLONG:
+        return f"{why} ({_short(name, 30)})"
+    hint = "; write paths with / instead of \\" if "\\" in name else ""
+    return f"{why} ({_short(name)}){hint}"
 
 
 def image_files(root: Path, names: Any) -> list[Path]:
