@@ -49,4 +49,5 @@ def _where(text: str) -> str:
     if SHELL.match(text):
         expanded = os.path.expandvars(os.path.expanduser(text))
         return f"; ~ and $ are not expanded, write {expanded} or another path"
-    return "; give another path" if os.path.isabs(text) else f" in {Path.cwd()}; give another path"
+    advice = "; bring it, or give another path"
+    return advice if os.path.isabs(text) else f" in {Path.cwd()}{advice}"

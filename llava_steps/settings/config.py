@@ -67,7 +67,9 @@ class Config(BaseModel):
     megatron_checkpoint: MegatronCheckpoint = Field(default_factory=MegatronCheckpoint)
     audit: Audit = Field(default_factory=Audit)
     stages: dict[Annotated[str, Field(pattern=NAME)], StageSection] = Field(
-        min_length=1, description="training stages, in order"
+        min_length=1,
+        description="training stages, in order; `all` has keys of every stage, which those of a "
+        "stage in the same file override",
     )
     hf_export: HfExport = Field(default_factory=HfExport)
     evaluation: Evaluation

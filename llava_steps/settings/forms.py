@@ -3,10 +3,14 @@
 A run of one dataset and two stages has them in the sections `tar_shards`, `stage1` and `stage2`.
 Any number of them stand in `datasets` and `stages`. The first form is read as the second, file by
 file, so that an overlay in either form changes a configuration in either form.
+
+`stages.all` has keys of every stage. In a file, the keys of a stage override it; in a later file it
+overrides those of earlier files.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +18,9 @@ from llava_steps.settings.recipe import FREEZES
 
 FIRST_STAGES = {"stage1": 1, "stage2": 2}
 """Stages that may also be sections, and their numbers."""
+
+EVERY = "all"
+"""What has, in `stages`, the keys of every stage."""
 
 _REPLACES: tuple[tuple[set[str], set[str]], ...] = (
     ({"data"}, {"data_path"}),
@@ -36,6 +43,12 @@ def canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
+def every(values: Mapping[str, Any]) -> Any:
+    """What one file has for every stage."""
+    stages = values.get("stages")
+    return stages.get(EVERY, {}) if isinstance(stages, Mapping) else {}
+
+
 def given_twice(values: Mapping[str, Any]) -> str:
     """A stage that one file describes in both forms; empty if there is none."""
     inner = values.get("stages")
@@ -51,7 +64,7 @@ def removed(values: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for section in ("datasets", "stages"):
         named = values.get(section)
         if isinstance(named, Mapping):
-            keys += [(section, name) for name, item in named.items() if item is None]
+            keys += [(section, n) for n, item in named.items() if item is None and n != EVERY]
     return keys
 
 
@@ -65,15 +78,42 @@ def make_room(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
     if changes.get("datasets") and isinstance(base.get("tar_shards"), dict):
         base["tar_shards"].pop("source", None)
     for name, section in _stages(changes).items():
-        before = _stages(base).get(name)
-        if before is None:
+        if (before := _stages(base).get(name)) is not None:
+            _make_room_in_stage(before, section)
+
+
+def _make_room_in_stage(before: dict[str, Any], section: Mapping[str, Any]) -> None:
+    """Remove from a stage what `section`, which will be merged into it, says in another way."""
+    for given, replaced in _REPLACES:
+        if given & {*section}:
+            for key in replaced - {*section}:
+                before.pop(key, None)
+    if "train" in before and {*FREEZES.values()} & {*section} and "train" not in section:
+        _freeze(before)
+
+
+def spread(base: Mapping[str, Any], changes: dict[str, Any]) -> None:
+    """Give the stages of `changes` the keys of `stages.all`, and those of `base` that it changes.
+
+    A stage that is new in `changes` also gets the keys that `base` has for every stage.
+    """
+    before, own = _stages(base), _stages(changes)
+    given = own.get(EVERY, {})
+    stages = {} if changes.get("stages") is None else changes["stages"]
+    if not isinstance(stages, Mapping):
+        return
+    stages = dict(stages)
+    for name in {**before, **own}:
+        if name == EVERY or not isinstance(stages.get(name, {}), Mapping):
             continue
-        for given, replaced in _REPLACES:
-            if given & {*section}:
-                for key in replaced - {*section}:
-                    before.pop(key, None)
-        if "train" in before and {*FREEZES.values()} & {*section} and "train" not in section:
-            _freeze(before)
+        made = copy.deepcopy({} if name in before else before.get(EVERY, {}))
+        for section in (given, own.get(name, {})):
+            _make_room_in_stage(made, section)
+            merge(made, copy.deepcopy(section))
+        if made:
+            stages[name] = made
+    if stages:
+        changes["stages"] = stages
 
 
 def _freeze(stage: dict[str, Any]) -> None:
@@ -84,16 +124,31 @@ def _freeze(stage: dict[str, Any]) -> None:
         stage |= {key: part not in parts for part, key in FREEZES.items()}
 
 
+def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Merge section by section; anything that is not a section on both sides is replaced."""
+    for name, item in changes.items():
+        old = base.get(name)
+        if isinstance(old, dict) and isinstance(item, Mapping):
+            merge(old, item)
+        elif isinstance(item, Mapping):
+            base[name] = {}
+            merge(base[name], item)
+        else:
+            base[name] = item
+
+
 def without_removed(values: dict[str, Any], demo: str) -> None:
     """Drop datasets and stages that a file removes by `NAME: null`, and what left with the demo.
 
-    Without `demo_assets`, datasets of the demo go that no stage names; `demo` is the prefix of
-    their paths.
+    `stages.all` goes too, because every stage has its keys. Without `demo_assets`, datasets of the
+    demo go that no stage names; `demo` is the prefix of their paths.
     """
     for section in ("datasets", "stages"):
         named = values.get(section)
         if isinstance(named, dict):
             values[section] = {name: item for name, item in named.items() if item is not None}
+    if EVERY in _stages(values):
+        del values["stages"][EVERY]
     if values.get("demo_assets") is not None or not isinstance(values.get("datasets"), dict):
         return
     used = {name for stage in _stages(values).values() for name in _names(stage.get("data"))}

@@ -129,7 +129,7 @@ def _validate(source: Source) -> Config | None:
             return _validate(source)
         for problem in error.errors():
             key = tuple(str(part) for part in problem["loc"])
-            source.blame(key, explain(problem, key, source.written.get(key)))
+            source.blame(key, explain(problem, key, source.text(key)))
     return None
 
 
@@ -138,7 +138,7 @@ def _restore_texts(source: Source, error: ValidationError) -> bool:
     restored = False
     for problem in error.errors():
         key = tuple(str(part) for part in problem["loc"])
-        written = source.written.get(key)
+        written = source.text(key)
         if problem["type"] != "string_type" or written is None:
             continue
         given = source.location(key).startswith(COMMAND_LINE)

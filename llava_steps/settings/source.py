@@ -35,15 +35,30 @@ class Source:
 
     def location(self, key: Key) -> str:
         """`file:line` of a key, of the nearest section above it, or nothing."""
-        for end in range(len(key), 0, -1):
-            if key[:end] in self.locations:
-                return self.locations[key[:end]] + ": "
-        return ""
+        key = self._origin(key)
+        depth = self._depth(key)
+        return self.locations[key[:depth]] + ": " if depth else ""
+
+    def text(self, key: Key) -> str | None:
+        """A scalar as it is written; None if the value is not a scalar."""
+        return self.written.get(self._origin(key))
+
+    def _origin(self, key: Key) -> Key:
+        """The key as its file has it: a stage may have it from `stages.all`."""
+        if key[:1] != ("stages",):
+            return key
+        return max(key, ("stages", forms.EVERY, *key[2:]), key=self._depth)
+
+    def _depth(self, key: Key) -> int:
+        """Number of leading parts of the key that a file has."""
+        return next((end for end in range(len(key), 0, -1) if key[:end] in self.locations), 0)
 
     def take(self, later: Source) -> None:
         """Merge a later source into this one, unless it has problems."""
         if twice := forms.given_twice(later.values):
             later.blame((twice,), "is in stages too; describe it once")
+        if not isinstance(every := forms.every(later.values), Mapping):
+            later.blame(("stages", forms.EVERY), f"expected keys of every stage, got {every!r}")
         for key in forms.removed(later.values):
             section, name = ("stages", *key)[-2:]
             if len(key) == 1 or name not in (self.values.get(section) or {}):
@@ -54,14 +69,18 @@ class Source:
         self.sections |= forms.FIRST_STAGES.keys() & later.values.keys()
         inner = later.values.get("stages")
         self.sections -= {*inner} if isinstance(inner, Mapping) else set()
-        self.locations.update({_canonical(key): at for key, at in later.locations.items()})
-        self.written.update({_canonical(key): text for key, text in later.written.items()})
+        for noted, new in ((self.locations, later.locations), (self.written, later.written)):
+            changed = {_canonical(key): text for key, text in new.items()}
+            _forget(noted, {key[2:] for key in changed if key[:2] == ("stages", forms.EVERY)})
+            noted.update(changed)
         changes = forms.canonical(later.values)
+        forms.spread(self.values, changes)
         forms.make_room(self.values, changes)
-        _merge(self.values, changes)
+        forms.merge(self.values, changes)
 
     def blame(self, key: Key, message: str) -> None:
         """Note a problem of a key, named as its file has it."""
+        key = self._origin(key)
         shown = key[1:] if key[:1] == ("stages",) and {*key[1:2]} & self.sections else key
         problem = f"{'.'.join(shown)}: {message}" if shown else message
         self.problems.append(f"{self.location(key)}{problem}")
@@ -73,6 +92,13 @@ class Source:
             count = len(dict.fromkeys(self.problems))
             noun = "a problem" if count == 1 else f"{count} problems"
             raise ConfigError(f"the configuration has {noun}:{lines}")
+
+
+def _forget(noted: dict[Key, str], of_every_stage: set[Key]) -> None:
+    """Drop what is noted of keys of stages that a later file sets for every stage."""
+    stale = [key for key in noted if key[:1] == ("stages",) and key[2:] in of_every_stage - {()}]
+    for key in stale:
+        del noted[key]
 
 
 def _canonical(key: Key) -> Key:
@@ -178,16 +204,3 @@ def _walk(node: yaml.Node, key: Key, location: Callable[[int], str], source: Sou
         seen.setdefault(name, line)
         source.locations[here] = location(line)
         _walk(item, here, location, source)
-
-
-def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Merge section by section; anything that is not a section on both sides is replaced."""
-    for name, item in changes.items():
-        old = base.get(name)
-        if isinstance(old, dict) and isinstance(item, Mapping):
-            _merge(old, item)
-        elif isinstance(item, Mapping):
-            base[name] = {}
-            _merge(base[name], item)
-        else:
-            base[name] = item

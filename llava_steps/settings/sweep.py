@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.settings.forms import FIRST_STAGES
+from llava_steps.settings.forms import EVERY, FIRST_STAGES
 
 LIMIT = 1000
 """Variants of one run."""
@@ -75,9 +75,16 @@ def full(key: str) -> str:
 
 
 def assign(values: dict[str, Any], assignments: Assignments) -> None:
-    """Set keys of nested sections; sections that are missing are added."""
+    """Set keys of nested sections; sections that are missing are added.
+
+    A key of `stages.all` is set in every stage.
+    """
     for key, value in assignments.items():
         *sections, last = key.split(".")
+        if sections[:2] == ["stages", EVERY]:
+            inner = key.split(".", 2)[2]
+            assign(values, {f"stages.{name}.{inner}": value for name in values["stages"]})
+            continue
         inside = values
         for name in sections:
             if not isinstance(inside.get(name), dict):

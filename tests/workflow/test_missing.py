@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps.settings.hub_id import is_hub_id
-from tests.workflow.project import ROOT, Project
+from tests.workflow.project import Project
 
 PATHS = {
     "tar_shards.source": "LLaVA JSON or JSONL beside its images",
@@ -64,14 +64,6 @@ def test_the_template_says_what_it_needs(fresh: Project) -> None:
     lines = refused(fresh, "--configfile", "config/template.yaml")
     named = [line.split(":")[0].strip() for line in lines[1:]]
     assert named == ["tar_shards.source", "evaluation.data"]
-
-
-@pytest.mark.parametrize(
-    "recipe", sorted(p.name for p in (ROOT / "config/recipes").glob("l*.yaml"))
-)
-def test_a_recipe_says_what_it_needs(fresh: Project, recipe: str) -> None:
-    lines = refused(fresh, "--configfile", f"config/recipes/{recipe}")
-    assert any(" does not exist" in line and "source: " in line for line in lines)
 
 
 def test_what_a_target_does_not_need_may_be_missing(fresh: Project) -> None:
