@@ -67,7 +67,11 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Slot]]:
     base, end, slots = 8 + length, 0, {}
     for name, kind, shape, start, stop in _header_rows(path, entries):
         if kind not in DTYPES:
-            raise InputError(f"{path}: {name!r} has dtype {kind}; supported: {', '.join(DTYPES)}")
+            advice = "the weights are quantized, give plain ones" if kind.startswith("F8") else ""
+            supported = ", ".join(DTYPES)
+            raise InputError(
+                f"{path}: {name!r} has dtype {kind}; {advice or f'supported: {supported}'}"
+            )
         dtype = DTYPES[kind]
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:
             raise IntegrityError(

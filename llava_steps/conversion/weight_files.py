@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from llava_steps.conversion import tensors
-from llava_steps.core.errors import InputError, IntegrityError
+from llava_steps.core.errors import ConfigError, InputError, IntegrityError
 from llava_steps.geometry.hf_directory import read_object
 
 PICKLE = "pytorch_model.bin"
 FORMS = (tensors.SINGLE, tensors.INDEX, PICKLE, f"{PICKLE}.index.json")
 """Names that transformers looks for, in its order."""
+PACKED = (torch.int8, torch.uint8, torch.int32)
+"""Dtypes of weights of which several share an integer, or that need a scale."""
 POINTER = b"version https://git-lfs"
 
 
@@ -20,6 +25,7 @@ def check_weight_files(directory: Path) -> None:
     Raises:
         InputError: there are none, one is missing, or one is a pointer of Git LFS.
         IntegrityError: one is damaged.
+        ConfigError: one holds quantized weights.
     """
     first = first_form(directory)
     if not first:
@@ -41,7 +47,18 @@ def check_weight_files(directory: Path) -> None:
         if not begin:
             raise IntegrityError(f"{path} is empty; download the file again")
         if path.suffix == ".safetensors":
-            tensors.read_header(path)
+            _refuse_packed(path, tensors.read_header(path)[1])
+
+
+def _refuse_packed(path: Path, slots: Mapping[str, tensors.Slot]) -> None:
+    """Quantized weights are integers, whatever config.json says about them."""
+    for name, slot in slots.items():
+        if "weight" in name.rpartition(".")[2] and slot.dtype in PACKED:
+            kind = str(slot.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{path}: the weights are quantized ({name} is {kind}), and only plain weights can "
+                "be trained; give the model that it was made from, in bf16, fp16 or fp32"
+            )
 
 
 def first_form(directory: Path) -> str:

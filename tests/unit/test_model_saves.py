@@ -198,8 +198,16 @@ def gap(path: Path) -> None:
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+def tokenizer_json_only(path: Path) -> None:
+    """No names of special tokens, which the template therefore writes itself."""
+    (path / "tokenizer_config.json").unlink()
+    template = path / "chat_template.jinja"
+    text = template.read_text().replace("bos_token", "'<s>'").replace("eos_token", "'</s>'")
+    template.write_text(text)
+
+
 TOKENIZERS: dict[str, Change] = {
-    "tokenizer.json only": lambda path: (path / "tokenizer_config.json").unlink(),
+    "tokenizer.json only": tokenizer_json_only,
     "vocab and merges": saves.vocab_and_merges("Qwen2Tokenizer"),
     "vocab and merges of gpt2": saves.vocab_and_merges("GPT2Tokenizer"),
     "template in the config": lambda path: saves.template_in_config(path, lambda text: text),
@@ -233,15 +241,14 @@ def check_tokenizer(text: Path, tower: Path, out: Path) -> None:
     metrics = build(text, tower, out)
     built, source = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(text)
     assert built.encode(TEXT * 20) == source.encode(TEXT * 20, truncation=False)
-    assert built.chat_template == (
-        source.chat_template or (out / "chat_template.jinja").read_text()
-    )
+    template = source.chat_template
+    assert built.chat_template == (template["default"] if isinstance(template, dict) else template)
     vocab = built.get_vocab()
     assert len(set(vocab.values())) == len(vocab) and max(vocab.values()) < metrics["vocab"]
     processor = AutoProcessor.from_pretrained(out, backend="pil")
     image = Image.new("RGB", (50, 30))
     inputs = processor(text=["<image>" + TEXT], images=[image], return_tensors="pt")
-    assert inputs["input_ids"].shape[1] == TOKENS + len(built.encode(TEXT))
+    assert inputs["input_ids"].shape[1] == TOKENS - 1 + len(built.encode("<image>" + TEXT))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -377,6 +384,24 @@ REFUSED_TEXTS: dict[str, tuple[Change, type[StepError], str]] = {
         lambda path: saves.rewrite(path, lambda t: {k: v for k, v in t.items() if k != HEAD}),
         IntegrityError,
         "set tie_word_embeddings to true",
+    ),
+    "packed weights without a config": (
+        lambda path: saves.rewrite(
+            path,
+            lambda t: {
+                k.replace("q_proj.weight", "q_proj.qweight"): v.int() if "q_proj" in k else v
+                for k, v in t.items()
+            },
+        ),
+        ConfigError,
+        r"weights are quantized \(model.layers.0.self_attn.q_proj.qweight is int32\)",
+    ),
+    "fp8 weights without a config": (
+        lambda path: saves.rewrite(
+            path, lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}
+        ),
+        InputError,
+        "has dtype F8_E4M3; the weights are quantized, give plain ones",
     ),
     "model with code": (
         separate_code("config.json", "AutoConfig", model_type="own"),
