@@ -56,6 +56,10 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"image": "", "url": "https://host/a.webp?width=3"}, "image in the field 'url'"),
     ({"image_url": {"url": "data:image/png;base64,AAAA"}}, "image in the field 'image_url'"),
     ({"files": [{"path": "b.heic"}]}, "image in the field 'files'"),
+    ({"img": "coco/000123"}, "image in the field 'img'"),
+    ({"Image": "000123"}, "image in the field 'Image'"),
+    ({"image_base64": "/9j/4AAQSkZJRgABAQ"}, "image in the field 'image_base64'"),
+    ({"picture": {"id": 7}}, "image in the field 'picture'"),
 ]  # fmt: skip
 
 
@@ -89,7 +93,17 @@ def test_fields_that_are_no_images_stay(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     asked = [{"from": "human", "value": "<image>\nSee a.png"}, TALK[1]]
     rows = [
-        {"id": "x.png", "conversations": TALK, "video": None, "audio": "", "source": "wiki.en"},
+        {
+            "id": "x.png",
+            "conversations": TALK,
+            "video": None,
+            "audio": "",
+            "source": "wiki.en",
+            "image_id": 7,
+            "photo": None,
+            "pictures": [],
+            "image_count": "none",
+        },
         {"id": 2, "image": "a.jpg", "conversations": asked, "url": "http://host/a.jpg"},
         {"id": 3, "conversations": [{"from": "human", "value": "Open a.png"}, TALK[1]]},
     ]

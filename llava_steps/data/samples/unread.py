@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ VIDEO_AND_SOUND = ("video", "videos", "audio", "audios")
 """Fields, and placeholders in questions."""
 _TEXTS = frozenset({"id", "conversations", "messages", "question", "answer", "text", "caption"})
 """Fields that hold words, which may end in the name of a file."""
+_IMAGE_FIELD = re.compile(
+    r"(image|img|picture|photo|pic)s?(_?(path|file|filename|name|url|uri|bytes|data|base64)s?)?"
+)
+"""Fields that hold an image whatever their text looks like, such as a name without extension."""
 _LONGEST_NAME = 1000
 _SHOWN = 40
 
@@ -34,7 +39,10 @@ def unread_field(fields: Mapping[str, Any], images: int) -> str:
         if _present(fields.get(name)):
             return f"{name} is not supported: the field {name!r} is set"
     for name, value in fields.items() if images == 0 else ():
-        if name not in _TEXTS and (image := _image_in(value)) is not None:
+        image = None if name in _TEXTS else _image_in(value)
+        if image is None and _IMAGE_FIELD.fullmatch(name.lower()) and _holds_something(value):
+            image = ascii(value)[:_SHOWN]
+        if image is not None:
             return f"image in the field {name!r}, which is not read: {image}"
     return ""
 
@@ -79,6 +87,10 @@ def medium(name: str, data: bytes = b"") -> str:
 
 def _present(value: Any) -> bool:
     return value is not None and value == value and value not in ("", [], {})
+
+
+def _holds_something(value: Any) -> bool:
+    return isinstance(value, str | bytes | list | dict) and bool(value)
 
 
 def _image_in(value: Any, depth: int = 3) -> str | None:
