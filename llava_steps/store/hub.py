@@ -1,7 +1,7 @@
 """Repositories of the Hugging Face hub as inputs: the commit that a name stands for, and its files.
 
-The commit that was taken for a name without one is kept in `<store>/hub.json` and used again, so
-that a branch that moves changes no run until a step is asked to `--update`.
+The commit that was taken for a name without one is kept in `<store>/hub` and used again, so that a
+branch that moves changes no run until a step is asked to `--update`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import glob
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from llava_steps.core import filesystem
 from llava_steps.core.errors import InputError, environment_error
 from llava_steps.core.third_party import brief
 from llava_steps.settings.hub_id import HubId, parse_dataset, parse_model
 
-RECORD = "hub.json"
-LINKS = "hub"
-"""Folder of the store with links to the chosen files of datasets."""
+FOLDER = "hub"
+"""Folder of the store: the commits that were taken, lists of the files that were chosen, and links
+to those of datasets. A file for each, because several steps write at the same time."""
 Kind = Literal["model", "dataset"]
 Choose = Callable[[Sequence[str]], list[str]]
 _TEXT = (".json", ".jinja", ".model", ".txt")
@@ -79,7 +81,8 @@ class Hub:
         """The commit that was taken for a name before, or its own; else empty."""
         if named.is_pinned:
             return named.revision
-        return "" if self._update else self._record().get(_key(named, kind), "")
+        path = self._commit_file(named, kind)
+        return path.read_text().strip() if path.is_file() and not self._update else ""
 
     def _snapshot(
         self, text: str, named: HubId, kind: Kind, choose: Choose
@@ -106,9 +109,9 @@ class Hub:
                 f"{text} is not a directory here and could not be downloaded from the hub: {cause}"
             ) from error
         if self.fetch and not named.is_pinned:
-            self._keep(_key(named, kind), snapshot.name)
+            self._keep(self._commit_file(named, kind), snapshot.name)
         self.taken[text] = snapshot.name
-        listing = self._store / LINKS / f"{_folder(kind, named, snapshot)}.json"
+        listing = self._store / FOLDER / f"{_folder(kind, named, snapshot)}.json"
         if files is None:
             return snapshot, self._downloaded(text, kind, snapshot, listing, named.inside, choose)
         known = self._read(listing)
@@ -136,17 +139,20 @@ class Hub:
     def _linked(self, named: HubId, snapshot: Path, files: Sequence[str]) -> Path:
         """A directory with links to some files of a snapshot, and nothing else."""
         chosen = filesystem.sha256_json(list(files))[:12]
-        root = self._store / LINKS / f"{_folder('dataset', named, snapshot)}-{chosen}"
+        root = self._store / FOLDER / f"{_folder('dataset', named, snapshot)}-{chosen}"
         for name in files:
             link = root / name
             if not link.exists():
                 link.parent.mkdir(parents=True, exist_ok=True)
-                filesystem.remove(link)
-                os.symlink((snapshot / name).resolve(), link)
+                # Shares of one work make the same links at the same time.
+                own = link.with_name(f"{filesystem.TEMPORARY}{secrets.token_hex(4)}-{link.name}")
+                os.symlink((snapshot / name).resolve(), own)
+                os.replace(own, link)
         return root
 
-    def _record(self) -> dict[str, str]:
-        return self._read(self._store / RECORD)
+    def _commit_file(self, named: HubId, kind: Kind) -> Path:
+        name = quote(f"{named.name}@{named.revision}".rstrip("@"), safe="@")
+        return self._store / FOLDER / f"{kind}-{name}.commit"
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -159,10 +165,10 @@ class Hub:
             ) from error
         return content if isinstance(content, dict) else {}
 
-    def _keep(self, key: str, commit: str) -> None:
-        record = self._record()
-        if record.get(key) != commit:
-            filesystem.write_json(self._store / RECORD, record | {key: commit})
+    def _keep(self, path: Path, commit: str) -> None:
+        if not path.is_file() or path.read_text().strip() != commit:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            filesystem.write_bytes(path, f"{commit}\n".encode())
 
 
 def is_snapshot(path: Path) -> bool:
@@ -289,7 +295,3 @@ def _answer(text: str, named: HubId, kind: Kind, error: Exception) -> str:
 
 def _folder(kind: Kind, named: HubId, snapshot: Path) -> str:
     return f"{kind}--{named.name.replace('/', '--')}-{snapshot.name[:12]}"
-
-
-def _key(named: HubId, kind: Kind) -> str:
-    return f"{kind} {named.name}" + (f"@{named.revision}" if named.revision else "")

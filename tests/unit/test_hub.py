@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,8 @@ def test_the_commit_that_was_taken_is_used_until_update(tmp_path: Path, hub: Hub
     repository.names["v1"] = second
     assert Hub(store).model("org/model@v1").name == first
     assert Hub(tmp_path / "store", update=True).model("org/model@v1").name == second
-    record = json.loads((store / "hub.json").read_text())
-    assert record == {"model org/model": second, "model org/model@v1": second}
+    record = {path.stem: path.read_text().strip() for path in (store / "hub").glob("*.commit")}
+    assert record == {"model-org%2Fmodel": second, "model-org%2Fmodel@v1": second}
 
 
 def test_models_come_with_one_form_of_their_weights(tmp_path: Path, hub: HubServer) -> None:
@@ -125,6 +127,21 @@ def test_without_a_network_what_was_downloaded_is_used(tmp_path: Path, hub: HubS
         unreachable(store).model("org/other")
 
 
+def test_shares_link_a_dataset_at_the_same_time(tmp_path: Path, hub: HubServer) -> None:
+    content = {f"images__{number}_jpg": "x" for number in range(60)}
+    hub.dataset("org/data").commit(files(tmp_path / "1", a_jsonl="{}", **content))
+    store = tmp_path / "store"
+    store.mkdir()
+    root = Hub(store).dataset("org/data").parent
+    shutil.rmtree(root)
+    with ThreadPoolExecutor(8) as pool:
+        roots = list(pool.map(lambda _: Hub(store).dataset("org/data").parent, range(8)))
+    assert set(roots) == {root} and len(names(root)) == 61
+    moved = (tmp_path / "cache").rename(tmp_path / "moved")
+    assert names(root) == [] and moved.is_dir()
+    assert len(names(Hub(store).dataset("org/data").parent)) == 61
+
+
 def unreachable(store: Path) -> Hub:
     """A hub that may be asked but cannot be reached."""
     constants.ENDPOINT = "http://127.0.0.1:9"
@@ -140,7 +157,8 @@ def test_datasets_give_the_files_of_one_form_and_split(tmp_path: Path, hub: HubS
         hub.repositories.pop("datasets/org/data", None)
         folder = tmp_path / f"commit-{len(list(tmp_path.glob('commit-*')))}"
         hub.dataset("org/data").commit(files(folder, **content))
-        (tmp_path / "store/hub.json").unlink(missing_ok=True)
+        for record in tmp_path.glob("store/hub/*.commit"):
+            record.unlink()
 
     commit(README_md="#", dataset_infos_json="{}", **{"data__train-0_parquet": "p"})
     assert names(found.dataset("org/data")) == ["data/train-0.parquet"]
