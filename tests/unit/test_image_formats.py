@@ -207,6 +207,23 @@ def test_max_pixels_counts_and_is_named(tmp_path: Path, form: str) -> None:
     assert TarShards(source="x").max_pixels == MAX_PIXELS
 
 
+SIZED = {
+    "jpeg": jpeg(1), "progressive": jpeg(1, (70, 30), progressive=True),
+    "fill bytes": jpeg(1)[:2] + b"\xff\xff" + jpeg(1)[2:], "grey": encoded(drawing().convert("L")),
+    "webp": encoded(drawing(), "WEBP"), "webp lossless": TRANSPARENT["webp"],
+    "webp plain": encoded(drawing().convert("RGB"), "WEBP"),
+    "bmp": encoded(drawing().convert("RGB"), "BMP"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_of_headers_are_those_of_the_images(name: str) -> None:
+    data = SIZED[name]
+    expected = decode(data).size
+    sizes = {decoding.header_size(data[:length]) for length in range(0, len(data), 7)}
+    assert sizes == {None, expected} and decoding.header_size(data) == expected
+
+
 def webp_header(width: int, height: int) -> bytes:
     """The beginning of a lossless WebP of that size."""
     bits = (width - 1) | (height - 1) << 14

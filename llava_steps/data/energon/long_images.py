@@ -22,7 +22,8 @@ RATIO = 20
 """Longer side by shorter side from which an image is listed."""
 MOST = 100
 """Images of one tar that are listed: the longest."""
-_HEAD = 1 << 16
+_HEADS = (1 << 12, 1 << 16)
+"""Bytes of a file that are read first, and if these do not suffice."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class LongImage:
 
 def sides(file: IO[bytes], start: int, size: int) -> tuple[int, int] | None:
     """(width, height) of the image at `start`; None when its header cannot be read."""
-    for length in dict.fromkeys((min(size, _HEAD), size)):
+    for length in dict.fromkeys((*(min(size, head) for head in _HEADS), size)):
         file.seek(start)
         if (measured := header_size(file.read(length))) is not None:
             return measured

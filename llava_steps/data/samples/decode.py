@@ -77,7 +77,7 @@ def check_image(data: bytes, max_pixels: int | None = None, full: bool = False) 
 
 def header_size(head: bytes) -> tuple[int, int] | None:
     """(width, height) by the beginning of a file; None if it is too short, or broken."""
-    if (size := formats.size(head)) is not None:
+    if (size := formats.size(head) or formats.jpeg_size(head)) is not None:
         return size
     try:
         with _opened(head, None) as image:

@@ -26,6 +26,8 @@ _BRANDS = {
     b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC",
     b"heis": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC",
 }  # fmt: skip
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of JPEG frames."""
 _TEXT = 1000
 """Bytes at the beginning of a text in which its first element stands."""
 
@@ -70,3 +72,17 @@ def size(data: bytes) -> tuple[int, int] | None:
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     width, height = struct.unpack("<HH", data[26:30])
     return width & 0x3FFF, height & 0x3FFF
+
+
+def jpeg_size(head: bytes) -> tuple[int, int] | None:
+    """(width, height) by the frame header of a JPEG; None if `head` does not reach to it."""
+    offset = 2
+    while head.startswith(b"\xff\xd8") and offset + 9 <= len(head) and head[offset] == 0xFF:
+        marker = head[offset + 1]
+        if marker in _FRAMES:
+            height, width = struct.unpack(">HH", head[offset + 5 : offset + 9])
+            return width, height
+        # Another 0xff is a fill byte.
+        skipped = 2 + int.from_bytes(head[offset + 2 : offset + 4])
+        offset += 1 if marker == 0xFF else skipped
+    return None
