@@ -11,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from llava_steps.core.format import count, duration, size
-from llava_steps.reporting.picture import picture
 
 HERE = Path(__file__).parent
 LONGEST = 800
@@ -21,7 +20,7 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 def render(page: Mapping[str, Any]) -> str:
     """HTML of the content from collect.page; every text in it is escaped."""
-    return _filled("page.html.j2", page, pipeline=picture(page["figures"]))
+    return _filled("page.html.j2", page)
 
 
 def render_comparison(page: Mapping[str, Any]) -> str:
@@ -29,7 +28,7 @@ def render_comparison(page: Mapping[str, Any]) -> str:
     return _filled("comparison.html.j2", page)
 
 
-def _filled(template: str, page: Mapping[str, Any], **more: object) -> str:
+def _filled(template: str, page: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -46,7 +45,7 @@ def _filled(template: str, page: Mapping[str, Any], **more: object) -> str:
         "percent": percent,
     }
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # noqa: S704  our own file
-    return environment.get_template(template).render(page, style=style, **more)
+    return environment.get_template(template).render(page, style=style)
 
 
 def clean(text: object, longest: int = LONGEST) -> str:
@@ -57,8 +56,8 @@ def clean(text: object, longest: int = LONGEST) -> str:
 
 def words(name: str) -> str:
     """An identifier as words: stage1_checkpoint is `stage 1 checkpoint`."""
-    spaced = re.sub(r"^(after_)?stage(\d)", r"\1stage \2", name)
-    return spaced.replace("_", " ").replace("hf ", "HF ").replace("megatron", "Megatron")
+    spaced = re.sub(r"^(after_)?stage(\d)", r"\1stage \2", name).replace("_", " ")
+    return re.sub(r"^hf(?= )", "HF", re.sub(r"^megatron(?= )", "Megatron", spaced))
 
 
 def percent(share: float) -> str:

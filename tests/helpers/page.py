@@ -17,6 +17,7 @@ class Page(HTMLParser):
         self.text = ""
         self.cells: list[tuple[str, str]] = []
         """Tag and whole text of each cell of a table."""
+        self.headings: list[str] = []
         self._open: list[str] = []
         self.feed(text)
         assert not self._open, self._open
@@ -25,6 +26,8 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self._open.append(tag)
+        if tag in ("h2", "h3"):
+            self.headings.append("")
         if tag in ("td", "th"):
             self.cells.append((tag, ""))
 
@@ -38,6 +41,17 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._open and self._open[-1] != "style":
             self.text += data
+            if {"h2", "h3"} & {*self._open}:
+                self.headings[-1] += data.strip()
             if {"td", "th"} & {*self._open}:
                 tag, before = self.cells[-1]
                 self.cells[-1] = (tag, before + data.strip())
+
+    @property
+    def spaced(self) -> str:
+        """The text with single spaces."""
+        return " ".join(self.text.split())
+
+    def of_class(self, name: str) -> list[str]:
+        """Tags that have a class."""
+        return [tag for tag, attrs in self.tags if name in (attrs.get("class") or "").split()]

@@ -91,7 +91,7 @@ def make_run(root: Path) -> dict[str, Path]:
     seal("megatron_checkpoint", {"certificate": counts, "forward": forward}, 120.0, tp=1, pp=1)
     for stage in (1, 2):
         _audit(stage, put)
-        seal(f"stage{stage}_audit", _report(), 12.0, stage=stage)
+        seal(f"stage{stage}_audit", audit_report(), 12.0, stage=stage)
     for stage, steps in ((1, 150), (2, 2400)):
         name = f"stage{stage}_checkpoint"
         put(name, "metrics.jsonl", "".join(_lines(steps)))
@@ -139,7 +139,8 @@ def _lines(steps: int) -> list[str]:
     return rows
 
 
-def _report() -> dict[str, Any]:
+def audit_report() -> dict[str, Any]:
+    """report.json of an audit."""
     edges = [40, 120, 200, 280, 360, 440, 520]
     counts = [12, 180, 420, 250, 90, 48]
     rows = [
@@ -155,10 +156,15 @@ def _report() -> dict[str, Any]:
 
 
 def _audit(stage: int, put: Any) -> None:
-    name = f"stage{stage}_audit"
-    put(name, "report.json", json.dumps(_report()))
+    for file, data in audit_files(audit_report()).items():
+        put(f"stage{stage}_audit", file, data if isinstance(data, bytes) else json.dumps(data))
+
+
+def audit_files(report: dict[str, Any]) -> dict[str, Any]:
+    """The files of an audit with that report: bytes of images, and values of JSON files."""
+    files: dict[str, Any] = {"report.json": report}
     for number in range(12):
-        put(name, f"thumbnails/{number:03d}.jpg", picture(number))
+        files[f"thumbnails/{number:03d}.jpg"] = picture(number)
     thumbnails = [
         {"image": f"thumbnails/{n:03d}.jpg", "sample": f"/a/b/000000.tar/{n:06d}"}
         for n in range(12)
@@ -173,7 +179,8 @@ def _audit(stage: int, put: Any) -> None:
         }
         for n in range(3)
     ]
-    put(name, "examples.json", json.dumps({"examples": examples, "thumbnails": thumbnails}))
+    files["examples.json"] = {"examples": examples, "thumbnails": thumbnails}
+    return files
 
 
 def _evaluation(put: Any) -> dict[str, Any]:
