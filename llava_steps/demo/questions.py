@@ -132,7 +132,7 @@ def training_samples(
     """The training file: `scans` are scan numbers, `digits` the digit of every scan of the set.
 
     Two conversations per scan (one in each language), 40 % of them with several turns; one pair of
-    scans for every fifth scan; a text-only sample for every tenth. Shuffled, ids in file order.
+    scans for every third scan; a text-only sample for every tenth. Shuffled, ids in file order.
     """
     rng = np.random.default_rng([seed, 1])
     drafts: list[tuple[str, str, list[dict[str, str]], list[str]]] = []
@@ -145,8 +145,8 @@ def training_samples(
                 kinds = [str(rng.choice(ABOUT_ONE_SCAN, p=[0.5, 0.25, 0.25]))]
                 kind = kinds[0]
             drafts.append((kind, lang, turns(kinds, lang, [digits[scan]], rng), [image_name(scan)]))
-        if position % 5 == 0:
-            drafts.append(_pair(scan, scans, digits, LANGS[position // 5 % 2], rng))
+        if position % 3 == 0:
+            drafts.append(_pair(scan, scans, digits, LANGS[position // 3 % 2], rng))
         if position % 10 == 0:
             lang = LANGS[position // 10 % 2]
             text = text_turns(lang, int(rng.integers(10)), int(rng.integers(2)))
@@ -161,7 +161,7 @@ def training_samples(
 def heldout_samples(scans: Sequence[int], digits: Sequence[int], seed: int) -> list[dict[str, Any]]:
     """The held-out file: one question per sample; every scan in every kind and language.
 
-    Pairs for every fifth scan and both languages; each text-only question about each digit.
+    Pairs for every second scan and both languages; each text-only question about each digit.
     """
     rng = np.random.default_rng([seed, 2])
     samples: list[dict[str, Any]] = []
@@ -172,7 +172,7 @@ def heldout_samples(scans: Sequence[int], digits: Sequence[int], seed: int) -> l
                 samples.append(
                     record(f"{kind}-{lang}-{scan:04d}", kind, lang, talk, [image_name(scan)])
                 )
-        for scan in scans[::5]:
+        for scan in scans[::2]:
             kind, _, talk, images = _pair(scan, scans, digits, lang, rng)
             samples.append(record(f"{kind}-{lang}-{scan:04d}", kind, lang, talk, images))
         for which in range(len(TEXT_QUESTIONS[lang])):

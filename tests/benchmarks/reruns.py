@@ -115,7 +115,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpus": {"gpus": 4, "global_batch_size": 256},
     "stage1.tensor_model_parallel": {"tensor_model_parallel": 1, "gpus": 1},
     "stage2.tensor_model_parallel": {"tensor_model_parallel": 2},
-    "text_hidden_size": {"text_hidden_size": 128},
+    "text_hidden_size": {"text_hidden_size": 64},
     "megatron_dir": {},  # gives both exports one value
     "pipeline_model_parallel": {
         "pipeline_model_parallel": 2, "tensor_model_parallel": 1, "gpus": 2,

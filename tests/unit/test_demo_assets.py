@@ -112,7 +112,7 @@ def test_the_training_file_holds_all_that_the_demo_shows(assets: Path) -> None:
     assert asked >= {w for wordings in questions.QUESTIONS.values() for w in wordings}
     assert {len(s["conversations"]) for s in found} == {2, 6}
     assert {len(images_of(s)) for s in found} == {0, 1, 2}
-    assert len({s["id"] for s in found}) == len(found) == 3450
+    assert len({s["id"] for s in found}) == len(found) == 3650
 
 
 def test_heldout_scans_are_in_no_training_sample(assets: Path) -> None:
@@ -198,8 +198,8 @@ def test_equal_settings_give_equal_bytes_in_another_process(assets: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert {f["path"]: f["sha256"] for f in manifest["files"]} == digests(assets)
-    assert manifest["metrics"]["train_samples"] == 3450
-    assert manifest["metrics"]["heldout_samples"] == 1942
+    assert manifest["metrics"]["train_samples"] == 3650
+    assert manifest["metrics"]["heldout_samples"] == 2120
     assert len(manifest["metrics"]["heldout_scans"]) == 297
 
 
@@ -262,6 +262,27 @@ def test_the_text_of_pretraining_has_no_image(assets: Path) -> None:
     talks = text.corpus(400, 3)
     assert not any("<image>" in m["content"] for talk in talks for m in talk)
     assert talks == text.corpus(400, 3) != text.corpus(400, 4)
+
+
+def test_the_language_model_is_trained_on_answers() -> None:
+    """Prompts have no share in its loss, their end markers neither; end tokens of answers do."""
+    import torch
+
+    talks = text.corpus(64, 3)
+    tokenizer = text.train_tokenizer([m["content"] for t in talks for m in t], 400)
+    assistant, end = tokenizer.convert_tokens_to_ids([text.ASSISTANT, text.EOS])
+    for talk in talks:
+        ids = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True).input_ids
+        padded = torch.nn.functional.pad(ids, (0, 3), value=tokenizer.pad_token_id)
+        answered = text._answers(padded, assistant, end)
+        answers = [m["content"] + text.EOS for m in talk if m["role"] == "assistant"]
+        assert tokenizer.decode(padded[answered]) == "".join(answers)
+
+
+def test_four_tenths_of_the_text_compare_two_digits() -> None:
+    talks = text.corpus(2000, 3)
+    compared = [t for t in talks if re.search(r"larger|大きい", t[0]["content"])]
+    assert 0.35 < len(compared) / len(talks) < 0.45
 
 
 def test_pretraining_learns(tmp_path: Path) -> None:

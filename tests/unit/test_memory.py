@@ -22,6 +22,8 @@ from tests.helpers.model_fixtures import Batch
 
 ROOT = Path(__file__).parents[2]
 DEMO = load([ROOT / "config/config.yaml"])
+DEEP = load([ROOT / "config/config.yaml"], ["demo_assets={text_hidden_size: 64, text_layers: 4}"])
+"""For the other layouts: with two layers a pipeline of two has one layer a process."""
 TEXT, SUPERVISED = 24, 8
 STAGES = {
     "demo, stage 1": DEMO.stages["stage1"].settings,
@@ -81,17 +83,20 @@ def hf_config(geometry: Geometry) -> LlavaConfig:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Geometry, list[Kept]]]:
     directory = tmp_path_factory.mktemp("memory")
-    geometry = model_of(DEMO).geometry
-    hf_config(geometry).save_pretrained(directory)
-    trainings = []
+    geometries, trainings = {}, []
     for name in STAGES:
-        stage = stage_of(name)
+        stage, model = stage_of(name), "demo" if name.startswith("demo") else "deep"
+        geometries[name] = geometry = model_of(DEMO if model == "demo" else DEEP).geometry
+        hf_config(geometry).save_pretrained(directory / model)
         micro = stage.global_batch_size // (stage.micro_batch_size * stage.data_parallel)
         row = row_of(geometry, stage.micro_batch_size)
-        trainings.append(Training(directory, stage, ((row,) * micro,) * stage.data_parallel))
+        trainings.append(
+            Training(directory / model, stage, ((row,) * micro,) * stage.data_parallel)
+        )
     ranks = spawn("tests.helpers.cost_workers:keep", 2, directory, trainings)
     return {
-        name: (geometry, [rank[number] for rank in ranks]) for number, name in enumerate(STAGES)
+        name: (geometries[name], [rank[number] for rank in ranks])
+        for number, name in enumerate(STAGES)
     }
 
 
@@ -119,7 +124,7 @@ def test_every_part_is_what_the_training_keeps(
 
 
 def test_the_process_that_needs_most_is_the_one_that_is_told() -> None:
-    geometry = model_of(DEMO).geometry
+    geometry = model_of(DEEP).geometry
     layout, row = Layout(pp=4, cuda=False, precision="fp32"), Row(400, 10, 40, 10, 80)
     each = [of_stage(geometry, Trained(), layout, row, 8, number) for number in range(4)]
     assert isinstance(each[0], Memory)

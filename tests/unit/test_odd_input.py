@@ -129,8 +129,8 @@ def test_a_model_of_other_settings_is_not_planned_with(place: Path) -> None:
     """What the run shows from before stands in only for a model of the same parts."""
     demo = load.with_overlays([])
     built = config_json(place / "results/demo/hf_model", {"text_config": LLAMA})
-    wider = load.load([load.SHIPPED], ["demo_assets={text_hidden_size: 128}"])
-    assert model_of(wider).geometry.hidden == 128 != model_of(demo).geometry.hidden
+    other = load.load([load.SHIPPED], ["demo_assets={text_hidden_size: 64}"])
+    assert model_of(other).geometry.hidden == 64 != model_of(demo).geometry.hidden
     with pytest.raises(InputError, match="hf_model"):  # `done`: this one, which is no LLaVA
         model_of(demo, done=True)
     gone = load.load([load.SHIPPED], ["hf_model={vision_tower: v, text_model: t}"])

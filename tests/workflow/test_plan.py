@@ -242,7 +242,7 @@ def test_a_dry_run_ends_with_the_plan_of_what_it_takes(finished: Project) -> Non
     text = finished.snakemake("-n", "--cores", "1")
     plan = text[text.index("Plan of run demo") :]
     assert len(re.findall(r"^  done +\w+", plan, flags=re.M)) == len(RULES)
-    assert "451,072 parameters" in plan and re.search(r"memory per process: [\d.]+ MiB", plan)
+    assert "746,176 parameters" in plan and re.search(r"memory per process: [\d.]+ MiB", plan)
     overlay = finished.overlay("stage2: {lr: 5.0e-4}\n")
     text = finished.snakemake("-n", "--cores", "1", "--configfile", overlay)
     assert re.search(r"run +stage2_checkpoint +changed: lr 0.001 -> 0.0005\n", text)
