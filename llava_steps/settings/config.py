@@ -14,6 +14,7 @@ from llava_steps.settings.conversion import HfExport, HfModel, MegatronCheckpoin
 from llava_steps.settings.dataset import Audit, EnergonDataset, TarShards
 from llava_steps.settings.demo_assets import DemoAssets
 from llava_steps.settings.evaluation import Evaluation, LlmJpEvalMm, LmmsEval
+from llava_steps.settings.problem import KeyProblem
 from llava_steps.settings.recipe import NAME, Dataset, Share, StageSection
 from llava_steps.settings.report import Report
 from llava_steps.settings.steps import STEPS
@@ -106,13 +107,20 @@ class Config(BaseModel):
     def _stages_start_somewhere(self) -> Config:
         for name, stage in self.stages.items():
             if stage.start and stage.megatron_load_dir:
-                raise ValueError(
-                    f"stages.{name}: from names a stage, megatron_load_dir a path: give only one"
+                raise KeyProblem(
+                    ("stages", name, "from"),
+                    "names a stage, megatron_load_dir names a path: give only one",
                 )
             if stage.start not in {"", UNTRAINED, *self.stages}:
-                raise ValueError(
-                    f"stages.{name}.from: {stage.start!r} is not a stage; stages are "
-                    f"{', '.join(self.stages)}; {UNTRAINED} is the model before training"
+                raise KeyProblem(
+                    ("stages", name, "from"),
+                    f"{stage.start!r} is not a stage; stages are {', '.join(self.stages)}; "
+                    f"{UNTRAINED} is the model before training",
+                )
+            if stage.start == name:
+                raise KeyProblem(
+                    ("stages", name, "from"),
+                    f"the stage starts from itself; {UNTRAINED} is the model before training",
                 )
         self.ordered_stages()
         return self
@@ -120,21 +128,50 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _data_is_known(self) -> Config:
         for name, stage in self.stages.items():
-            here = f"stages.{name}.data"
+            here = ("stages", name, "data")
             for dataset in stage.data:
                 if dataset not in self.datasets:
                     known = ", ".join(self.datasets) or "none; add the section datasets"
-                    raise ValueError(f"{here}: {dataset!r} is not a dataset; datasets are {known}")
+                    raise KeyProblem(here, f"{dataset!r} is not a dataset; datasets are {known}")
             if stage.data or stage.data_path:
                 continue
             if len(self.datasets) > 1:
-                raise ValueError(
-                    f"{here} is missing; name one or several of {', '.join(self.datasets)}"
+                raise KeyProblem(
+                    here, f"is missing; name one or several of {', '.join(self.datasets)}"
                 )
             if not self.dataset_names:
-                raise ValueError(
-                    f"{here}: the run has no data; describe it in the section datasets, or give "
-                    "tar_shards.source"
+                raise KeyProblem(
+                    here,
+                    "the run has no data; describe it in the section datasets, or give "
+                    "tar_shards.source",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _data_is_described_once(self) -> Config:
+        if self.datasets and self.tar_shards.source:
+            raise KeyProblem(
+                ("tar_shards", "source"),
+                "the section datasets describes the data too; make it a dataset there, or leave "
+                "it out",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rule_names_are_distinct(self) -> Config:
+        taken = {kind for kind, step in STEPS.items() if not step.each}
+        of_stage = [kind for kind, step in STEPS.items() if step.each == "stage"]
+        for name, stage in self.stages.items():
+            mine = {f"{name}_{kind}" for kind in of_stage}
+            if both := sorted({name, *mine} & taken):
+                raise KeyProblem(
+                    ("stages", name), f"{both[0]} is another rule; give the stage another name"
+                )
+            steps = stage.kept_steps if stage.evaluate_kept else []
+            if both := sorted({f"{name}_step{step}" for step in steps} & self.stages.keys()):
+                raise KeyProblem(
+                    ("stages", both[0]),
+                    f"rules of the kept checkpoints of {name} have this name; choose another",
                 )
         return self
 
@@ -144,10 +181,27 @@ class Config(BaseModel):
         for key in ("runtime", "mem_mb", "cpus", "jobs"):
             for name in getattr(self.cluster, key):
                 if name not in known:
-                    raise ValueError(
-                        f"cluster.{key}: {name} is not a rule; rules are {', '.join(known)}"
+                    raise KeyProblem(
+                        ("cluster", key, name),
+                        f"{name} is not a rule; rules are {', '.join(known)}",
                     )
         return self
+
+    @field_validator("sweep", mode="before")
+    @classmethod
+    def _is_a_sweep(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            for key, choices in given.items():
+                if not isinstance(choices, list) or not choices:
+                    raise KeyProblem(
+                        (key,),
+                        f"expected a list of values, got {choices!r}; a key in a section has dots, "
+                        "such as stages.stage2.lr",
+                    )
+            return given
+        if isinstance(given, list) and all(isinstance(item, dict) and item for item in given):
+            return given
+        raise ValueError("expected KEY: [VALUE, ...], or a list of {KEY: VALUE}")
 
     @field_validator("audit")
     @classmethod
@@ -163,8 +217,18 @@ class Config(BaseModel):
         names: dict[str, None] = {}
         for kind, step in STEPS.items():
             names |= dict.fromkeys(f"{name}_{kind}" for name in each.get(step.each, []))
+            if kind in ("export", "evaluation"):
+                names |= dict.fromkeys(f"{name}_{kind}" for name in self._kept())
             names[kind] = None
         return [*names]
+
+    def _kept(self) -> list[str]:
+        """Names of the checkpoints that are evaluated besides the results of stages."""
+        return [
+            f"{name}_step{step}"
+            for name, stage in self.stages.items()
+            for step in (stage.kept_steps if stage.evaluate_kept else ())
+        ]
 
     def sweep_over(self, variants: Iterable[Variant]) -> None:
         """Keep the configurations of the sweep's variants."""
@@ -215,7 +279,10 @@ class Config(BaseModel):
             ]
             if not free:
                 left = [name for name in self.stages if name not in order]
-                raise ValueError(f"stages {', '.join(left)} start from each other; change a from")
+                raise KeyProblem(
+                    ("stages", left[0], "from"),
+                    f"stages {', '.join(left)} start from each other; change a from",
+                )
             order.append(free[0])
         return order
 

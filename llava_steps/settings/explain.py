@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
@@ -23,8 +24,10 @@ def explain(problem: Any, key: Key, written: str | None) -> str:
         return "has no value; write one after the colon, or leave the key out"
     if kind == "extra_forbidden":
         section = _section(key[:-1])
-        known = sorted(section.model_fields) if section else []
+        known = sorted(_keys(section)) if section else []
         known += [*FIRST_STAGES] if section is Config else []
+        if section is Config and re.fullmatch(r"stage\d+", key[-1]):
+            return f"unknown key; describe it in stages, as stages: {{{key[-1]}: ...}}"
         return f"unknown key; {_hint(key, known)}"
     if kind == "missing":
         section = _section(key[:-1])
@@ -48,9 +51,22 @@ def explain(problem: Any, key: Key, written: str | None) -> str:
         return f"expected a whole number, got {given!r}"
     if kind == "bool_type":
         return f"expected true or false, got {given!r}"
+    if kind == "string_type" and isinstance(given, list | dict):
+        return f"expected one text, got {given!r}"
     if kind == "string_type":
-        shown = given if isinstance(given, dict | list) or written is None else written
+        shown = given if written is None else written
         return f"expected text, got {shown}; put it in quotes: {str(shown)!r}"
+    if kind == "dict_type":
+        return f"expected a section with names, got {given!r}"
+    if kind == "list_type":
+        return f"expected a list, got {given!r}"
+    if kind == "too_short" and isinstance(given, dict):
+        return "is empty; describe at least one"
+    if kind == "string_pattern_mismatch" and key[0] in ("datasets", "stages") and given == key[-1]:
+        return (
+            "a name has letters, digits, - and _, begins with a letter, and is at most 60 "
+            "characters long; choose another"
+        )
     if kind in ("model_type", "model_attributes_type"):
         return f"expected a section with keys, got {given!r}"
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -60,7 +76,7 @@ def explain(problem: Any, key: Key, written: str | None) -> str:
 def _hint(key: Key, known: Sequence[str]) -> str:
     """What a user may have meant by an unknown key, of a section with the keys `known`."""
     near = difflib.get_close_matches(key[-1], known, n=3, cutoff=0.8)
-    elsewhere = [name for name, model in sections() if key[-1] in model.model_fields]
+    elsewhere = [name for name, model in sections() if key[-1] in _keys(model)]
     if elsewhere and not near:
         return f"it is a key of {', '.join(elsewhere)}"
     if near := near or difflib.get_close_matches(key[-1], known, n=1):
@@ -68,6 +84,11 @@ def _hint(key: Key, known: Sequence[str]) -> str:
     if len(known) <= LISTED:
         return f"known keys: {', '.join(known)}"
     return f"config/README.md lists the {len(known)} keys of {key[-2] if key[1:] else 'a file'}"
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
+    """The keys of a section, as a file has them."""
+    return [info.alias or name for name, info in section.model_fields.items()]
 
 
 def _as_number(given: object) -> float | None:

@@ -77,6 +77,12 @@ def make_room(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
             stage.pop("data", None)
     if changes.get("datasets") and isinstance(base.get("tar_shards"), dict):
         base["tar_shards"].pop("source", None)
+    for name, section in _named(changes, "datasets").items():
+        if (dataset := _named(base, "datasets").get(name)) is not None:
+            if section.get("path"):
+                dataset.clear()
+            elif section.get("source"):
+                dataset.pop("path", None)
     for name, section in _stages(changes).items():
         if (before := _stages(base).get(name)) is not None:
             _make_room_in_stage(before, section)
@@ -173,7 +179,12 @@ def _names(data: Any) -> list[str]:
 
 def _stages(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The stages that are sections; anything else is reported when it is validated."""
-    stages = values.get("stages")
-    if not isinstance(stages, Mapping):
+    return _named(values, "stages")
+
+
+def _named(values: Mapping[str, Any], section: str) -> dict[str, dict[str, Any]]:
+    """The datasets or stages that are sections."""
+    named = values.get(section)
+    if not isinstance(named, Mapping):
         return {}
-    return {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
+    return {name: item for name, item in named.items() if isinstance(item, dict)}

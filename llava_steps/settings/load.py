@@ -69,20 +69,27 @@ def _variants(config: Config, source: Source) -> Iterator[Variant]:
     """The configuration of each variant of a sweep."""
     try:
         combinations = sweep.combinations(config.sweep) if config.sweep else []
+        names = {"stages": [*config.stages], "datasets": [*config.datasets]}
+        sweep.refuse_unknown((key for each in combinations for key in each), names)
     except sweep.SweepError as error:
         source.blame(("sweep",), str(error))
         return
+    wrong: dict[str, list[str]] = {}
     for assignments in combinations:
         values = copy.deepcopy(source.values)
         del values["sweep"]
         sweep.assign(values, assignments)
-        of_variant = Source(values, source.locations, source.written, sections=source.sections)
+        # Its problems are those of the section sweep, wherever their keys are in the files.
+        of_variant = Source(values, {}, source.written, sections=source.sections)
         _name_stages(of_variant)
         try:
             yield Variant(assignments, _checked(of_variant))
-        except ConfigError as error:
-            problems = str(error).partition("\n")[2].strip()
-            source.blame(("sweep",), f"{sweep.label(assignments)}: {problems}")
+        except ConfigError:
+            for problem in dict.fromkeys(of_variant.problems):
+                wrong.setdefault(problem, []).append(sweep.label(assignments))
+    for problem, labels in wrong.items():
+        of_all = len(labels) == len(combinations)
+        source.blame(("sweep",), problem if of_all else f"{', '.join(labels)}: {problem}")
 
 
 def _name_stages(source: Source) -> None:
@@ -128,7 +135,8 @@ def _validate(source: Source) -> Config | None:
         if _restore_texts(source, error):
             return _validate(source)
         for problem in error.errors():
-            key = tuple(str(part) for part in problem["loc"])
+            key = tuple(str(part) for part in problem["loc"] if part != "[key]")
+            key += getattr(problem.get("ctx", {}).get("error"), "key", ())
             source.blame(key, explain(problem, key, source.text(key)))
     return None
 

@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from llava_steps.settings.dataset import EnergonDataset, TarShards
+from llava_steps.settings.problem import KeyProblem
 from llava_steps.settings.stage.stage import Stage
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,59}$"
@@ -70,15 +71,19 @@ def _shares(given: Any) -> Any:
             raise ValueError("names a dataset twice; give it repetitions instead")
         return {name: {} for name in given}
     if isinstance(given, Mapping):
-        return {name: _share(share) for name, share in given.items()}
+        return {name: _share(name, share) for name, share in given.items()}
     raise ValueError("expected the name of a dataset, a list of names, or NAME: WEIGHT")
 
 
-def _share(given: Any) -> Any:
+def _share(name: str, given: Any) -> Any:
+    if isinstance(given, Mapping | Share):
+        return given
     is_number = isinstance(given, int | float) and not isinstance(given, bool)
-    if is_number and not (math.isfinite(given) and given > 0):
-        raise ValueError(f"a weight is a number above 0, not {given!r}")
-    return {"weight": float(given)} if is_number else given
+    if not (is_number and math.isfinite(given) and given > 0):
+        raise KeyProblem(
+            (name,), f"expected a weight, a number above 0, or {{repetitions: N}}, got {given!r}"
+        )
+    return {"weight": float(given)}
 
 
 Shares = Annotated[
@@ -100,9 +105,18 @@ Shares = Annotated[
 
 
 def _parts(given: Any) -> Any:
-    if given == "all":
-        return [*get_args(Part)]
-    return [given] if isinstance(given, str) else given
+    """Each form of `train`, as a list of parts."""
+    if given is None or given == "all":
+        return given and [*get_args(Part)]
+    named = [given] if isinstance(given, str) else given
+    if not isinstance(named, list):
+        raise ValueError(f"expected all, a part or a list of parts, got {given!r}")
+    if wrong := [part for part in named if part not in get_args(Part)]:
+        parts = ", ".join(get_args(Part))
+        raise ValueError(f"{wrong[0]!r} is not a part; parts are {parts}, or all of them: all")
+    if not named:
+        raise ValueError("trains nothing; name a part, or leave the stage out")
+    return named
 
 
 Parts = Annotated[
@@ -162,14 +176,18 @@ class StageSection(Stage):
         if not isinstance(given, dict):
             return given
         made = dict(given)
-        named = _parts(made.get("train"))
-        if isinstance(named, list):
+        try:
+            named = _parts(made.get("train"))
+        except ValueError as error:
+            raise KeyProblem(("train",), str(error)) from None
+        if named is not None:
             for part, key in FREEZES.items():
                 frozen = part not in named
                 if made.setdefault(key, frozen) not in (frozen, None):
-                    raise ValueError(
-                        f"train {', '.join(map(str, named))} and {key} {str(given[key]).lower()} "
-                        "contradict each other; leave one of them out"
+                    raise KeyProblem(
+                        ("train",),
+                        f"{', '.join(named)} and {key} {str(given[key]).lower()} contradict each "
+                        "other; leave one of them out",
                     )
                 made[key] = frozen
         if "stage" not in made:
@@ -184,22 +202,26 @@ class StageSection(Stage):
     @model_validator(mode="after")
     def _data_is_given_once(self) -> Self:
         if self.data and self.data_path:
-            raise ValueError("data names datasets of this file, data_path a path: give only one")
+            raise KeyProblem(
+                ("data",), "names datasets of this file, data_path names a path: give only one"
+            )
         kinds = {share.weight is not None for share in self.data.values()}
         if len(kinds) > 1:
             first = next(name for name, share in self.data.items() if share.weight is None)
-            raise ValueError(
-                f"data: some datasets have a weight and {first} has none; give each a weight, or "
-                "only repetitions"
+            raise KeyProblem(
+                ("data",),
+                f"some datasets have a weight and {first} has none; give each a weight, or only "
+                "repetitions",
             )
         return self
 
     @model_validator(mode="after")
     def _checkpoints_are_kept(self) -> Self:
         if self.evaluate_kept and not self.kept_steps:
-            raise ValueError(
-                "evaluate_kept needs checkpoints that are kept: set keep_every to a multiple of "
-                f"save_interval {self.save_interval} below train_steps {self.train_steps}"
+            raise KeyProblem(
+                ("evaluate_kept",),
+                "needs checkpoints that are kept: set keep_every to a multiple of save_interval "
+                f"{self.save_interval} below train_steps {self.train_steps}",
             )
         return self
 
@@ -242,7 +264,10 @@ class _Dataset(BaseModel):
     def _in_one_way(self) -> Self:
         others = sorted(self.model_fields_set - {"path"})
         if self.path and others:
-            raise ValueError(f"path names a prepared dataset, to which {others[0]} does not apply")
+            raise KeyProblem(
+                ("path",),
+                f"names a prepared dataset, to which {others[0]} does not apply; leave one out",
+            )
         if not self.path and not getattr(self, "source", None):
             raise ValueError("give source, the raw data, or path, a prepared energon dataset")
         return self

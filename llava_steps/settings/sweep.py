@@ -18,12 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llava_steps.core import filesystem
-from llava_steps.settings.forms import EVERY, FIRST_STAGES
+from llava_steps.settings.forms import EVERY, FIRST_STAGES, make_room
 
 LIMIT = 1000
 """Variants of one run."""
 FIXED = ("run", "results", "store", "image", "cluster", "sweep")
 """Keys that belong to the run, not to a variant of it."""
+EXAMPLE = "stages.stage2.lr"
 LONGEST = 80
 """Characters of a label; longer ones end in a digest."""
 
@@ -45,12 +46,12 @@ def combinations(sweep: Any) -> list[Assignments]:
         for key, choices in sweep.items():
             if not isinstance(choices, list) or not choices:
                 raise SweepError(f"{key}: expected a list of values, got {choices!r}")
-        keys = [full(str(key)) for key in sweep]
+        keys = _full_keys(sweep)
         made = [
             dict(zip(keys, chosen, strict=True)) for chosen in itertools.product(*sweep.values())
         ]
     elif isinstance(sweep, list) and all(isinstance(item, Mapping) and item for item in sweep):
-        made = [{full(str(key)): value for key, value in item.items()} for item in sweep]
+        made = [dict(zip(_full_keys(item), item.values(), strict=True)) for item in sweep]
     else:
         raise SweepError("expected KEY: [VALUE, ...], or a list of {KEY: VALUE}")
     if not made:
@@ -69,22 +70,56 @@ def combinations(sweep: Any) -> list[Assignments]:
     return made
 
 
+def refuse_unknown(keys: Iterable[str], names: Mapping[str, Iterable[str]]) -> None:
+    """SweepError for a key of a stage or dataset that is not one, or of a whole one.
+
+    `names` are those of the configuration, by section.
+    """
+    for key in keys:
+        section, *inner = key.split(".")
+        if not all((section, *inner)):
+            raise SweepError(f"{key!r} is not a key; write one with dots, such as {EXAMPLE}")
+        if section not in names:
+            continue
+        known = [*names[section]]
+        if len(inner) < 2:
+            raise SweepError(f"{key} is a section; vary keys in it, such as {EXAMPLE}")
+        if inner[0] not in known and (section, inner[0]) != ("stages", EVERY):
+            what = section.removesuffix("s")
+            raise SweepError(
+                f"{key}: {inner[0]!r} is not a {what}; {section} are {', '.join(known)}"
+            )
+
+
 def full(key: str) -> str:
     """A dotted key, with `stages.` before stage1 and stage2."""
     return f"stages.{key}" if key.split(".")[0] in FIRST_STAGES else key
 
 
-def assign(values: dict[str, Any], assignments: Assignments) -> None:
-    """Set keys of nested sections; sections that are missing are added.
+def _full_keys(given: Mapping[str, Any]) -> list[str]:
+    keys = [full(str(key)) for key in given]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise SweepError(f"{twice[0]}: given twice")
+    return keys
 
-    A key of `stages.all` is set in every stage.
-    """
+
+def assign(values: dict[str, Any], assignments: Assignments) -> None:
+    """Set keys of nested sections, as a later file would; a key of `stages.all` in every stage."""
+    spread: Assignments = {}
+    for key, value in assignments.items():
+        section, _, inner = key.partition(f".{EVERY}.")
+        keys = [f"stages.{name}.{inner}" for name in values["stages"]]
+        spread |= dict.fromkeys(keys if inner and section == "stages" else [key], value)
+    changes: dict[str, Any] = {}
+    _set(changes, spread)
+    make_room(values, changes)
+    _set(values, spread)
+
+
+def _set(values: dict[str, Any], assignments: Assignments) -> None:
+    """Set keys of nested sections; sections that are missing are added."""
     for key, value in assignments.items():
         *sections, last = key.split(".")
-        if sections[:2] == ["stages", EVERY]:
-            inner = key.split(".", 2)[2]
-            assign(values, {f"stages.{name}.{inner}": value for name in values["stages"]})
-            continue
         inside = values
         for name in sections:
             if not isinstance(inside.get(name), dict):
