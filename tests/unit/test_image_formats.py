@@ -153,7 +153,7 @@ UNUSABLE = {
     "heic": (b"\0\0\0\x18ftypheic" + bytes(40), "unreadable image: the file is HEIC"),
     "video": (b"\0\0\0\x18ftypisom" + bytes(40), "unreadable image: the file is MP4"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "unreadable image: the file is PostScript"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "the file is Git LFS pointer"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not an image"),
     "noise": (b"\1\2\3\4 no picture", "unknown format, the file begins with 01 02 03 04"),
     "cut png": (encoded(drawing())[:90], "the PNG file is damaged or cut off"),
     "cut webp": (encoded(drawing(), "WEBP")[:90], "the WebP file is damaged or cut off"),

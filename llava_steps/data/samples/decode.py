@@ -154,8 +154,11 @@ def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
 def _unreadable(data: bytes, kind: str, opened: str) -> str:
     if opened or kind in formats.KEPT:
         return f"unreadable image: the {opened or kind} file is damaged or cut off"
-    if kind:
+    if kind in formats.FURTHER_IMAGES:
         return f"unreadable image: the file is {kind}; save it as JPEG, PNG or WebP"
+    if kind:
+        hint = "; run git lfs pull" if kind == formats.LFS else ""
+        return f"unreadable image: the file is {kind}, not an image{hint}"
     return f"unreadable image: unknown format, the file begins with {data[:8].hex(' ')}"
 
 

@@ -8,6 +8,7 @@ KEPT = {"JPEG": "jpg", "PNG": "png", "WebP": "webp"}
 """Formats whose bytes go into the tars, with the names of their parts."""
 FURTHER_IMAGES = ("GIF", "BMP", "TIFF", "AVIF", "HEIC", "JPEG XL", "JPEG 2000", "ICO", "PSD", "SVG")
 SOUND_AND_VIDEO = ("MP4", "Matroska", "AVI", "WAV", "MP3", "FLAC", "Ogg", "MPEG")
+LFS = "a Git LFS pointer"
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"GIF87a", "GIF"), (b"GIF89a", "GIF"),
@@ -19,7 +20,7 @@ _MAGIC = (
     (b"\x1a\x45\xdf\xa3", "Matroska"), (b"ID3", "MP3"), (b"\xff\xfb", "MP3"), (b"fLaC", "FLAC"),
     (b"OggS", "Ogg"), (b"\0\0\1\xba", "MPEG"), (b"\0\0\1\xb3", "MPEG"),
     (b"\x1f\x8b", "gzip"), (b"PK\3\4", "ZIP"),
-    (b"version https://git-lfs.github.com", "Git LFS pointer"),
+    (b"version https://git-lfs.github.com", LFS),
 )  # fmt: skip
 _RIFF = {b"WEBP": "WebP", b"AVI ": "AVI", b"WAVE": "WAV"}
 _BRANDS = {

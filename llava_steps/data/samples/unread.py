@@ -28,12 +28,13 @@ _LONGEST_NAME = 1000
 _SHOWN = 40
 
 
-def unread_field(fields: Mapping[str, Any], images: int) -> str:
+def unread_field(fields: Mapping[str, Any], images: int, advice: str = "") -> str:
     """What would be lost of a record, for a message; empty if nothing.
 
     Args:
         fields: the fields of the record that are not read as text or image.
         images: number of images that are read. Without any, every field is searched for one.
+        advice: what to do about an image in such a field.
     """
     for name in VIDEO_AND_SOUND:
         if _present(fields.get(name)):
@@ -43,7 +44,7 @@ def unread_field(fields: Mapping[str, Any], images: int) -> str:
         if image is None and _IMAGE_FIELD.fullmatch(name.lower()) and _holds_something(value):
             image = ascii(value)[:_SHOWN]
         if image is not None:
-            return f"image in the field {name!r}, which is not read: {image}"
+            return f"image in the field {name!r}, which is not read: {image}{advice}"
     return ""
 
 

@@ -129,9 +129,9 @@ def to_sample(
         used = set(COLUMNS)
     taken = {columns[field] for field in used}
     unread = {key: item for key, item in value.items() if key not in taken} | dict(left_out or {})
-    if lost := unread_field(unread, len(images)):
-        setting = ", or give tar_shards.columns, such as image=NAME" if options.other_images else ""
-        raise SampleError(f"{lost}; call the field of images `image`{setting}")
+    setting = ", or set tar_shards.columns to image=NAME" if options.other_images else ""
+    if lost := unread_field(unread, len(images), f"; call the field `image`{setting}"):
+        raise SampleError(lost)
     check_turns(turns, len(images))
     loaded = tuple(accept(load(image), options, image) for image in images)
     if spare:
