@@ -100,6 +100,11 @@ def table(results: Mapping[str, Mapping[str, Any]], metric: str = "accuracy") ->
         number = results[models[0]][group]["questions"]
         shares = [form.format(results[name][group][metric]) for name in models]
         rows.append([group, str(number), *shares])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a Markdown table in columns of one width; all but the first are to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

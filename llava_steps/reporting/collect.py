@@ -30,7 +30,7 @@ def page(parts: Sequence[Part], title: str, samples: int) -> dict[str, Any]:
         InputError: a file of a result is not as its step writes it.
     """
     run = Run.of(parts)
-    manifests = {part.name: manifest(part) for part in parts}
+    manifests = {part.name: manifest(part) for part in run.parts}
     return {
         "title": title,
         "created": max((str(m.get("created", "")) for m in manifests.values()), default=""),

@@ -106,7 +106,7 @@ def _column(run: Run, left: int, sign: int, rows: Iterable[tuple[str, str, Figur
 
 def _line(part: Part, figure: Figure, count_of_kind: int) -> str:
     text = figure(manifest(part).get("metrics", {}))
-    return f"{part.of}: {text}" if count_of_kind > 1 else text
+    return f"{part.of}: {text.partition(', ')[0]}" if count_of_kind > 1 else text
 
 
 def _trained(run: Run, top: int) -> list[_Box]:

@@ -88,6 +88,60 @@ def test_other_runs_and_models_that_were_not_evaluated(
     assert summary.accuracy({"all": group(0.4), "questions": group(0.4)}) is None
 
 
+def test_stages_of_any_name(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text(
+        "run: mine\n"
+        "datasets: {captions: {source: x.json}}\n"
+        "stages:\n"
+        "  stage1: null\n"
+        "  stage2: null\n"
+        "  sft: {train: all, data: captions}\n"
+        "  polish: {train: projector, data: captions}\n"
+    )
+    evaluate(run.parent / "mine", before=(0.1, 0.1), after_polish=(1.0, 0.5), after_sft=(0.5, 0.5))
+    assert summary.main(["--configfile", "mine.yaml"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert list(json.loads(last)) == [
+        "accuracy_before", "accuracy_sft", "accuracy_polish", "hf_export",
+    ]  # fmt: skip
+    assert json.loads(last)["accuracy_polish"] == 0.75
+
+
+def test_a_sweep_shows_its_comparison(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("run: mine\nsweep: {stages.stage2.lr: [1.0e-5, 2.0e-5]}\n")
+    rows = [
+        {
+            "label": f"lr_{rate}", "settings": {"stages.stage2.lr": value}, "last_loss": 0.25,
+            "scores": {"all": group(share), "odd_even/en": group(0.5)}, "best": share == 0.75,
+        }
+        for rate, value, share in (("1e-5", 1e-5, 0.5), ("2e-5", 2e-5, 0.75))
+    ]  # fmt: skip
+    out = run.parent / "mine/comparison"
+    assert summary.main(["--configfile", "mine.yaml"]) == InputError.exit_code
+    assert "comparison/comparison.json is missing" in capsys.readouterr().err
+    out.mkdir(parents=True)
+    figures = {"best": "lr_2e-5", "metric": "accuracy", "variants": rows}
+    (out / "comparison.json").write_text(json.dumps(figures))
+    assert summary.main(["--configfile", "mine.yaml"]) == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {
+        "best": "lr_2e-5",
+        "metric": "accuracy",
+        "scores": {"lr_1e-5": 0.5, "lr_2e-5": 0.75},
+        "hf_export": "results/mine/lr_2e-5/hf_export",
+    }
+    table = [line.replace(" ", "") for line in text if line.startswith("|")]
+    assert table[0] == "|variant|stage2.lr|all|odd_even/en|lastloss|"
+    assert table[3] == "|lr_2e-5|2e-5|75.0%|50.0%|0.25|"
+    figures["best"] = "other"
+    (out / "comparison.json").write_text(json.dumps(figures))
+    assert summary.main(["--configfile", "mine.yaml"]) == InputError.exit_code
+    assert "not a variant" in capsys.readouterr().err
+    (out / "comparison.json").write_text("{}")
+    assert summary.main(["--configfile", "mine.yaml"]) == InputError.exit_code
+    assert "llava-steps verify" in capsys.readouterr().err
+
+
 def test_it_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "evaluation/results.json").unlink()
     assert summary.main([]) == InputError.exit_code
