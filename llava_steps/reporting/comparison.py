@@ -172,8 +172,8 @@ def _trainings(stage: str, variants: Sequence[Variant]) -> dict[str, list[int]]:
 
 
 def _differs(stage: str, variants: Sequence[Variant]) -> bool:
-    found = _trainings(stage, variants)
-    return len(found) > 1 or len(next(iter(found.values()))) < len(variants)
+    users = [*_trainings(stage, variants).values()]
+    return len(users) > 1 or len(users[0]) < len(variants)
 
 
 def _curves(stage: str, variants: Sequence[Variant]) -> dict[str, Any]:

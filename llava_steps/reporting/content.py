@@ -147,8 +147,8 @@ def _start(part: Part, parts: Sequence[Part]) -> str | None:
     read = manifest(part).get("inputs", {}).get("megatron_load_dir")
     if read is None:
         return None
-    found = source(part, "megatron_load_dir", [p for p in parts if p.kind == "checkpoint"])
-    if found:
-        return found.of
+    trained = source(part, "megatron_load_dir", [p for p in parts if p.kind == "checkpoint"])
+    if trained:
+        return trained.of
     untrained = [p for p in parts if p.kind == UNTRAINED]
     return UNTRAINED if source(part, "megatron_load_dir", untrained) else str(read["path"])

@@ -35,8 +35,8 @@ def of_stage(run: Run, stage: Part) -> str:
     """The datasets that a training reads, with their shares; empty where it reads another path."""
     blend = run.one(f"{stage.of}_blend")
     if blend is None:
-        found = source(stage, "data_path", run.kind("energon_dataset"))
-        return found.of if found else ""
+        dataset = source(stage, "data_path", run.kind("energon_dataset"))
+        return dataset.of if dataset else ""
     config = manifest(blend).get("config", {})
     weights, repeated = config.get("weights", {}), config.get("repetitions", {})
     return ", ".join(
@@ -51,14 +51,14 @@ def audits(run: Run) -> list[dict[str, Any]]:
     """What the audits saw; stages whose audits are equal are one row."""
     equal: dict[str, list[Part]] = {}
     order = [stage.name for stage in run.stages]
-    found = sorted(
+    ordered = sorted(
         run.kind("audit"), key=lambda part: order.index(part.of) if part.of in order else len(order)
     )
-    for part in found:
+    for part in ordered:
         facts = manifest(part)
         digest = json.dumps([facts.get("metrics"), facts.get("inputs") or {}])
         equal.setdefault(digest, []).append(part)
-    return [_audit(parts[0], _together(parts, len(found))) for parts in equal.values()]
+    return [_audit(parts[0], _together(parts, len(ordered))) for parts in equal.values()]
 
 
 def _together(parts: Sequence[Part], count: int) -> str:

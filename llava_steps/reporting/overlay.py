@@ -54,17 +54,17 @@ def chart(title: str, lines: Sequence[Line], from_zero: bool = True, unit: str =
     scale_x = [x for x in charts.ticks(0, last) if x <= last * 1.0001]
     x, y = charts.scales(0, max(last, 1), scale_y[0], scale_y[-1])
     body = charts.grid(scale_x, scale_y, x, y)
-    told = []
+    ends = []
     for line, points in drawn:
-        places = [(x(point.x), y(point.mean)) for point in points]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        at = [(x(point.x), y(point.mean)) for point in points]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
         body += f'<polyline class="curve {line.tone}" points="{path}"/>'
-        shown = places if line.dots else places[-1:]
+        dots = at if line.dots else at[-1:]
         body += "".join(
-            f'<circle class="dot {line.tone}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in shown
+            f'<circle class="dot {line.tone}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in dots
         )
-        told.append(f"{line.name} {charts.number(points[-1].mean)}")
-    label = f"{title}, at the end: {'; '.join(told)}"
+        ends.append(f"{line.name} {charts.number(points[-1].mean)}")
+    label = f"{title}, at the end: {'; '.join(ends)}"
     return charts.drawing(label, body + charts.axis(unit))
 
 

@@ -1,7 +1,7 @@
 """The pipeline as a diagram: data and model join in the stages, with figures in each box.
 
-Several datasets are listed in one box. Stages stand below each other in the order of their
-training; where they branch, each says what it starts from.
+Several datasets are listed in one box. Stages follow in the order of their training; where
+they branch, each has the name of what it starts from.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ def _column(run: Run, left: int, sign: int, rows: Iterable[tuple[str, str, Figur
     """Boxes below each other at the top: kind, words and figure of each."""
     made: list[_Box] = []
     for kind, words, figure in rows:
-        found = run.kind(kind)
-        lines = [_line(part, figure, len(found)) for part in found[:MOST]]
-        if len(found) > MOST:
-            lines.append(f"and {len(found) - MOST} more")
+        of_kind = run.kind(kind)
+        lines = [_line(part, figure, len(of_kind)) for part in of_kind[:MOST]]
+        if len(of_kind) > MOST:
+            lines.append(f"and {len(of_kind) - MOST} more")
         top = made[-1].bottom + GAP if made else _TOP
-        name = f"{words}s" if len(found) > 1 and not words.endswith("s") else words
+        name = f"{words}s" if len(of_kind) > 1 and not words.endswith("s") else words
         made.append(_Box(sign + len(made), name, lines, left, top))
     return made
 

@@ -89,6 +89,8 @@ def inside_boxes(page: Any) -> None:
 
 def last_column_is_seen(page: Any, width: int) -> None:
     """The model after the last stage is seen without scrolling inside the table of results."""
+    caption = page.locator("#results caption span").first.bounding_box()
+    assert caption["x"] >= page.locator("#results .card").first.bounding_box()["x"]
     row = page.locator("#results tbody").first.locator("tr").first
     cell = row.locator("td").last.bounding_box()
     assert cell["x"] >= 0 and cell["x"] + cell["width"] <= width
