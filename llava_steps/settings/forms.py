@@ -1,7 +1,7 @@
 """The forms in which a file may describe data and stages, as one form.
 
 A run of one dataset and two stages has them in the sections `tar_shards`, `stage1` and `stage2`.
-Any number of them stand in `datasets` and `stages`. The first form is read as the second, file by
+Any number of them are in `datasets` and `stages`. The first form is read as the second, file by
 file, so that an overlay in either form changes a configuration in either form.
 
 `stages.all` has keys of every stage. In a file, the keys of a stage override it; in a later file it
@@ -50,7 +50,7 @@ def every(values: Mapping[str, Any]) -> Any:
 
 
 def given_twice(values: Mapping[str, Any]) -> str:
-    """A stage that one file describes in both forms; empty if there is none."""
+    """A stage that one file describes in both forms, or an empty text."""
     inner = values.get("stages")
     both = [name for name in FIRST_STAGES if name in values and name in (inner or {})]
     return both[0] if both else ""

@@ -63,7 +63,7 @@ def test_every_path_is_reported_at_once(fresh: Project) -> None:
 def test_the_template_says_what_it_needs(fresh: Project) -> None:
     lines = refused(fresh, "--configfile", "config/template.yaml")
     named = [line.split(":")[0].strip() for line in lines[1:]]
-    assert named == ["tar_shards.source", "evaluation.data"]
+    assert named == ["datasets.captions.source", "datasets.dialogues.source", "evaluation.data"]
 
 
 def test_what_a_target_does_not_need_may_be_missing(fresh: Project) -> None:

@@ -10,6 +10,7 @@ from llava_steps.settings.load import load
 from llava_steps.settings.steps import STEPS
 from tests.workflow.project import ROOT, Project
 
+OF_DATASET = ("tar_shards", "energon_dataset")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN = (ROOT / "docs/how-to/run.md").read_text(encoding="utf-8")
 
@@ -48,9 +49,13 @@ def test_the_template_is_a_whole_configuration(fresh: Project) -> None:
     shipped, template = ROOT / "config/config.yaml", ROOT / "config/template.yaml"
     config = load([shipped, template])
     assert config == load([template]) and config.demo_assets is None
-    assert set(chain(config)) == {name for name, step in STEPS.items() if not step.optional}
-    for path in (config.tar_shards.source, config.evaluation.data):
+    of_datasets = [f"{name}_{kind}" for name in ("captions", "dialogues") for kind in OF_DATASET]
+    of_stages = [f"stage{n}_{kind}" for n in (1, 2) for kind in ("audit", "checkpoint")]
+    of_run = [name for name, step in STEPS.items() if not (step.optional or step.each)]
+    rules = sorted([*of_datasets, *of_stages, "stage1_export", *of_run])
+    assert sorted(chain(config)) == rules
+    for path in (*(each.source for each in config.datasets.values()), config.evaluation.data):
         (fresh.root / path).parent.mkdir(exist_ok=True)
         (fresh.root / path).write_text("[]")
     planned = fresh.planned("--configfile", "config/template.yaml")
-    assert planned == sorted({name for name, step in STEPS.items() if not step.optional})
+    assert planned == rules
