@@ -155,11 +155,13 @@ def _comparison(config: Config, by_variant: Mapping[str, Mapping[str, Rule]]) ->
     last: dict[str, str] = {}
     for variant, (label, own) in zip(config.variants, by_variant.items(), strict=True):
         differ[label] = json.dumps(variant.assignments)
-        last[label] = variant.config.last_stage
         feeds[f"evaluations.{label}"] = Result(own["evaluation"].name)
-        for rule in own.values():
-            if rule.kind == "checkpoint":
-                feeds[f"trainings.{label}/{rule.declared.stage}"] = Result(rule.name)
+        trained = [rule for rule in own.values() if rule.kind == "checkpoint"]
+        for rule in trained:
+            feeds[f"trainings.{label}/{rule.declared.stage}"] = Result(rule.name)
+        # Not what the step would take anyway: the command lines of large sweeps are long.
+        if trained[-1].declared.stage != variant.config.last_stage:
+            last[label] = variant.config.last_stage
     settings = Comparison(title=config.run, settings=differ, last_stages=last)
     return Declared("comparison", STEPS["comparison"], settings, feeds, is_result=True)
 

@@ -23,7 +23,7 @@ class Stage:
     name: str
     part: Part
     start: str | None
-    """The stage that it starts from, UNTRAINED, or another path; None if nothing says it."""
+    """The stage that it starts from, UNTRAINED, or a path, which has a slash; None if unknown."""
     tone: str
     """CSS classes of its colour."""
 
@@ -151,4 +151,7 @@ def _start(part: Part, parts: Sequence[Part]) -> str | None:
     if trained:
         return trained.of
     untrained = [p for p in parts if p.kind == UNTRAINED]
-    return UNTRAINED if source(part, "megatron_load_dir", untrained) else str(read["path"])
+    if source(part, "megatron_load_dir", untrained):
+        return UNTRAINED
+    path = str(read["path"])
+    return path if "/" in path else f"./{path}"

@@ -32,11 +32,13 @@ def datasets(run: Run) -> list[dict[str, Any]]:
 
 
 def of_stage(run: Run, stage: Part) -> str:
-    """The datasets that a training reads, with their shares; empty where it reads another path."""
+    """The datasets that a training reads, with their shares; or the path of its data."""
     blend = run.one(f"{stage.of}_blend")
     if blend is None:
         dataset = source(stage, "data_path", run.kind("energon_dataset"))
-        return dataset.of if dataset else ""
+        read = manifest(stage).get("inputs", {}).get("data_path")
+        # The only dataset of a run may have no name.
+        return dataset.of if dataset else str(read["path"]) if read else ""
     config = manifest(blend).get("config", {})
     weights, repeated = config.get("weights", {}), config.get("repetitions", {})
     return ", ".join(

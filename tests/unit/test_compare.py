@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_steps.core.errors import ConfigError, InputError
+from llava_steps.pipeline.rules import chain
 from llava_steps.reporting.scores import marks
+from llava_steps.settings.comparison import Comparison
+from llava_steps.settings.config import Config, Variant
 from tests.helpers.chain import run_step
 from tests.helpers.comparison_fixtures import Made, make_sweep
 from tests.helpers.page import Page
@@ -92,6 +95,36 @@ def test_texts_of_variants_are_text(tmp_path: Path) -> None:
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
     assert not [n for _, attributes in page.tags for n in attributes if n.startswith("on")]
     assert labels[0] in page.text and HOSTILE[2] in page.text
+
+
+def test_a_run_names_the_last_stage_where_it_is_not_trained_last() -> None:
+    stages = {
+        "a": {"train": "all", "from": "b"},
+        "b": {"train": "all", "from": "megatron_checkpoint"},
+    }
+    values = {
+        "hf_model": {"vision_tower": "a/b", "text_model": "c/d"},
+        "evaluation": {"data": "y.json"},
+        "datasets": {"d": {"source": "x.json"}},
+        "sweep": {"stages.a.lr": [1e-5, 2e-5]},
+    }
+    for named, last in ((["a", "b"], {"lr_1e-5": "b", "lr_2e-5": "b"}), (["b", "a"], {})):
+        config = Config.model_validate(values | {"stages": {name: stages[name] for name in named}})
+        rates = config.sweep["stages.a.lr"] if isinstance(config.sweep, dict) else []
+        config.sweep_over(
+            Variant({"stages.a.lr": rate}, _with_rate(config, rate)) for rate in rates
+        )
+        settings = chain(config)["comparison"].settings
+        assert isinstance(settings, Comparison) and settings.last_stages == last
+        assert list(settings.trainings) == [
+            f"lr_{rate}/{stage}" for rate in ("1e-5", "2e-5") for stage in ("b", "a")
+        ]
+
+
+def _with_rate(config: Config, rate: float) -> Config:
+    stages = dict(config.stages)
+    stages["a"] = stages["a"].model_copy(update={"lr": rate})
+    return config.model_copy(update={"stages": stages})
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from llava_steps.store.store import Input
 from tests.helpers.chain import run_step
 from tests.helpers.page import Page
 from tests.helpers.recipe_fixtures import SAMPLES, flags, make_recipe
+from tests.helpers.sealed import losses, seal
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,20 @@ def test_a_single_stage_has_no_faint_second(
     page = Page((tmp_path / "out/report.html").read_text(encoding="utf-8"))
     assert page.text.count("not in this run") == 4 and "stage 2" not in page.text
     assert "starts from" not in page.spaced
+
+
+def test_paths_of_the_user_are_shown(tmp_path: Path) -> None:
+    reads = {
+        "megatron_load_dir": {"path": "mine", "digest": "1"},
+        "data_path": {"path": "/shared/docs", "digest": "2"},
+    }
+    shown = seal(
+        tmp_path, "sft_checkpoint", "stage1_checkpoint", {"metrics.jsonl": losses(2.0, 5)},
+        {"steps": 5, "last_loss": 0.5, "samples": 5, "tokens": 5}, reads,
+    )  # fmt: skip
+    run_step("report", f"--results=sft_checkpoint={shown}", "--save-dir=out", cwd=tmp_path)
+    page = Page((tmp_path / "out/report.html").read_text(encoding="utf-8"))
+    assert "starts from ./mine" in page.spaced and "data /shared/docs" in page.spaced
 
 
 def test_kinds_of_names(made: tuple[Path, dict[str, Path]]) -> None:

@@ -12,7 +12,7 @@ for step in this_run.pages():
             manifest=step.manifest,
             page=report(
                 str(step.page),
-                caption="../report/run.rst",
+                caption=f"../report/{step.kind}.rst",
                 category="Run",
                 labels={"run": step.settings.title},
             ),
