@@ -88,7 +88,8 @@ def _table(fields: dict[str, FieldInfo], top_level: bool = False) -> str:
         if name == "stage":
             continue
         role = "" if top_level or facts(info).role != "quiet" else " *(quiet)*"
-        kind = FORMS.get(name) or _type(info.annotation)
+        in_forms = name in FORMS and info.annotation is not str  # not the data of an evaluation
+        kind = FORMS[name] if in_forms else _type(info.annotation)
         name = info.alias or name
         default = _default(name, info)
         meaning = (info.description or "").replace("<", "&lt;")

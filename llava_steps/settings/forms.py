@@ -174,7 +174,7 @@ def _is_of_demo(dataset: Any, demo: str) -> bool:
 def _names(data: Any) -> list[str]:
     if isinstance(data, str):
         return [data]
-    return [*data] if isinstance(data, list | dict) else []
+    return [name for name in data if isinstance(name, str)] if isinstance(data, list | dict) else []
 
 
 def _stages(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -40,6 +40,7 @@ OF_STAGES = {
     "{more: {train: all}}": "more.data: is missing; name one or several of one, two",
     "{stage1: {data: []}}": "stage1.data: is missing; name one or several of one, two",
     "{stage2: {data: 3}}": "stage2.data: expected the name of a dataset, a list of names, or",
+    "{stage2: {data: [[one]]}}": "stage2.data: expected the name of a dataset, a list of names, or",
     "{stage2: {data: [one, one]}}": "stage2.data: names a dataset twice; give it repetitions",
     "{stage2: {data: {one: 0}}}": f"stage2.data.one: {WEIGHT} 0",
     "{stage2: {data: {one: -1}}}": f"stage2.data.one: {WEIGHT} -1",

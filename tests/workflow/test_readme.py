@@ -12,6 +12,7 @@ from tests.workflow.project import ROOT, Project
 
 OF_DATASET = ("tar_shards", "energon_dataset")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STAGES = (ROOT / "docs/how-to/stages.md").read_text(encoding="utf-8")
 RUN = (ROOT / "docs/how-to/run.md").read_text(encoding="utf-8")
 
 
@@ -32,6 +33,18 @@ def test_dry_runs_of_the_readme_plan(fresh: Project) -> None:
         arguments = shlex.split(line)[1:]
         text = fresh.snakemake(*arguments, *(() if "-n" in arguments else ("-n",)))
         assert "rule stage2_checkpoint:" in text, line
+
+
+def test_dry_runs_of_datasets_and_stages_plan(fresh: Project) -> None:
+    fresh.overlay((ROOT / "config/template.yaml").read_text(encoding="utf-8"), "mine.yaml")
+    for path in ("captions", "dialogues", "heldout"):
+        (fresh.root / "data").mkdir(exist_ok=True)
+        (fresh.root / f"data/{path}.json").write_text("[]")
+    lines = [line for line in commands(STAGES) if line.startswith("snakemake")]
+    assert len(lines) == 4
+    for line in lines:
+        text = fresh.snakemake(*shlex.split(line)[1:])
+        assert "rule captions_tar_shards:" in text or "rule hf_model:" in text, line
 
 
 def test_the_overlay_of_the_readme_changes_what_it_says(finished: Project) -> None:
