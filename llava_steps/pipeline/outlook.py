@@ -15,7 +15,7 @@ from llava_steps.pipeline.rules import Rule
 from llava_steps.settings import paths
 from llava_steps.settings.config import Config
 from llava_steps.settings.fields import StepConfig
-from llava_steps.store import identity, store
+from llava_steps.store import attempts, identity, store
 from llava_steps.store.commit import committed
 from llava_steps.store.digest import Digests
 
@@ -91,7 +91,7 @@ def _state(
     except (InputError, ConfigError, IntegrityError, OSError, RuntimeError) as error:
         # The step itself reports it, if it has to run at all.
         return State(rule.name, "run", str(error), lost=lost), None
-    note = f"took {duration(manifest['wall_s'])} in {manifest['attempts']} attempt"
+    note = f"took {duration(attempts.whole_s(manifest))} in {manifest['attempts']} attempt"
     note += "s" * (manifest["attempts"] > 1)
     return State(rule.name, "done", note, manifest, shows), entry
 

@@ -14,6 +14,7 @@ from llava_steps.reporting.files import read_json
 from llava_steps.reporting.kinds import Part
 from llava_steps.reporting.training import processes as processes_of
 from llava_steps.reporting.training import training
+from llava_steps.store import attempts
 
 BENCHMARKS = {"lmms_eval": "lmms-eval", "llm_jp_eval_mm": "llm-jp-eval-mm"}
 
@@ -77,7 +78,7 @@ def _costs(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for name, facts in manifests.items():
         config = facts.get("config", {})
         processes = processes_of(config)
-        wall = float(facts.get("wall_s", 0.0))
+        wall = attempts.whole_s(facts)
         size = sum(int(file["size"]) for file in facts["files"])
         rows.append(
             {

@@ -59,7 +59,6 @@ def training(run: Run, stage: Stage) -> dict[str, Any]:
         "curves": curves,
         "left_out": metrics.get("steps", 0) - metrics.get("updates", metrics.get("steps", 0)),
         "attempts": facts.get("attempts", 1),
-        "wall_s": facts.get("wall_s"),
     }
 
 

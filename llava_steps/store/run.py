@@ -36,7 +36,7 @@ from llava_steps.core.errors import (
 from llava_steps.core.log import ignore_known_warnings, logger
 from llava_steps.settings import cli, paths
 from llava_steps.settings.fields import StepConfig, flag_name, values, whole_of
-from llava_steps.store import container, registry, store
+from llava_steps.store import attempts, container, registry, store
 from llava_steps.store.digest import Digests
 from llava_steps.store.identity import Identity, changed_input, identify
 from llava_steps.store.lease import Lease
@@ -216,9 +216,9 @@ class _Attempt:
     def __init__(self, identity: Identity, image: str, module: str, entry: Path) -> None:
         self._identity, self._image, self._entry = identity, image, entry
         self._work = entry / store.WORK
-        logs = self._work / "logs"
-        self._number = 1 + len(list(logs.glob("attempt-*.log")))
-        self.log = logger(module.rpartition(".")[2], logs / f"attempt-{self._number:04d}.log")
+        self._logs = self._work / "logs"
+        self._number, log = attempts.begin(self._logs)
+        self.log = logger(module.rpartition(".")[2], log)
 
     def compute(
         self,
@@ -274,6 +274,7 @@ class _Attempt:
             "metrics": metrics,
             "attempts": self._number,
             "wall_s": round(time.monotonic() - start, 3),
+            "earlier_s": attempts.earlier_s(self._logs, self._number),
         }
 
     @contextlib.contextmanager
@@ -287,8 +288,7 @@ class _Attempt:
             raise
         except Exception as error:
             if environment_error(error) is None:
-                logs = self._work / "logs"
-                self.log.exception("%s failed; the traceback is also in %s", name, logs)
+                self.log.exception("%s failed; the traceback is also in %s", name, self._logs)
             raise
 
 

@@ -18,6 +18,7 @@ def seal(
     files: dict[str, Any],
     metrics: dict[str, Any],
     inputs: dict[str, dict[str, str]] | None = None,
+    earlier_s: float = 0.0,
     **config: Any,
 ) -> Path:
     """A result of `step` at `root/results/PLACE`; files are bytes, texts, or values for JSON."""
@@ -40,6 +41,7 @@ def seal(
             "metrics": metrics,
             "attempts": 1,
             "wall_s": 12.5,
+            "earlier_s": earlier_s,
         },
     )
     shown = root / "results" / place

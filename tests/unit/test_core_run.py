@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_steps.store import attempts
 from tests.helpers.patience import PATIENCE, wait_for
 
 STEP = '''
@@ -219,6 +221,8 @@ def test_an_attempt_begins_with_an_empty_entry_unless_its_step_resumes(
     killed = subprocess.Popen(line)
     wait_for(lambda: list((place / "store").glob("copy/*/partial")), killed)
     (partial,) = (place / "store").glob("copy/*/partial")
+    began = partial.parent / ".work/logs/attempt-0001.begun"
+    os.utime(began, (began.stat().st_mtime - 60,) * 2)
     killed.kill()
     killed.wait()
     (partial.parent / "folder").mkdir()
@@ -227,6 +231,8 @@ def test_an_attempt_begins_with_an_empty_entry_unless_its_step_resumes(
     assert call().returncode == 0
     assert (partial.parent / "folder").exists() == resumes
     assert manifest(place)["attempts"] == 2, "the logs of the first attempt stay"
+    assert 60 <= manifest(place)["earlier_s"] < 60 + PATIENCE
+    assert attempts.whole_s(manifest(place)) > 60 > manifest(place)["wall_s"]
 
 
 def test_surroundings_are_told_in_one_line(place: Path) -> None:

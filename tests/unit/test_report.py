@@ -19,6 +19,7 @@ from llava_steps.store import code_version
 from tests.helpers.chain import run_step
 from tests.helpers.page import Page
 from tests.helpers.report_fixtures import HOSTILE, make_run
+from tests.helpers.sealed import seal
 from tests.workflow.project import RULES
 
 
@@ -64,6 +65,13 @@ def test_texts_of_the_data_are_text(page: Page) -> None:
     for text in (*HOSTILE[:3], HOSTILE[5]):
         assert text in page.text
     assert "\x00" not in page.text and "\x07" not in page.text and "49" not in HOSTILE[2]
+
+
+def test_times_are_those_of_all_attempts(tmp_path: Path) -> None:
+    made = seal(tmp_path, "hf_model", "hf_model", {"x": "w"}, {"parameters": 5}, earlier_s=107.5)
+    run_step("report", f"--hf-model={made}", "--save-dir=out", cwd=tmp_path)
+    shown = Page((tmp_path / "out/report.html").read_text(encoding="utf-8"))
+    assert shown.text.count("2 min 00 s") == 5 and "13 s" not in shown.text
 
 
 def test_what_was_not_run_is_left_out(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
