@@ -55,9 +55,18 @@ def run(ctx: Context, cfg: Evaluation) -> Mapping[str, Any]:
     for name, directory in models.items():
         model = ask.Model(directory.path)
         with ctx.progress(f"evaluating {name}", len(questions)) as bar:
-            answers = model.answers(questions, cfg.batch_size, cfg.max_new_tokens, bar.advance)
+            replies = model.replies(questions, cfg.batch_size, cfg.max_new_tokens, bar.advance)
+        answers = [reply.text for reply in replies]
+        if cut := {number for number, reply in enumerate(replies) if reply.is_cut}:
+            ctx.log.info(
+                "%s: %d of %d answers were cut at max_new_tokens %d",
+                name,
+                len(cut),
+                len(answers),
+                cfg.max_new_tokens,
+            )
         results[name] = _scores(ctx, cfg, name, model, questions, answers)
-        samples[name] = score.some(questions, answers, cfg.samples_shown)
+        samples[name] = score.some(questions, answers, cfg.samples_shown, cut)
         if prompts:
             with ctx.progress(f"fixed prompts, {name}", len(prompts)) as bar:
                 generations[name] = model.answers(

@@ -47,6 +47,15 @@ class Question:
         return self.answers or (self.reference,)
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered."""
+
+    text: str
+    is_cut: bool
+    """Whether it ended at the largest number of tokens, without an end token."""
+
+
 def check_llava(directory: Path) -> None:
     """InputError unless config.json is that of a LLaVA; ConfigError if it is quantized.
 
@@ -172,7 +181,6 @@ class Model:
                 raise SampleError(f"{name}: {error}") from error
         return images
 
-    @torch.inference_mode()
     def answers(
         self,
         questions: Sequence[Question],
@@ -180,9 +188,21 @@ class Model:
         max_new_tokens: int,
         advance: Callable[[int], None] = lambda count: None,
     ) -> list[str]:
+        """The texts of `replies`."""
+        return [r.text for r in self.replies(questions, batch_size, max_new_tokens, advance)]
+
+    @torch.inference_mode()
+    def replies(
+        self,
+        questions: Sequence[Question],
+        batch_size: int,
+        max_new_tokens: int,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[Reply]:
         """Greedy answers in the questions' order. Questions of similar length share a batch."""
         order = sorted(range(len(questions)), key=lambda i: _length(questions[i]))
-        answers = [""] * len(questions)
+        replies = [Reply("", is_cut=False)] * len(questions)
+        ends = self._end_ids()
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             inputs = self.inputs([questions[i] for i in chosen]).to(self.device, self.network.dtype)
@@ -191,12 +211,18 @@ class Model:
                     **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
                 )
             length = inputs["input_ids"].shape[1]
-            spoken = [without_lead(row[length:].tolist(), self._lead) for row in tokens]
+            written = [row[length:].tolist() for row in tokens]
+            spoken = [without_lead(row, self._lead) for row in written]
             texts = self._processor.batch_decode(spoken, skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
+            for i, text, row in zip(chosen, texts, written, strict=True):
+                replies[i] = Reply(text, len(row) >= max_new_tokens and not ends & {*row})
             advance(len(chosen))
-        return answers
+        return replies
+
+    def _end_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        ids = self.network.generation_config.eos_token_id
+        return {*ids} if isinstance(ids, list) else {ids} - {None}
 
     @torch.inference_mode()
     def stream(self, question: Question, max_new_tokens: int, write: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,8 +64,19 @@ def chosen(questions: Sequence[Question], count: int) -> list[int]:
     return numbers
 
 
-def some(questions: Sequence[Question], answers: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """The first `count` questions of each group with reference and answer."""
+def some(
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    count: int,
+    cut: Collection[int] = (),
+) -> list[dict[str, Any]]:
+    """The first `count` questions of each group with reference and answer.
+
+    Args:
+        questions, answers: in the same order.
+        count: rows of each group.
+        cut: numbers of answers that ended at the largest number of tokens; their rows say `cut`.
+    """
     return [
         {
             "id": questions[i].id,
@@ -74,6 +85,7 @@ def some(questions: Sequence[Question], answers: Sequence[str], count: int) -> l
             "reference": questions[i].reference,
             "answer": answers[i],
             "right": right(questions[i], answers[i]),
+            **({"cut": True} if i in cut else {}),
         }
         for i in chosen(questions, count)
     ]

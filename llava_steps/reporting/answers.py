@@ -72,7 +72,12 @@ def _answers(entry: Path, models: Sequence[Model], count: int) -> list[dict[str,
         if seen[first["group"]] > count or len(rows) == SAMPLES:
             continue
         given = [
-            {"model": model.title, "text": row["answer"], "right": row["right"]}
+            {
+                "model": model.title,
+                "text": row["answer"],
+                "right": row["right"],
+                "cut": row.get("cut", False),
+            }
             for model in models
             for row in [samples[model.name][number]]
         ]

@@ -69,7 +69,7 @@ def make_recipe(root: Path) -> dict[str, Path]:
         for number, model in enumerate(models)
     }
     answers = [{"id": "q", "group": "what", "question": "q", "reference": "r", "answer": "a",
-                "right": False}]  # fmt: skip
+                "right": False, "cut": True}]  # fmt: skip
     put("evaluation", "evaluation",
         {"results.json": results, "samples.json": dict.fromkeys(models, answers)},
         {"questions": 800})  # fmt: skip

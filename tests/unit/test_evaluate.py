@@ -105,6 +105,19 @@ def test_answers_do_not_depend_on_the_batch(models: Callable[[str], Path], data:
     assert model.answers([questions[3]], 1, 5) == [together[3]]
 
 
+def test_answers_that_are_cut_are_known(models: Callable[[str], Path], data: Path) -> None:
+    model, questions = ask.Model(models("demo")), evaluate.read_questions(data)
+    long = [model.answers([question], 1, 200)[0] for question in questions]
+    # The untrained model never ends an answer; then each of its tokens ends one.
+    assert all(reply.is_cut for reply in model.replies(questions, 8, 5))
+    model.network.generation_config.eos_token_id = [
+        *range(model.network.config.text_config.vocab_size)
+    ]
+    assert not any(reply.is_cut for reply in model.replies(questions, 8, 5))
+    rows = score.some(questions, long, 1, cut={0})
+    assert rows[0]["cut"] and not any("cut" in row for row in rows[1:])
+
+
 def test_answers_are_what_transformers_generates(models: Callable[[str], Path], data: Path) -> None:
     """A user's own few lines, without any batching or padding."""
     from PIL import Image
@@ -194,8 +207,14 @@ class Pupil:
     def answers(
         self, questions: list[ask.Question], batch: int, limit: int, advance: Callable[[int], None]
     ) -> list[str]:
+        return [reply.text for reply in self.replies(questions, batch, limit, advance)]
+
+    def replies(
+        self, questions: list[ask.Question], batch: int, limit: int, advance: Callable[[int], None]
+    ) -> list[ask.Reply]:
         advance(len(questions))
-        return [q.reference if i < self.known else "?" for i, q in enumerate(questions)]
+        texts = [q.reference if i < self.known else "?" for i, q in enumerate(questions)]
+        return [ask.Reply(text, is_cut=text == "?") for text in texts]
 
 
 def test_the_step_writes_results_of_every_given_model(
@@ -219,6 +238,8 @@ def test_the_step_writes_results_of_every_given_model(
     samples = json.loads((out / "samples.json").read_text())
     assert [len(rows) for rows in samples.values()] == [4, 4]
     assert [len(row["images"]) for row in samples["before"]] == [1, 2, 0, 1]
+    cut = [row.get("cut", False) for row in samples["after_stage2"]]
+    assert cut == [False, False, False, True]
     generations = json.loads((out / "generations.json").read_text())
     assert [row["answers"]["before"] for row in generations] == ["?", "?", "?"]
     for row in [*samples["before"], *generations]:

@@ -80,6 +80,10 @@ def test_certificates_and_audits_of_all(page: Page) -> None:
         assert f"Sample lengths, {stage}" in page.spaced, stage
 
 
+def test_answers_that_were_cut_say_so(page: Page) -> None:
+    assert page.text.count("cut at max_new_tokens") == 5
+
+
 def test_scores_by_step(page: Page) -> None:
     start = page.headings.index("Scores by step")
     assert page.headings[start + 1] == "Stage sft"
