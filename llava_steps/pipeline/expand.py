@@ -196,7 +196,12 @@ class _Expansion:
 
     def _of_dataset(self, name: str) -> Iterator[Declared]:
         config, dataset = self._config, self._config.dataset(name)
-        for kind in ("tar_shards", "energon_dataset") if not dataset.path else ():
+        kinds = (
+            ("energon_dataset",)
+            if getattr(dataset, "tar_dir", "")
+            else ("tar_shards", "energon_dataset")
+        )
+        for kind in kinds if not dataset.path else ():
             settings = getattr(dataset, kind)(getattr(config, kind))
             yield self._made(kind, settings, of_dataset(kind, name), dataset=name)
 

@@ -155,6 +155,10 @@ class Config(BaseModel):
                 "the section datasets describes the data too; make it a dataset there, or leave "
                 "it out",
             )
+        if self.datasets and self.energon_dataset.tar_dir:
+            raise KeyProblem(
+                ("energon_dataset", "tar_dir"), "is the data of one dataset; set it there"
+            )
         return self
 
     @model_validator(mode="after")
@@ -241,12 +245,18 @@ class Config(BaseModel):
 
     @property
     def dataset_names(self) -> list[str]:
-        """Names of the datasets; the one of tar_shards.source has the empty name."""
-        return [*self.datasets] or [""] * bool(self.tar_shards.source)
+        """Names of the datasets; the one of the sections has the empty name."""
+        is_one = bool(self.tar_shards.source or self.energon_dataset.tar_dir)
+        return [*self.datasets] or [""] * is_one
 
     def dataset(self, name: str) -> Dataset:
-        """A dataset by name; the empty one is that of tar_shards.source."""
-        return self.datasets.get(name) or Dataset.model_validate({"source": self.tar_shards.source})
+        """A dataset by name; the empty one is that of the sections."""
+        if name:
+            return self.datasets[name]
+        key, text = "source", self.tar_shards.source
+        if not text:
+            key, text = "tar_dir", self.energon_dataset.tar_dir
+        return Dataset.model_validate({key: text})
 
     def data_of(self, stage: str) -> dict[str, Share]:
         """The datasets that a stage reads, by name; none where it reads a path."""

@@ -14,13 +14,16 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from llava_steps.settings.recipe import FREEZES
+from llava_steps.settings.recipe import FREEZES, OF_RAW
 
 FIRST_STAGES = {"stage1": 1, "stage2": 2}
 """Stages that may also be sections, and their numbers."""
 
 EVERY = "all"
 """What has, in `stages`, the keys of every stage."""
+
+OF_ONE = {"tar_shards": "source", "energon_dataset": "tar_dir"}
+"""Section -> its key that names the data of a run with one dataset."""
 
 _REPLACES: tuple[tuple[set[str], set[str]], ...] = (
     ({"data"}, {"data_path"}),
@@ -70,22 +73,38 @@ def removed(values: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def make_room(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Remove from `base` what `changes`, in the one form, say in another way."""
-    shards = changes.get("tar_shards")
-    if isinstance(shards, Mapping) and shards.get("source") and "datasets" not in changes:
+    data = [_section(changes, name).get(key) for name, key in OF_ONE.items()]
+    if any(data) and "datasets" not in changes:
         base.pop("datasets", None)
         for stage in _stages(base).values():
             stage.pop("data", None)
-    if changes.get("datasets") and isinstance(base.get("tar_shards"), dict):
-        base["tar_shards"].pop("source", None)
+    if changes.get("datasets"):
+        for name, key in OF_ONE.items():
+            _section(base, name).pop(key, None)
     for name, section in _named(changes, "datasets").items():
         if (dataset := _named(base, "datasets").get(name)) is not None:
-            if section.get("path"):
-                dataset.clear()
-            elif section.get("source"):
-                dataset.pop("path", None)
+            _make_room_in_dataset(dataset, section)
     for name, section in _stages(changes).items():
         if (before := _stages(base).get(name)) is not None:
             _make_room_in_stage(before, section)
+
+
+def _make_room_in_dataset(before: dict[str, Any], section: Mapping[str, Any]) -> None:
+    """Remove from a dataset what does not apply to the data that `section` names."""
+    if section.get("path"):
+        before.clear()
+    elif section.get("tar_dir"):
+        for key in ("path", *OF_RAW):
+            before.pop(key, None)
+    elif section.get("source"):
+        for key in ("path", "tar_dir"):
+            before.pop(key, None)
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section; anything else is reported when it is validated."""
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _make_room_in_stage(before: dict[str, Any], section: Mapping[str, Any]) -> None:

@@ -244,12 +244,18 @@ _FIELDS = {
     name: info
     for model in (EnergonDataset, TarShards)
     for name, info in model.model_fields.items()
-    if name not in {*_OF_SHARES, "tar_dir"}
+    if name not in _OF_SHARES
 }
+
+
+OF_RAW = {*TarShards.model_fields} - {*EnergonDataset.model_fields}
+"""Keys of a dataset that apply to raw data only."""
 
 
 class _Dataset(BaseModel):
     """A named dataset: raw data through tar shards and energon preparation, or a prepared one.
+
+    With `tar_dir` in place of `source` it is made from tars that exist.
 
     Keys that are left out are those of the sections `tar_shards` and `energon_dataset`.
     """
@@ -268,8 +274,17 @@ class _Dataset(BaseModel):
                 ("path",),
                 f"names a prepared dataset, to which {others[0]} does not apply; leave one out",
             )
-        if not self.path and not getattr(self, "source", None):
-            raise ValueError("give source, the raw data, or path, a prepared energon dataset")
+        others = sorted(self.model_fields_set & OF_RAW)
+        if getattr(self, "tar_dir", "") and others:
+            raise KeyProblem(
+                ("tar_dir",),
+                f"names tars that exist, to which {others[0]} does not apply; leave one out",
+            )
+        if not (self.path or getattr(self, "tar_dir", "") or getattr(self, "source", "")):
+            raise ValueError(
+                "give source, the raw data, or path, a prepared energon dataset, or tar_dir, tars "
+                "that exist"
+            )
         return self
 
     def tar_shards(self, defaults: TarShards) -> TarShards:

@@ -87,6 +87,8 @@ def test_a_source_in_the_old_form_replaces_named_datasets(merged, second: dict[s
     config = merged(NEW, {"tar_shards": {"source": "mine.json"}}, second)
     assert config.dataset_names == [""] and config.dataset("").source == "mine.json"
     assert [*config.data_of("stage2")] == [""]
+    config = merged(NEW, {"energon_dataset": {"tar_dir": "tars"}}, second)
+    assert config.dataset_names == [""] and config.dataset("").tar_dir == "tars"
 
 
 def test_named_datasets_replace_a_source_in_the_old_form(merged) -> None:

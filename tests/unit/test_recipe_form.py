@@ -103,6 +103,12 @@ OF_FILES = {
     "datasets: {three: {source: a, part: 1/2}}": "datasets.three.part: unknown key; it is a key of",
     "datasets: {three: {source: a, path: b}}": "datasets.three.path: names a prepared dataset, to "
     "which source does not apply; leave one out",
+    "datasets: {three: {source: a, tar_dir: b}}": "datasets.three.tar_dir: names tars that exist, "
+    "to which source does not apply; leave one out",
+    "datasets: {three: {tar_dir: b, question: c}}": "datasets.three.tar_dir: names tars that "
+    "exist, to which question does not apply; leave one out",
+    "energon_dataset: {tar_dir: b}\ndatasets: {one: {source: y}}": "energon_dataset.tar_dir: "
+    "is the data of one dataset; set it there",
     "datasets: {three: {path: b, samples_per_shard: 3}}": "datasets.three.path: names a prepared "
     "dataset, to which samples_per_shard does not apply; leave one out",
     "datasets: {my data: {source: a}}": f"datasets.my data: {NAME}",
@@ -175,6 +181,26 @@ def test_a_prepared_dataset_takes_the_place_of_raw_data(tmp_path: Path) -> None:
     config = merged(tmp_path, BASE, path, "datasets: {one: {source: raw, question: What}}")
     assert (config.dataset("one").path, config.dataset("one").source) == ("", "raw")
     assert config.dataset("one").question == "What"
+
+
+def test_tars_that_exist_are_only_prepared(tmp_path: Path) -> None:
+    config = merged(tmp_path, BASE, "datasets: {one: {tar_dir: tars, split: [1, 0, 0]}}")
+    rules = chain(config)
+    assert "one_tar_shards" not in rules and "two_tar_shards" in rules
+    made = rules["one_energon_dataset"]
+    assert made.upstream == ()
+    assert getattr(made.settings, "tar_dir", "") == "tars"
+    assert "one_energon_dataset" in rules["stage1_checkpoint"].upstream
+    raw = "datasets: {one: {question: What, split: [1, 0, 0]}}"
+    one = merged(tmp_path, BASE, raw, "datasets: {one: {tar_dir: tars}}").dataset("one")
+    assert getattr(one, "tar_dir", "") == "tars" and getattr(one, "split", ()) == [1, 0, 0]
+    back = merged(tmp_path, BASE, "datasets: {one: {tar_dir: t}}", "datasets: {one: {source: s}}")
+    assert "one_tar_shards" in chain(back)
+    former = BASE.partition("datasets:")[0] + "stage1: {}\nstage2: {train_steps: 9}\n"
+    rules = chain(merged(tmp_path, former, "energon_dataset: {tar_dir: tars}"))
+    assert "tar_shards" not in rules and "energon_dataset" in rules
+    replaced = merged(tmp_path, former, "energon_dataset: {tar_dir: t}", "datasets: {a: {path: p}}")
+    assert replaced.dataset_names == ["a"] and not replaced.energon_dataset.tar_dir
 
 
 def test_resources_of_kept_checkpoints(tmp_path: Path) -> None:
