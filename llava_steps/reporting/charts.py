@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from llava_steps.reporting.html import clean
+
 WIDTH, HEIGHT = 440, 216
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
 POINTS = 220
@@ -153,5 +155,5 @@ def drawing(label: str, body: str) -> Markup:
     """A chart with a label for screen readers; `body` is already escaped."""
     return Markup(  # noqa: S704  numbers, and texts escaped above
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(label)}">{body}</svg>'
+        f'aria-label="{escape(clean(label))}">{body}</svg>'
     )

@@ -56,7 +56,7 @@ def clean(text: object, longest: int = LONGEST) -> str:
 
 def words(name: str) -> str:
     """An identifier as words: stage1_checkpoint is `stage 1 checkpoint`."""
-    spaced = re.sub(r"^(after_)?stage(\d)", r"\1stage \2", name).replace("_", " ")
+    spaced = re.sub(r"^(after_)?stage(\d)", r"\1stage \2", clean(name)).replace("_", " ")
     return re.sub(r"^hf(?= )", "HF", re.sub(r"^megatron(?= )", "Megatron", spaced))
 
 

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 from llava_steps.core.format import count
 from llava_steps.reporting.content import Run, Stage, manifest
+from llava_steps.reporting.html import clean
 from llava_steps.reporting.kinds import Part
 from llava_steps.reporting.training import start_words
 from llava_steps.settings.forms import FIRST_STAGES
@@ -81,7 +82,8 @@ def picture(run: Run) -> Markup:
     )
     return Markup(  # noqa: S704  every text above is escaped
         f'<svg class="pipeline" viewBox="0 0 {WIDTH} {trained[-1].bottom + 2}" role="img" '
-        f'aria-label="{escape(label)}"><defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" '
+        f'aria-label="{escape(clean(label))}"><defs>'
+        f'<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" '
         f'markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>'
         f"{drawn}</svg>"
     )
@@ -159,7 +161,8 @@ def _drawn(box: _Box) -> str:
 
 
 def _fitted(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "\u2026"
+    shown = clean(text)
+    return shown if len(shown) <= most else shown[: most - 1] + "\u2026"
 
 
 def _source(words: str, box: _Box) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_steps.core.errors import InputError
-from llava_steps.reporting import kinds
+from llava_steps.reporting import charts, html, kinds
 from llava_steps.store.store import Input
 from tests.helpers.chain import run_step
 from tests.helpers.page import Page
@@ -117,6 +117,16 @@ def test_paths_of_the_user_are_shown(tmp_path: Path) -> None:
     run_step("report", f"--results=sft_checkpoint={shown}", "--save-dir=out", cwd=tmp_path)
     page = Page((tmp_path / "out/report.html").read_text(encoding="utf-8"))
     assert "starts from ./mine" in page.spaced and "data /shared/docs" in page.spaced
+
+
+def test_names_of_rules_are_text(tmp_path: Path, made: tuple[Path, dict[str, Path]]) -> None:
+    given = f"--results=<b>\x07_checkpoint={made[1]['sft_checkpoint']}"
+    run_step("report", given, "--save-dir=out", cwd=tmp_path)
+    page = Page((tmp_path / "out/report.html").read_text(encoding="utf-8"))
+    assert "stage <b>\ufffd" in page.text and "<b>\ufffd checkpoint" in page.text
+    assert "\x07" not in page.text and page.of_class("pipeline") == ["svg"]
+    assert not [a for _, attrs in page.tags for a in attrs.values() if a and "\x07" in a]
+    assert "\ud800" not in charts.drawing("\ud800", "") + html.words("\ud800_audit")
 
 
 def test_kinds_of_names(made: tuple[Path, dict[str, Path]]) -> None:
