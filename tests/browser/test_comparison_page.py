@@ -47,3 +47,5 @@ def test_the_comparison_is_whole_readable_and_quiet(
         # The score over all questions is seen without scrolling inside the table.
         score = page.locator("#scores tbody tr:first-child td").first.bounding_box()
         assert score is not None and score["x"] + score["width"] <= width
+        rows = [row.bounding_box() for row in page.locator("#scores tbody tr").all()]
+        assert max(row["height"] for row in rows) < 260, "a long setting makes its row tall"
