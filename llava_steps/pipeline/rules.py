@@ -37,7 +37,7 @@ class Rule:
 
     name: str
     label: str
-    """What tells it from the same rule of other variants; empty where they share it."""
+    """Its variant, by the settings that differ; empty where all variants share it."""
     declared: Declared
     config: Config
     """Configuration of the run, or of a variant of its sweep that has the rule."""

@@ -90,13 +90,14 @@ def _inputs(
         path = step.resolve[name](text, hub) if name in step.resolve else Path(text)
         missing = InputError(f"{flag_name(name, info)}: {path} does not exist")
         artefact = store.artefact_of(path)
-        if artefact is None and not path.exists():
+        # A result does not show what lies beside its payload, such as kept checkpoints.
+        is_beside = artefact is not None and store.WORK in path.relative_to(artefact[0]).parts
+        if not (path.exists() or is_beside):
             raise missing
         if artefact is not None:
             directory, manifest = artefact
             entry = store.entry_of(directory, manifest)
             store.check(entry, manifest, digests.file if recorded is None else None)
-            # In the entry: a result does not show what lies beside its payload.
             inside = path.relative_to(directory).as_posix()
             if not (entry / inside).exists():
                 raise missing

@@ -163,7 +163,7 @@ def test_help_shows_defaults_as_they_are_typed() -> None:
     cli.add_flags(parser, EnergonDataset)
     text = " ".join(parser.format_help().split())
     assert "(default: 9,1,0)" in text
-    assert "(default: image=jpg context=json[question] answers=txt)" in text
+    assert "(default: image=jpg,jpeg,png,webp context=json[question] answers=txt)" in text
 
 
 @pytest.mark.parametrize("model", MODELS)

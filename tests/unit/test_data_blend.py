@@ -284,7 +284,7 @@ def test_the_workflow_watches_the_file_and_what_it_names(root: Path) -> None:
     item = {"path": "one", "subflavors": {"chat_template": "watched.jinja"}}
     path = write(root, "watched", {"blend": [item, {"path": "two"}]})
     stage = config.stages["stage1"].model_copy(update={"data_path": str(path)})
-    rules = chain(config.model_copy(update={"stage1": stage}))
+    rules = chain(config.model_copy(update={"stages": config.stages | {"stage1": stage}}))
     files = set(rules["stage1_checkpoint"].files)
     assert {str(path), str(root / "one"), str(root / "two"), str(root / "watched.jinja")} <= files
     assert "energon_dataset" not in rules["stage1_checkpoint"].upstream
