@@ -87,15 +87,25 @@ def _report(config: Config, rules: list[Declared]) -> Declared:
         if name not in shown:
             shown.add(name)
             rule = by_name[name]
-            todo += [result.rule for result in rule.feeds.values()] + [rule.after] * bool(
-                rule.after
-            )
+            todo += [result.rule for result in rule.feeds.values()]
+            todo += [rule.after] * bool(rule.after)
     feeds = {
         name if name in Report.model_fields else f"results.{name}": Result(name)
         for name in by_name
         if name in shown
     }
-    return Declared("report", STEPS["report"], config.report, feeds, is_result=True)
+    fed = _unless_given(config.report, feeds)
+    return Declared("report", STEPS["report"], config.report, fed, is_result=True)
+
+
+def _unless_given(settings: StepConfig, feeds: Mapping[str, Result]) -> dict[str, Result]:
+    """The results that a rule reads: `feeds` where its settings name nothing else."""
+    texts = {item.key: item.text for item in paths.given(settings)}
+    fed = {key: result for key, result in feeds.items() if not texts.get(key)}
+    for key, text in texts.items():
+        if text.startswith(DEMO):
+            fed[key] = Result("demo_assets", text.removeprefix(DEMO))
+    return fed
 
 
 def _section(stage: str) -> str:
@@ -143,14 +153,8 @@ class _Expansion:
         dataset: str = "",
         stage: str = "",
     ) -> Declared:
-        """A rule; inputs that the settings leave empty are fed, paths of the demo are resolved."""
         step = STEPS[kind]
-        fed = self._fed(step, dataset, stage) | dict(feeds or {})
-        texts = {item.key: item.text for item in paths.given(settings)}
-        filled = {key: result for key, result in fed.items() if not texts.get(key)}
-        for key, text in texts.items():
-            if text.startswith(DEMO):
-                filled[key] = Result("demo_assets", text.removeprefix(DEMO))
+        fed = _unless_given(settings, self._fed(step, dataset, stage) | dict(feeds or {}))
         after = f"{stage}_{step.after}" if step.after and self._config.stages[stage].audit else ""
         # A stage that no other one starts from and no export needs.
         starts = {self._config.last_stage, *map(self._config.start_of, self._stages)}
@@ -159,7 +163,7 @@ class _Expansion:
             name or kind,
             step,
             settings,
-            filled,
+            fed,
             after,
             dataset,
             stage,

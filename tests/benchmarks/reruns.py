@@ -105,6 +105,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "background": {"background": "black"},
     "field_map": {"field_map": {"image": "png"}},
     "model_args": {"model_args": {"a": "b"}},
+    "template_date": {"template_date": "2025-01-31"},
     "models": {"models": {"other": "other"}},
     "results": {"results": {"other": "other"}},
     "metrics": {"metrics": ["vqa_accuracy"]},
