@@ -87,6 +87,7 @@ RESULTS = ("hf_export", "evaluation", "lmms_eval", "llm_jp_eval_mm")
 """What a run is for; a step that none of these needs is left out."""
 
 BASE = {
+    "demo_assets": {"text_layers": 4},  # a virtual pipeline needs them
     "lmms_eval": {"tasks": ["mme"]},
     "llm_jp_eval_mm": {"tasks": {"ja-vg-vqa-500": "rougel"}},
 }
