@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from llava_steps.core import filesystem
 from llava_steps.core.errors import ConfigError, DivergedError
 from llava_steps.settings.stage.stage import Stage
 from llava_steps.store import commit
@@ -96,7 +97,9 @@ def keep_beside(ctx: Context, cfg: Stage) -> None:
     for iteration, path in commit.committed(ctx.entry)[:-1]:
         if cfg.keep_every and iteration % cfg.keep_every == 0:
             (ctx.work / "kept").mkdir(exist_ok=True)
-            path.rename(ctx.work / "kept" / path.name)
+            kept = ctx.work / "kept" / path.name
+            filesystem.remove(kept)  # of an attempt that was killed before its value was sealed
+            path.rename(kept)
     commit.prune(ctx.entry, 1)
 
 

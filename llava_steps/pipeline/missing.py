@@ -12,6 +12,7 @@ from llava_steps.pipeline.rules import Rule
 from llava_steps.settings import paths
 from llava_steps.settings.fields import facts
 from llava_steps.settings.hub_id import is_hub_id
+from llava_steps.store.store import WORK
 
 SHELL = re.compile(r"~|.*\$")
 """Paths with signs that a shell expands."""
@@ -22,6 +23,28 @@ def refuse(rules: Mapping[str, Rule], names: Iterable[str]) -> None:
     if messages := missing(rules, names):
         head = [f"{len(messages)} paths of the configuration are missing:"]
         raise ConfigError("\n  ".join([*head[: len(messages) - 1], *messages]))
+
+
+def refuse_not_kept(
+    rules: Mapping[str, Rule], names: Iterable[str], entries: Mapping[str, Path]
+) -> None:
+    """ConfigError if rules that are to run need checkpoints that a finished training did not keep.
+
+    `entries` are the finished values, by rule. Keeping checkpoints is no part of a value, so that
+    asking for them later does not train again by itself.
+    """
+    for name in names:
+        for result in rules[name].declared.feeds.values():
+            if not result.inside.startswith(WORK):
+                continue
+            (trained,) = (n for n in rules[name].upstream if rules[n].kind == "checkpoint")
+            if trained in entries and not (entries[trained] / result.inside).exists():
+                section = rules[trained].declared.stage
+                raise ConfigError(
+                    f"stages.{section}.evaluate_kept: {rules[trained].out} was trained without "
+                    f"keep_every and kept no {Path(result.inside).name}; train it again with "
+                    f"--forcerun {trained}, or set evaluate_kept to false"
+                )
 
 
 def missing(rules: Mapping[str, Rule], names: Iterable[str]) -> list[str]:

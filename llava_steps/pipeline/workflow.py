@@ -221,15 +221,17 @@ class Run:
             raise
         planned = {job.rule.name for job in dag.needrun_jobs()} & {*self.rules}
         concerned = self._concerned()
-        missing.refuse(self.rules, [name for name in self.demand if name in concerned])
-        lost = [name for name in self.demand if self.outlook[name].lost]
+        running = [name for name in self.demand if name in concerned]
+        missing.refuse(self.rules, running)
+        kept_by = {n: entry for n, entry in self._values().items() if n not in self.forced}
+        missing.refuse_not_kept(self.rules, running, kept_by)
+        lost = [name for name in running if self.outlook[name].lost and name not in self.forced]
         for name in lost:
-            if name in concerned and name not in self.forced:
-                out = self.rules[name].out
-                raise ConfigError(
-                    f"{out} shows a value that {self.config.store} does not hold: is the store "
-                    f"mounted? To compute it again, remove {out} or give --forcerun {name}"
-                )
+            out = self.rules[name].out
+            raise ConfigError(
+                f"{out} shows a value that {self.config.store} does not hold: is the store "
+                f"mounted? To compute it again, remove {out} or give --forcerun {name}"
+            )
         # Snakemake itself forces an output whose job it did not see end.
         unfinished = {
             job.rule.name for job in dag.jobs if not dag.forcefiles.isdisjoint(job.output)
@@ -358,12 +360,17 @@ class Run:
         claims = Path(self.config.results, self.config.run, ".work/claims")
         filesystem.remove(claims)
         claims.mkdir(parents=True)
-        for name in self._concerned() & {*self.demand}:
-            manifest = self.outlook[name].manifest
-            if self.outlook[name].outlook == "done" and manifest is not None:
-                entry = Path(self.config.store, manifest["step"], manifest["fingerprint"])
+        for name, entry in self._values().items():
+            if name in self.demand and name in self._concerned():
                 (claims / name).symlink_to(os.path.relpath(entry.resolve(), claims.resolve()))
         return claims
+
+    def _values(self) -> dict[str, Path]:
+        """Store entries of the finished values, by rule."""
+        done = {n: s.manifest for n, s in self.outlook.items() if s.outlook == "done"}
+        return {
+            n: Path(self.config.store, m["step"], m["fingerprint"]) for n, m in done.items() if m
+        }
 
     def check_results(self) -> None:
         """ConfigError unless the results are what the configuration asks for, by fingerprint."""

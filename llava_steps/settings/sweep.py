@@ -104,9 +104,13 @@ def _full_keys(given: Mapping[str, Any]) -> list[str]:
 
 
 def assign(values: dict[str, Any], assignments: Assignments) -> None:
-    """Set keys of nested sections, as a later file would; a key of `stages.all` in every stage."""
+    """Set keys of nested sections, as a later file would; a key of `stages.all` in every stage.
+
+    A key of one stage overrides that of all, in whichever order they are written.
+    """
     spread: Assignments = {}
-    for key, value in assignments.items():
+    of_all = f"stages.{EVERY}."
+    for key, value in sorted(assignments.items(), key=lambda item: not item[0].startswith(of_all)):
         section, _, inner = key.partition(f".{EVERY}.")
         keys = [f"stages.{name}.{inner}" for name in values["stages"]]
         spread |= dict.fromkeys(keys if inner and section == "stages" else [key], value)

@@ -186,3 +186,11 @@ def test_two_steps_of_one_name_are_refused(tmp_path: Path) -> None:
         assert "two steps would be called" in str(error)
     else:
         assert len({*made}) == len(made)
+
+
+def test_a_key_of_one_stage_overrides_that_of_all_in_either_order() -> None:
+    one, every = {"stages.stage2.lr": 4e-5}, {"stages.all.lr": 1e-5}
+    for assignments in (one | every, every | one):
+        values: dict[str, Any] = {"stages": {"stage1": {"lr": 1.0}, "stage2": {"lr": 2.0}}}
+        sweep.assign(values, assignments)
+        assert values == {"stages": {"stage1": {"lr": 1e-5}, "stage2": {"lr": 4e-5}}}

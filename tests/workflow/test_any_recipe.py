@@ -114,3 +114,26 @@ def test_an_edit_of_a_dataset_runs_what_it_feeds(three: Project) -> None:
 def test_a_random_recipe_runs_what_it_must(seed: int, tmp_path: Path) -> None:
     """`make recipes` runs twenty of them."""
     assert recipes.wrong(seed, tmp_path / "project") == ""
+
+
+KEPT = """
+stages:
+  stage2: {train_steps: 9, warmup_steps: 0, save_interval: 2, keep_every: 4, evaluate_kept: true}
+"""
+
+
+def test_checkpoints_that_were_not_kept_are_reported_before_a_job(
+    three: Project, tmp_path: Path
+) -> None:
+    """Keeping is no part of a value: asking for it later trains again only when told to."""
+    plain = three.overlay(KEPT.replace(", evaluate_kept: true", ", name: x"), "plain.yaml")
+    kept = three.overlay(KEPT, "kept.yaml")
+    files = ("--configfile", "three.yaml")
+    three.snakemake("--cores", "4", *files, plain)
+    text = three.snakemake("--cores", "1", "-n", *files, kept, code=1)
+    assert (
+        "stages.stage2.evaluate_kept: results/three/lr_1e-5/stage2_checkpoint was trained" in text
+    )
+    assert "--forcerun stage2_checkpoint_lr_1e_5" in text
+    rules = three.planned(*files, kept, "--forcerun", "stage2_checkpoint")
+    assert {"stage2_step4_export_lr_1e_5", "stage2_step8_evaluation_lr_5e_5"} <= {*rules}
