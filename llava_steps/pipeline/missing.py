@@ -30,7 +30,7 @@ def refuse_not_kept(
 ) -> None:
     """ConfigError if rules that are to run need checkpoints that a finished training did not keep.
 
-    `entries` are the finished values, by rule. Keeping checkpoints is no part of a value, so that
+    `entries` are the finished values, by rule. Kept checkpoints do not change a value, so that
     asking for them later does not train again by itself.
     """
     for name in names:

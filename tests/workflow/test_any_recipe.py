@@ -125,7 +125,7 @@ stages:
 def test_checkpoints_that_were_not_kept_are_reported_before_a_job(
     three: Project, tmp_path: Path
 ) -> None:
-    """Keeping is no part of a value: asking for it later trains again only when told to."""
+    """Kept checkpoints do not change a value: they are made by a training that is forced."""
     plain = three.overlay(KEPT.replace(", evaluate_kept: true", ", name: x"), "plain.yaml")
     kept = three.overlay(KEPT, "kept.yaml")
     files = ("--configfile", "three.yaml")
