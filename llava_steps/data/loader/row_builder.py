@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 from llava_steps.core.errors import StepError
+from llava_steps.data.energon.reader import RawSample
 from llava_steps.data.loader.batch import MicroBatch, image_share, join
 from llava_steps.data.loader.corpus import Corpus, SampleRef
 from llava_steps.data.loader.lengths import Lengths
 from llava_steps.data.loader.spec import LoaderSpec
 from llava_steps.data.samples.conversation import ConversationEncoder
-from llava_steps.data.samples.sample import SampleError
+from llava_steps.data.samples.encoded import Encoded
+from llava_steps.data.samples.sample import Sample, SampleError
 
 
 class RowBuilder:
@@ -101,8 +103,7 @@ class RowBuilder:
             raw = self.corpus.raw(ref)
             where = self.corpus.where(ref, raw)
             with _naming(where):
-                sample = self.corpus.parse(ref, raw)
-                item = self.encoder(ref.dataset).encode(sample.turns)
+                sample, item = self._encode(ref, raw)
             ids.append(sample.id)
             keys.append(raw.where)
             datasets.append(self.corpus.members[ref.dataset].name)
@@ -117,6 +118,10 @@ class RowBuilder:
             )
         pixels = self._pixels(images) if self._spec.need_pixels else None
         return join(ids, keys, slots, datasets, encoded, pixels, len(images))
+
+    def _encode(self, ref: SampleRef, raw: RawSample) -> tuple[Sample, Encoded]:
+        sample = self.corpus.parse(ref, raw)
+        return sample, self.encoder(ref.dataset).encode(sample.turns)
 
     def _pixels(self, images: Sequence[tuple[int, bytes, str]]) -> torch.Tensor | None:
         """float32 [n, 3, H, W] of this rank's part of a row's images; None for a row of text."""
