@@ -88,9 +88,7 @@ def test_fp8_of_torch_is_the_same_in_each_layout(chain: Chain, room: Room) -> No
     far = [abs(a - b) / b for a, b in zip(alone, exact, strict=True)]
     assert 1e-5 < far[0] < 0.02 and max(far) < 0.04, far
     for found in losses(2, dp2=own | overlap, pp2={**own, "pipeline_model_parallel": 2}):
-        # Each update rounds sums of another order, which FP8 carries on.
-        assert found[0] == alone[0] and found[1] == pytest.approx(alone[1], rel=1e-3)
-        assert found == pytest.approx(alone, rel=4e-3)
+        assert found[0] == alone[0] and found == pytest.approx(alone, rel=1e-3)
 
 
 def test_lora_trains_as_in_plain_pytorch(tables: tuple[list[Row], list[Row]], room: Room) -> None:

@@ -121,6 +121,12 @@ def deep_model(made: chain.Chain, root: Path, layers: int = 4) -> tuple[Path, Pa
         return hf, megatron
     config = LlavaConfig.from_pretrained(made.hf)
     config.text_config.num_hidden_layers = layers
+    # Not those of the demo: what is tested are layouts, whose rounding grows with the width.
+    config.text_config.hidden_size = 64
+    config.text_config.head_dim = 16
+    config.text_config.intermediate_size = 192
+    config.text_config.num_attention_heads = 4
+    config.text_config.num_key_value_heads = 2
     config.text_config.initializer_range = 0.1
     config.text_config.layer_types = None
     torch.manual_seed(1)
